@@ -1,0 +1,54 @@
+"""How Prefect is set up before it is imported: no telemetry, time for a slow machine, a quiet terminal.
+
+Nothing here decides a result. What the user has set already is left alone.
+"""
+
+import os
+import urllib.error
+import urllib.request
+
+from pipeline.errors import UsageError
+
+DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # the temporary server needs 17 to 36 seconds on a slow machine; Prefect's own limit is 20
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    # progress and errors are shown by the command line itself; the log goes to the server
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+PROBE_SECONDS = 5
+
+
+def prepare() -> None:
+    """Set the environment for this process and its children; call before the first import of prefect.
+
+    Raises:
+        UsageError: when PREFECT_API_URL names a server that does not answer.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        _probe(url)
+
+
+def is_started_by_prefect() -> bool:
+    """Return whether a Prefect worker or `serve` started this process, and so takes care of its signals."""
+    return "PREFECT__FLOW_RUN_ID" in os.environ
+
+
+def _probe(url: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=PROBE_SECONDS):
+            return
+    except urllib.error.HTTPError:
+        return  # it answers; whether it lets us in is for Prefect to say
+    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        raise UsageError(
+            f"PREFECT_API_URL is {url}, where no Prefect server answers ({error}): start it with `prefect server "
+            "start`, or unset the variable to use a temporary one"
+        ) from error

@@ -1,0 +1,86 @@
+"""What a person sees while a run goes on: a bar for the current stage, one line per iteration."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from pipeline import stage
+from pipeline.stage import StageResult
+
+COLUMNS = (
+    # heading, key of the metrics row, width, format
+    ("iter", "iteration", 4, "d"),
+    ("reward", "reward_mean", 7, ".3f"),
+    ("pass", "pass_rate", 6, ".3f"),
+    ("held-out", "eval_pass_at_1", 8, ".3f"),
+    ("tokens", "completion_tokens_mean", 7, ".1f"),
+    ("entropy", "entropy", 7, ".3f"),
+    ("kl", "kl_to_sampler", 8, ".1e"),
+    ("clip-", "clip_low_share", 6, ".3f"),
+    ("clip+", "clip_high_share", 6, ".3f"),
+    ("trained", "num_trained", 7, "d"),
+    ("tok/s", "generate_tokens_per_second", 7, ",.0f"),
+)
+HEADER_EVERY = 20
+SECONDS_SHOWN = ("generate", "score", "update", "evaluate")
+
+
+class TerminalReporter:
+    """Shows a run on the terminal; on anything else it prints the iterations' lines alone."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        self.bar = Progress(
+            TextColumn("{task.description:>12}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not sys.stdout.isatty(),
+        )
+        self.task = self.bar.add_task("starting", total=None, text="")
+        self.iteration_now = ""
+        self.lines = 0
+
+    @contextmanager
+    def shown(self) -> Iterator["TerminalReporter"]:
+        """Keep the bar on the screen."""
+        with self.bar:
+            yield self
+
+    def stage(self, label: str) -> stage.Progress:
+        """Put the stage's name on the bar; the returned callable moves it."""
+        self.bar.reset(self.task, description=label, total=None, text="")
+
+        def move(done: int, total: int, text: str = "") -> None:
+            self.bar.update(self.task, completed=done, total=total, text=text)
+
+        return move
+
+    def finished(self, label: str, result: StageResult) -> None:
+        """Say nothing: the iteration's line tells."""
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.console.print(text, style="dim", markup=False)
+
+    def iteration(self, row: dict[str, Any]) -> None:
+        """Print the iteration's line, with a heading now and then."""
+        if self.lines % HEADER_EVERY == 0:
+            heading = "  ".join(f"{name:>{width}}" for name, _, width, _ in COLUMNS)
+            self.bar.console.print(f"{heading}  seconds: {' '.join(SECONDS_SHOWN)}", style="bold", markup=False)
+        self.lines += 1
+        cells = "  ".join(_cell(row[key], width, format_) for _, key, width, format_ in COLUMNS)
+        seconds = {entry["stage"]: entry["seconds"] for entry in row["seconds"]}
+        times = " ".join(f"{seconds[name]:.2f}" for name in SECONDS_SHOWN if name in seconds)
+        self.bar.console.print(f"{cells}  {times}", markup=False)
+
+
+def _cell(value: Any, width: int, format_: str) -> str:
+    return " " * width if value is None else f"{value:>{width}{format_}}"

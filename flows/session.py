@@ -1,0 +1,194 @@
+"""What a run keeps alive between its stages: the inference engine, the trainer, and somebody who watches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from stages.engines.base import EngineSettings
+from stages.engines.process import EngineProcess
+from stages.starter import make_starter
+
+from pipeline.artifact import is_finished
+from pipeline.run_dir import RunDir
+from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
+from stages.config import RunConfig
+from stages.iteration import Wiring
+from stages.policy import check_policy, context_length, looks_local
+from stages.update import Trainer, resolve_device
+
+
+class Reporter(Protocol):
+    """Told what a run does."""
+
+    def stage(self, label: str) -> Progress:
+        """A stage begins; the returned callable hears how far it is."""
+        ...
+
+    def finished(self, label: str, result: StageResult) -> None:
+        """A stage is done, or was found done."""
+        ...
+
+    def iteration(self, row: dict[str, Any]) -> None:
+        """An iteration is done; the row is that of `metrics.parquet`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth one line."""
+        ...
+
+
+class SilentReporter:
+    """Says nothing."""
+
+    def stage(self, label: str) -> Progress:
+        return silent
+
+    def finished(self, label: str, result: StageResult) -> None: ...
+
+    def iteration(self, row: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Session:
+    """One process working on one run."""
+
+    config: RunConfig
+    run: RunDir
+    reporter: Reporter = field(default_factory=SilentReporter)
+    _engine: EngineProcess | None = None
+    _trainer: Trainer | None = None
+
+    @property
+    def wiring(self) -> Wiring:
+        return Wiring(self.config, self.run)
+
+    def perform(self, label: str, call: StageCall, resources: Any = None) -> StageResult:
+        """Return the stage's artifacts, computed or found; the reporter is told."""
+        result = run_stage(call, resources=resources, progress=self.reporter.stage(label))
+        self.reporter.finished(label, result)
+        return result
+
+    def initial_policy(self) -> str:
+        """Take the config's policy into the run; a starter is made first, unless it exists. Return its path."""
+        model = self.config.policy.model
+        source = None
+        if self.config.starter is not None:
+            source = make_starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main.path
+        elif looks_local(model):
+            source = Path(model)
+        return self._path("policy", self.wiring.initial_policy(source), source)
+
+    def member_policy(self, name: str) -> str:
+        """Take a member's checkpoint from outside into the run; return its path."""
+        member = next(m for m in self.config.generate.plan() if m.name == name)
+        return self._path("policy", self.wiring.member_policy(member), Path(member.policy))
+
+    def held_out_prompts(self) -> str:
+        """Draw the questions of every evaluation; return their path."""
+        return self._path("prompts", self.wiring.held_out_prompts())
+
+    def prompts(self, iteration: int) -> str:
+        """Draw the questions of an iteration; return their path."""
+        return self._path("prompts", self.wiring.prompts(iteration))
+
+    def generate(self, iteration: int) -> str:
+        """Sample groups of answers; return their path."""
+        call = self.wiring.generate(iteration)
+        return self._path("generate", call, None if find_finished(call) else self.ready_engine())
+
+    def score(self, iteration: int) -> str:
+        """Score the answers; return the rewards' path."""
+        return self._path("score", self.wiring.score(iteration))
+
+    def normalize(self, iteration: int) -> str:
+        """Turn rewards into advantages; return their path."""
+        return self._path("normalize", self.wiring.normalize(iteration))
+
+    def batch(self, iteration: int) -> str:
+        """Put the rows into training order; return their path."""
+        return self._path("batch", self.wiring.batch(iteration))
+
+    def update(self, iteration: int) -> str:
+        """Train on the rows; return the next policy's path. Afterwards the trainer's model equals it."""
+        result = self.perform("update", self.wiring.update(iteration), self.trainer())
+        if not result.reused:
+            self.trainer().digest = result.main.digest
+        return str(result.main.path)
+
+    def evaluate(self, num_updates: int) -> str:
+        """Answer the held-out questions; return the answers' path."""
+        call = self.wiring.evaluate(num_updates)
+        return self._path("evaluate", call, None if find_finished(call) else self.ready_engine())
+
+    def _path(self, label: str, call: StageCall, resources: Any = None) -> str:
+        return str(self.perform(label, call, resources).main.path)
+
+    def warm_up(self, iteration: int) -> None:
+        """Start the engine early, beside other work, when this iteration's completions are still to be generated."""
+        if not is_finished(self.run.place(iteration, "completions")):
+            self.engine()
+
+    def ready_engine(self) -> EngineProcess:
+        """Return the engine once it answers."""
+        engine = self.engine()
+        self.reporter.stage("engine start")
+        engine.info  # noqa: B018 (waits for the start that is under way)
+        return engine
+
+    def engine(self) -> EngineProcess:
+        """Return the engine, started when first asked for; it takes its time in a process of its own."""
+        if self._engine is None:
+            self.run.logs.mkdir(parents=True, exist_ok=True)
+            self._engine = EngineProcess(
+                engine_settings(self.config, self.run.initial_policy), self.run.logs / "engine.log"
+            )
+            self._engine.start(self.run.initial_policy)
+        return self._engine
+
+    def trainer(self) -> Trainer:
+        """Return the trainer, which keeps model and optimizer between iterations."""
+        if self._trainer is None:
+            self._trainer = Trainer(device=resolve_device(self.config.resources.device))
+        return self._trainer
+
+    def close(self) -> None:
+        """End the engine's process and everything it started."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:
+    """Return the engine's settings for a run."""
+    generate, resources = config.generate, config.resources
+    return EngineSettings(
+        engine=generate.engine,
+        dtype=generate.dtype,
+        max_model_len=context_length(check_policy(str(policy))),
+        max_num_seqs=generate.max_num_seqs,
+        max_num_batched_tokens=generate.max_num_batched_tokens,
+        prefix_caching=generate.prefix_caching,
+        num_threads=generate.num_threads,
+        gpu_memory_utilization=resources.gpu_memory_utilization,
+        kv_cache_gib=resources.kv_cache_gib,
+    )
+
+
+def starters_root(run: RunDir) -> Path:
+    """Return where starters lie: beside the runs, which share them."""
+    return run.root.parent / "starters"
+
+
+@contextmanager
+def open_session(config: RunConfig, run: RunDir, reporter: Reporter | None = None) -> Iterator[Session]:
+    """Hold the run for writing; whatever happens, leave no child process behind."""
+    with run.lock():
+        session = Session(config, run, reporter or SilentReporter())
+        try:
+            yield session
+        finally:
+            session.close()

@@ -1,0 +1,153 @@
+"""The train flow: a Prefect flow whose tasks are the stages.
+
+Tasks take an iteration and return a path, never frames, and Prefect's own cache is off: the artifacts are the only
+cache. What lives as long as the run (engine, trainer) is in the `Session` of this process.
+"""
+
+from contextvars import ContextVar
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.session import Reporter, Session, SilentReporter, open_session
+from pipeline.artifact import is_finished
+from pipeline.provenance import environment, git_state
+from pipeline.run_dir import RunDir
+from pipeline.stage import find_finished
+from stages.config import check_unchanged, load_config
+from stages.iteration import outside_members, preflight
+from stages.metrics import append_metrics, iteration_metrics
+
+session_of_flow: ContextVar[Session] = ContextVar("session_of_flow")
+SILENT = SilentReporter()
+reporter_of_flow: ContextVar[Reporter] = ContextVar("reporter_of_flow", default=SILENT)
+
+
+@flow(name="train", persist_result=False)
+def train(config: str, run: str, overrides: list[str] | None = None) -> str:
+    """Train a policy; return the path of its last checkpoint.
+
+    Args:
+        config: path of the TOML file.
+        run: the run directory. What the same config has left there is used and not computed again.
+        overrides: ``key=value`` settings that take precedence over the file.
+    """
+    settings = load_config(Path(config), overrides)
+    run_dir = RunDir(Path(run))
+    check_unchanged(run_dir, settings)
+    preflight(settings)
+    with open_session(settings, run_dir, reporter_of_flow.get()) as session:
+        run_dir.record_config(Path(config).read_text(encoding="utf-8"), settings.model_dump(mode="json"))
+        run_dir.record_environment({**environment(), "git_diff": git_state()["diff"]})
+        token = session_of_flow.set(session)
+        try:
+            initial_policy()
+            for member in outside_members(settings):
+                member_policy(member.name)
+            for num_updates in range(settings.iterations + 1):
+                if num_updates:
+                    train_iteration(session, num_updates - 1)
+                if session.wiring.is_evaluated(num_updates):
+                    evaluate_once(session, num_updates)
+                if num_updates:
+                    report(session, num_updates - 1)
+        finally:
+            session_of_flow.reset(token)
+    return str(run_dir.policy_before(settings.iterations))
+
+
+def train_iteration(session: Session, iteration: int) -> None:
+    """Run the six stages of an iteration, or find that this config has run them. Finished ones cost no Prefect task."""
+    wiring = session.wiring
+    if is_finished(session.run.place(iteration, "policy")):
+        calls = (wiring.prompts, wiring.generate, wiring.score, wiring.normalize, wiring.batch, wiring.update)
+        if all(find_finished(call(iteration)) is not None for call in calls):
+            return
+    session.warm_up(iteration)
+    prompts(iteration)
+    generate(iteration)
+    score(iteration)
+    normalize(iteration)
+    batch(iteration)
+    update(iteration)
+
+
+def evaluate_once(session: Session, num_updates: int) -> None:
+    """Evaluate the policy after so many iterations, unless that is done."""
+    if is_finished(session.run.evaluations_of(num_updates)) and is_finished(session.run.held_out_prompts):
+        find_finished(session.wiring.held_out_prompts())
+        if find_finished(session.wiring.evaluate(num_updates)) is not None:
+            return
+    held_out_prompts()
+    evaluate(num_updates)
+
+
+def report(session: Session, iteration: int) -> None:
+    """Put the iteration's row into `metrics.parquet` and show it."""
+    row = iteration_metrics(session.run, iteration, session.config.evaluate.pass_threshold)
+    append_metrics(session.run, row)
+    session.reporter.iteration(row)
+
+
+stage_task = task(cache_policy=NO_CACHE, persist_result=False)
+
+
+@stage_task
+def initial_policy() -> str:
+    """Take the policy that the run begins with into the run."""
+    return session_of_flow.get().initial_policy()
+
+
+@stage_task
+def member_policy(name: str) -> str:
+    """Take a group member's checkpoint from outside into the run."""
+    return session_of_flow.get().member_policy(name)
+
+
+@stage_task
+def held_out_prompts() -> str:
+    """Draw the questions of every evaluation."""
+    return session_of_flow.get().held_out_prompts()
+
+
+@stage_task
+def prompts(iteration: int) -> str:
+    """Draw the questions of an iteration."""
+    return session_of_flow.get().prompts(iteration)
+
+
+@stage_task
+def generate(iteration: int) -> str:
+    """Sample groups of answers."""
+    return session_of_flow.get().generate(iteration)
+
+
+@stage_task
+def score(iteration: int) -> str:
+    """Score the answers."""
+    return session_of_flow.get().score(iteration)
+
+
+@stage_task
+def normalize(iteration: int) -> str:
+    """Turn rewards into advantages."""
+    return session_of_flow.get().normalize(iteration)
+
+
+@stage_task
+def batch(iteration: int) -> str:
+    """Put the rows into training order."""
+    return session_of_flow.get().batch(iteration)
+
+
+@stage_task
+def update(iteration: int) -> str:
+    """Train on the rows."""
+    return session_of_flow.get().update(iteration)
+
+
+@stage_task
+def evaluate(num_updates: int) -> str:
+    """Answer the held-out questions."""
+    return session_of_flow.get().evaluate(num_updates)

@@ -1,0 +1,131 @@
+"""The policy: a causal language model that is read from a checkpoint, trained, and written as the next checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from grpo.logprobs import check_supported
+
+POLICY_FILES = ("config.json", "generation_config.json", "model.safetensors")
+"""What ``save_policy`` writes. The tokenizer is no part of a policy here: rows hold token ids."""
+
+ONE_FILE = "1000TB"
+"""Shard size that no model reaches: one weight file keeps the checkpoint's layout independent of its size."""
+
+
+def load_policy(
+    path_or_name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """Return the model in evaluation mode, its logprobs checked against ``token_logprobs``, ready to train.
+
+    Evaluation mode switches dropout off, which a policy ratio needs: two forwards of the same weights must agree.
+    A path that exists is read from disk only; any other name goes to the Hugging Face hub or its local cache.
+
+    Raises:
+        ValueError: if there is no checkpoint, it is not a causal language model, weights are missing from it, or its
+            forward does what the chunked head does not repeat.
+    """
+    source = str(path_or_name)
+    is_local = _is_local(path_or_name)
+    _check_checkpoint(source, is_local, revision)
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, dtype=dtype, local_files_only=is_local, output_loading_info=True
+            )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{source} has weights that cannot be read ({str(error).splitlines()[0]}): expected model.safetensors of "
+            "the shapes in config.json; copy the checkpoint again"
+        ) from error
+    model, report = loaded
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ValueError(
+            f"{source} lacks {len(absent)} weights of {type(model).__name__}, such as {absent[0]}: expected all of "
+            "them, since a missing one would start at random; use a checkpoint of the whole model"
+        )
+    for parameter in model.parameters():
+        # Loaded tensors are views of the file. A copy has the allocator's alignment, on which matmul results depend.
+        parameter.data = parameter.data.to(device, copy=True)
+    policy: PreTrainedModel = model.to(device).eval()
+    check_supported(policy)
+    if gradient_checkpointing:
+        _checkpoint_gradients(policy)
+    return policy
+
+
+def save_policy(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write ``POLICY_FILES`` into an existing or new directory; the same weights always give the same bytes.
+
+    transformers and vLLM load the directory as it stands. A tied head is written once.
+    """
+    with _quiet():
+        model.save_pretrained(directory, max_shard_size=ONE_FILE)
+
+
+def _is_local(path_or_name: str | Path) -> bool:
+    """Return whether this is a place on disk; a hub name has at most one slash and no folder of that name here."""
+    text = str(path_or_name)
+    looks_like_path = isinstance(path_or_name, Path) or text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
+    return looks_like_path or Path(text).exists()
+
+
+def _check_checkpoint(source: str, is_local: bool, revision: str | None) -> None:
+    """Raise unless the source holds the configuration of a causal language model."""
+    if is_local and not (Path(source) / "config.json").is_file():
+        found = "has no config.json" if Path(source).is_dir() else "is not a directory"
+        raise ValueError(
+            f"{source} {found}: expected a checkpoint written by save_pretrained; correct the path, or give a name "
+            "such as Qwen/Qwen2.5-0.5B"
+        )
+    try:
+        config: Any = AutoConfig.from_pretrained(source, revision=revision, local_files_only=is_local)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} has no usable configuration ({str(error).splitlines()[0]}): expected a model that transformers "
+            "knows; correct the name or the revision, or give a local path"
+        ) from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{source} is a {config.model_type} model: expected a causal language model; use a decoder-only checkpoint"
+        )
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Make the model recompute its layers in backward, with dropout still off.
+
+    transformers checkpoints a layer only in training mode. So the layers alone get that mode, and not the modules
+    inside them; the dropout that some layers (OPT) apply themselves is a number they hold, and becomes 0.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars of transformers, and put them back as they were."""
+    bars: Any = transformers_logging
+    was_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            bars.enable_progress_bar()

@@ -1,0 +1,136 @@
+"""What an update leaves behind about each completion: the rows of the training_records dataset.
+
+Shapes: `N` trainable tokens of a microbatch, rows laid end to end; `B` rows of a microbatch. Sums and means are
+float64, taken in token order on one thread, so that the same tokens always give the same bits.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from torch import Tensor
+
+from grpo.collate import MicroBatch
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+RECORD_SCHEMA = pl.Schema(
+    {
+        "completion_id": pl.String(),
+        "optimizer_step": pl.Int32(),
+        "num_tokens": pl.Int32(),
+        "importance_ratio_mean": pl.Float64(),
+        "importance_ratio_max": pl.Float64(),
+        "clipped_low_tokens": pl.Int32(),
+        "clipped_high_tokens": pl.Int32(),
+        "correction_weight_mean": pl.Float64(),
+        "masked_tokens": pl.Int32(),
+        "entropy_mean": pl.Float64(),
+        "kl_to_sampler": pl.Float64(),
+        "logprob_difference_max": pl.Float64(),
+        "loss": pl.Float64(),
+        "trainer_logprobs": pl.List(pl.Float32),
+        "sampling_logprobs": pl.List(pl.Float32),
+        "importance_ratios": pl.List(pl.Float32),
+        "correction_weights": pl.List(pl.Float32),
+        "entropies": pl.List(pl.Float32),
+    }
+)
+"""A number over no token is null, and so is one that compares with a sampler nobody recorded."""
+
+TOKEN_LISTS = ("trainer_logprobs", "sampling_logprobs", "importance_ratios", "correction_weights", "entropies")
+"""One element per completion token, null where the token did not train; null lists unless tokens are recorded."""
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What one forward found out about the trainable tokens of a microbatch; float or bool, shape [N], no gradient."""
+
+    trainer_logprobs: Tensor
+    sampling_logprobs: Tensor
+    importance_ratios: Tensor
+    correction_weights: Tensor
+    entropies: Tensor
+    kl_to_sampler: Tensor
+    logprob_differences: Tensor
+    """|proximal - sampler|: engine mismatch plus staleness, before this update has changed anything."""
+    is_clipped_low: Tensor
+    is_clipped_high: Tensor
+    losses: Tensor
+    """The token's share of the loss of the optimizer step."""
+
+
+def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts, *, with_tokens: bool) -> pl.DataFrame:
+    """Return one row of ``RECORD_SCHEMA`` for each row of the microbatch, in order.
+
+    ``kl_to_sampler`` and ``logprob_difference_max`` are over tokens with a known sampling logprob, everything else is
+    over all trainable tokens. ``masked_tokens`` counts the trainable ones whose correction weight is 0.
+    """
+    row_N: IntArray = batch.row_N.cpu().numpy()
+    token: dict[str, FloatArray] = {
+        field.name: getattr(facts, field.name).double().cpu().numpy() for field in fields(TokenFacts)
+    }
+    is_known_N = ~np.isnan(token["sampling_logprobs"])
+    known_row_N = row_N[is_known_N]
+    num_rows = rows.height
+
+    def count(is_counted_N: Any) -> IntArray:
+        return np.bincount(row_N[is_counted_N], minlength=num_rows)
+
+    columns: dict[str, Any] = {
+        "completion_id": rows["completion_id"],
+        "optimizer_step": rows["optimizer_step"],
+        "num_tokens": np.bincount(row_N, minlength=num_rows),
+        "importance_ratio_mean": _means(token["importance_ratios"], row_N, num_rows),
+        "importance_ratio_max": _maxima(token["importance_ratios"], row_N, num_rows),
+        "clipped_low_tokens": count(token["is_clipped_low"] > 0),
+        "clipped_high_tokens": count(token["is_clipped_high"] > 0),
+        "correction_weight_mean": _means(token["correction_weights"], row_N, num_rows),
+        "masked_tokens": count(token["correction_weights"] == 0),
+        "entropy_mean": _means(token["entropies"], row_N, num_rows),
+        "kl_to_sampler": _means(token["kl_to_sampler"][is_known_N], known_row_N, num_rows),
+        "logprob_difference_max": _maxima(token["logprob_differences"][is_known_N], known_row_N, num_rows),
+        "loss": np.bincount(row_N, token["losses"], minlength=num_rows),
+    }
+    completion_B: IntArray = rows["completion_token_ids"].list.len().cast(pl.Int64).to_numpy()
+    place_N: IntArray = batch.completion_token_N.cpu().numpy()
+    for name in TOKEN_LISTS:
+        columns[name] = _as_lists(token[name], place_N, completion_B) if with_tokens else [None] * num_rows
+    return pl.DataFrame(columns).cast(RECORD_SCHEMA)
+
+
+def _means(x_N: FloatArray, row_N: IntArray, num_rows: int) -> pl.Series:
+    """Return the mean over each row's tokens, null for a row without any."""
+    count_B = np.bincount(row_N, minlength=num_rows)
+    mean_B = np.bincount(row_N, x_N, minlength=num_rows) / np.maximum(count_B, 1)
+    return _null_without_tokens(mean_B, count_B)
+
+
+def _maxima(x_N: FloatArray, row_N: IntArray, num_rows: int) -> pl.Series:
+    """Return the maximum over each row's tokens, null for a row without any."""
+    maximum_B = np.full(num_rows, -np.inf)
+    np.maximum.at(maximum_B, row_N, x_N)
+    return _null_without_tokens(maximum_B, np.bincount(row_N, minlength=num_rows))
+
+
+def _null_without_tokens(x_B: FloatArray, count_B: IntArray) -> pl.Series:
+    """Return the values as a series, null where the count is 0."""
+    return pl.Series(x_B).set(pl.Series(count_B == 0), None)
+
+
+def _as_lists(x_N: FloatArray, place_N: IntArray, completion_B: IntArray) -> pl.Series:
+    """Return one list per row, as long as the completion, null where no trainable token stands."""
+    every = np.full(int(completion_B.sum()), np.nan, dtype=np.float32)
+    every[place_N] = x_N
+    rows = pl.DataFrame({"row": np.arange(len(completion_B))})
+    lists = (
+        pl.DataFrame({"row": np.repeat(np.arange(len(completion_B)), completion_B), "x": every})
+        .with_columns(pl.col("x").fill_nan(None))
+        .group_by("row", maintain_order=True)
+        .agg("x")
+    )
+    joined = rows.join(lists, on="row", how="left", maintain_order="left")
+    return joined["x"].fill_null(pl.Series([[]], dtype=pl.List(pl.Float32)))

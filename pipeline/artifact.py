@@ -1,0 +1,296 @@
+"""Artifacts: a directory of Parquet parts, or a checkpoint, plus `manifest.json`, which is written last.
+
+An artifact is written in a hidden directory beside its place. Every part is renamed into it when it is whole, so a
+killed process leaves finished parts that the next one keeps. Sealing writes the manifest and renames the directory:
+a directory without a manifest is debris, and a finished artifact never changes.
+
+Three hashes: ``recipe`` says what should be computed, ``content`` what came out (names and bytes), ``digest`` both. A
+recipe holds the digests of the inputs, so digests form a Merkle chain: the digest of the last policy vouches for every
+row before it.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ArtifactDamaged, ArtifactMissing
+from pipeline.storage import atomic_write, explain_full_device, sha256_file, sha256_text, sync_file, write_text
+
+if TYPE_CHECKING:
+    import polars as pl
+
+MANIFEST_VERSION = 1
+MANIFEST = "manifest.json"
+RECIPE_NOTE = "recipe"
+ROW_GROUP_ROWS = 65_536
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    manifest_version: int
+    stage: str
+    stage_version: int
+    dataset: str
+    """Name of the schema, or ``policy`` for a checkpoint."""
+    config: dict[str, Any]
+    """The stage's resolved configuration and parameters (seed, iteration, hashes of user code)."""
+    inputs: dict[str, dict[str, str]]
+    """Name -> path relative to this artifact, and digest."""
+    files: dict[str, dict[str, Any]]
+    """Name -> rows (null for files that hold no rows), bytes, sha256."""
+    rows: int | None
+    drops: dict[str, int]
+    """Rows that stand in the data with a drop_reason, and rows left out, counted by reason."""
+    environment: dict[str, Any]
+    started_at: str
+    seconds: float
+    recipe: str
+    content: str
+    digest: str
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished artifact on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    def files(self) -> list[Path]:
+        """Return the Parquet parts in order."""
+        return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
+
+    def scan(self) -> "pl.LazyFrame":
+        """Return all rows, lazily, after verifying the bytes once in this process. Read-only."""
+        import polars as pl
+
+        self.verify()
+        return pl.scan_parquet(self.files())
+
+    def read(self) -> "pl.DataFrame":
+        """Return all rows after verifying the bytes once in this process. Read-only."""
+        return self.scan().collect()
+
+    def verify(self) -> None:
+        """Compare every file with the manifest, once in this process. Read-only.
+
+        Raises:
+            ArtifactDamaged: naming the first file that differs.
+        """
+        _verify(self.path, self.manifest.digest)
+
+    def check_sizes(self) -> None:
+        """Compare every file's size with the manifest: the cheap part of `verify`. Read-only."""
+        for name, facts in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise ArtifactDamaged(f"{path} is gone, but {self.path / MANIFEST} lists it: {_remedy(self.path)}")
+            if path.stat().st_size != facts["bytes"]:
+                raise ArtifactDamaged(
+                    f"{path} has {path.stat().st_size:,} bytes, its manifest says {facts['bytes']:,}: "
+                    f"{_remedy(self.path)}"
+                )
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Return the finished artifact at ``path``. Read-only.
+
+    Raises:
+        ArtifactMissing: when there is none.
+        ArtifactDamaged: when its manifest cannot be read or does not match its own digest.
+    """
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactMissing(
+            f"{path} has no {MANIFEST}: the stage that writes it has not finished; run it (again)"
+        ) from None
+    try:
+        manifest = Manifest(**json.loads(text))
+        if manifest.manifest_version != MANIFEST_VERSION:
+            raise ValueError(f"manifest_version is {manifest.manifest_version}, this program reads {MANIFEST_VERSION}")
+        content = content_hash(manifest.dataset, manifest.files)
+        if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
+            raise ValueError("its file hashes do not add up to its digest")
+    except (ValueError, TypeError) as error:
+        raise ArtifactDamaged(f"{path / MANIFEST} is not a valid manifest ({error}): {_remedy(path)}") from error
+    return Artifact(path, manifest)
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether a finished artifact stands at ``path``. Read-only."""
+    return (path / MANIFEST).is_file()
+
+
+def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
+    """Return the hash of what came out: the kind of data and every file's name and bytes."""
+    return sha256_text(canonical_json([dataset, {name: facts["sha256"] for name, facts in files.items()}]))
+
+
+def digest_of(recipe: str, content: str) -> str:
+    """Return the hash that vouches for an artifact and for everything it was made from."""
+    return sha256_text(canonical_json([recipe, content]))
+
+
+@cache
+def _verify(path: Path, digest: str) -> None:
+    artifact = open_artifact(path)
+    artifact.check_sizes()
+    for name, facts in artifact.manifest.files.items():
+        found = sha256_file(path / name)
+        if found != facts["sha256"]:
+            raise ArtifactDamaged(
+                f"{path / name} has SHA-256 {found[:16]}..., its manifest says {facts['sha256'][:16]}...: "
+                f"bytes were changed after it was written; {_remedy(path)}"
+            )
+
+
+def _remedy(path: Path) -> str:
+    return (
+        f"restore the file from a copy, or delete the directory {path} and run the same command, which makes it again"
+    )
+
+
+@dataclass(slots=True)
+class ArtifactWriter:
+    """Writes one artifact; see the module's description for what survives a kill.
+
+    A writer whose place holds unfinished parts of the same recipe takes them over.
+    """
+
+    place: Path
+    dataset: str
+    recipe: str
+    started: float = field(default_factory=time.time)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Rows that are not in the data at all, by reason."""
+
+    @property
+    def directory(self) -> Path:
+        """Where files are written until the artifact is sealed."""
+        return self.place.with_name(f".{self.place.name}.partial")
+
+    def open(self) -> None:
+        """Make the hidden directory; keep finished parts of the same recipe, remove all other debris."""
+        note = self.directory / RECIPE_NOTE
+        with explain_full_device(self.place):
+            if not note.is_file() or note.read_text(encoding="utf-8") != self.recipe:
+                shutil.rmtree(self.directory, ignore_errors=True)
+                self.directory.mkdir(parents=True)
+                write_text(note, self.recipe)
+            for debris in self.directory.glob(".*.tmp"):
+                debris.unlink()
+
+    def part_path(self, index: int) -> Path:
+        return self.directory / f"part-{index:05d}.parquet"
+
+    def has_part(self, index: int) -> bool:
+        """Return whether an earlier process finished this part."""
+        return self.part_path(index).is_file()
+
+    def write_part(self, index: int, frame: "pl.DataFrame") -> None:
+        """Check rows against the schema and commit them as one part. The bytes depend on the rows alone."""
+        import pyarrow.parquet as pq
+
+        from pipeline.schema import conform
+
+        table = conform(frame, self.dataset)
+        with atomic_write(self.part_path(index)) as temporary:
+            pq.write_table(
+                table, temporary, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
+            )
+
+    def discard(self) -> None:
+        """Remove everything that is not finished."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def seal(
+        self,
+        *,
+        stage: str,
+        stage_version: int,
+        config: dict[str, Any],
+        inputs: dict[str, Artifact],
+        environment: dict[str, Any],
+    ) -> Artifact:
+        """Write the manifest, then give the directory its name: from here on the artifact exists."""
+        names = sorted(
+            p.relative_to(self.directory).as_posix()
+            for p in self.directory.rglob("*")
+            if p.is_file() and p != self.directory / RECIPE_NOTE
+        )
+        drops = Counter(self.left_out)
+        files: dict[str, dict[str, Any]] = {}
+        with explain_full_device(self.place):
+            for name in names:
+                path = self.directory / name
+                path.chmod(0o644)  # safetensors makes its files private
+                rows = None
+                if name.endswith(".parquet"):
+                    rows, reasons = _count(path)
+                    drops.update(reasons)
+                files[name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            content = content_hash(self.dataset, files)
+            manifest = Manifest(
+                manifest_version=MANIFEST_VERSION,
+                stage=stage,
+                stage_version=stage_version,
+                dataset=self.dataset,
+                config=config,
+                inputs={n: {"path": _relative(a.path, self.place), "digest": a.digest} for n, a in inputs.items()},
+                files=files,
+                rows=sum(f["rows"] for f in files.values())
+                if any(f["rows"] is not None for f in files.values())
+                else None,
+                drops=dict(sorted(drops.items())),
+                environment=environment,
+                started_at=datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+                seconds=round(time.time() - self.started, 3),
+                recipe=self.recipe,
+                content=content,
+                digest=digest_of(self.recipe, content),
+            )
+            write_text(self.directory / MANIFEST, manifest.to_json())
+            (self.directory / RECIPE_NOTE).unlink()
+            sync_file(self.directory)
+            self.directory.rename(self.place)
+            sync_file(self.place.parent)
+        return Artifact(self.place, manifest)
+
+
+def _count(path: Path) -> tuple[int, dict[str, int]]:
+    """Return the number of rows of a part and, where it has a drop_reason, the number dropped for each reason."""
+    import polars as pl
+
+    scan = pl.scan_parquet(path)
+    if "drop_reason" not in scan.collect_schema():
+        return int(scan.select(pl.len()).collect().item()), {}
+    counts = scan.group_by("drop_reason").len().collect()
+    reasons = {r: n for r, n in counts.iter_rows() if r is not None}
+    return int(counts["len"].sum()), reasons
+
+
+def _relative(target: Path, start: Path) -> str:
+    return Path(os.path.relpath(target.resolve(), start.resolve())).as_posix()

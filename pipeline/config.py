@@ -1,0 +1,114 @@
+"""Strict configuration: TOML in, frozen pydantic models out, every problem named at once with its key and remedy."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of every config table: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Read-only.
+
+    Raises:
+        ConfigError: when the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: name a TOML file, for example configs/demo.toml") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as a TOML file ({error}): name one, e.g. configs/demo.toml"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the tables with ``key.path=value`` applied; a value is read as TOML, and as text where it is none.
+
+    Raises:
+        ConfigError: when an override has no ``=`` or leads through something that is not a table.
+    """
+    result: dict[str, Any] = _copy(tables)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {override}: expected key.path=value, for example --set update.learning_rate=2e-6")
+        table = result
+        for key in keys[:-1]:
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {override}: {key} is not a table of the config")
+        table[keys[-1]] = _value(text.strip())
+    return result
+
+
+def validate(model: type[Model], tables: Mapping[str, Any], source: str) -> Model:
+    """Return the validated config.
+
+    Raises:
+        ConfigError: one message that lists every problem with its key, what was found and what was expected.
+    """
+    try:
+        return model.model_validate(dict(tables))
+    except ValidationError as error:
+        lines = [_explain(model, problem) for problem in error.errors()]
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"{key}: missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, found {problem['input']!r}"
+
+
+def _fields_at(model: Any, location: Sequence[str]) -> list[str]:
+    """Return the known keys of the table at ``location``."""
+    for part in location:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return sorted(model.model_fields)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value

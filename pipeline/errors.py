@@ -1,0 +1,71 @@
+"""Every exception that a user can meet.
+
+GrpoError
+  UsageError            wrong option, argument or combination of them
+  ConfigError           the configuration does not say one clear thing
+  SourceError           prompts cannot be read from where the config points
+  ArtifactError         an artifact is not what its manifest says
+    ArtifactMissing     no finished artifact at this place
+    ArtifactDamaged     a file differs from the manifest
+    RecipeMismatch      the place is taken by an artifact made by another recipe
+  SchemaError           columns differ from the documented schema
+  RewardError           a reward function cannot be imported, or fails too often
+  PolicyError           a checkpoint cannot be used as a policy
+  EngineError           the inference engine cannot start, or died
+  OutOfSpace            the device is full
+
+Messages have three parts: what was found, what was expected, what to do. Each class also inherits the nearest
+standard one, and holds nothing but its message, so that it survives pickling between processes.
+"""
+
+
+class GrpoError(Exception):
+    """Base of every error that is shown to the user as one message, with exit code 2."""
+
+
+class UsageError(GrpoError, ValueError):
+    """A wrong option, argument, or combination of them."""
+
+
+class ConfigError(GrpoError, ValueError):
+    """The configuration does not say one clear thing."""
+
+
+class SourceError(GrpoError, ValueError):
+    """Prompts cannot be read from where the configuration points."""
+
+
+class ArtifactError(GrpoError, ValueError):
+    """An artifact is not what its manifest says."""
+
+
+class ArtifactMissing(ArtifactError):
+    """There is no finished artifact at this place."""
+
+
+class ArtifactDamaged(ArtifactError):
+    """A file of an artifact differs from what the manifest says."""
+
+
+class RecipeMismatch(ArtifactError):
+    """The place is taken by an artifact that another recipe made."""
+
+
+class SchemaError(GrpoError, ValueError):
+    """Columns differ from the documented schema."""
+
+
+class RewardError(GrpoError, ValueError):
+    """A reward function cannot be imported, or fails for too many completions."""
+
+
+class PolicyError(GrpoError, ValueError):
+    """A checkpoint cannot be used as a policy."""
+
+
+class EngineError(GrpoError, RuntimeError):
+    """The inference engine cannot start, or died."""
+
+
+class OutOfSpace(GrpoError, OSError):
+    """The device that holds the run is full."""

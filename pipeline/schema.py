@@ -1,0 +1,346 @@
+"""The Arrow schema of every dataset: one documented field per column, checked on every write and every read.
+
+Conventions: ids are opaque strings; null means unknown, never 0; one value per row has a singular name; per-token
+numbers are float32 lists, group statistics float64; JSON columns hold one compact object. Each field carries its
+documentation as Arrow metadata (key ``doc``), which Parquet files keep, so that a file explains itself.
+`docs/datasets.md` is generated from this module by `grpo schema --format markdown`.
+"""
+
+from collections.abc import Iterable
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.errors import SchemaError
+
+TOKEN_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+TOKEN_FLOATS = pa.list_(pa.float32())
+MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
+
+
+def column(name: str, type_: pa.DataType, doc: str, *, nullable: bool = False) -> pa.Field:
+    """Return a field that carries its documentation."""
+    return pa.field(name, type_, nullable=nullable, metadata={"doc": doc})
+
+
+def dataset(doc: str, columns: Iterable[pa.Field]) -> pa.Schema:
+    """Return a schema that carries the dataset's documentation."""
+    return pa.schema(list(columns), metadata={"doc": doc})
+
+
+DROP_REASON = column("drop_reason", pa.string(), "why the row is not used; null = it is used", nullable=True)
+COMPLETION_ID = column("completion_id", pa.string(), "one sampled answer; unique across runs")
+GROUP_ID = column("group_id", pa.string(), "the answers to one prompt that are compared with each other")
+PROMPT_ID = column("prompt_id", pa.string(), "hash of the source row")
+PROMPT_TOKEN_IDS = column("prompt_token_ids", TOKEN_IDS, "the prompt exactly as sent to the engine")
+COMPLETION_TOKEN_IDS = column(
+    "completion_token_ids", TOKEN_IDS, "the answer exactly as sampled, with its end-of-sequence token"
+)
+SAMPLING_LOGPROBS = column(
+    "sampling_logprobs",
+    TOKEN_FLOATS,
+    "natural log probability of each sampled token under the policy and sampling settings that chose it; "
+    "same length as completion_token_ids; a null element = the engine returned no finite number",
+)
+LOSS_MASK = column(
+    "loss_mask",
+    pa.list_(pa.bool_()),
+    "which completion tokens train (tool output does not); null = all of them",
+    nullable=True,
+)
+COMPLETION = column("completion", pa.string(), "the answer as text, special tokens left out")
+FINISH_REASON = column("finish_reason", pa.string(), "stop = ended by itself; length = cut at max_tokens; abort")
+SEED = column("seed", pa.int64(), "seed of this request's sampling")
+TEMPERATURE = column("temperature", pa.float32(), "sampling temperature; 0 = greedy")
+POLICY_DIGEST = column("policy_digest", pa.string(), "digest of the policy artifact whose weights wrote the answer")
+POLICY_ITERATION = column(
+    "policy_iteration",
+    pa.int32(),
+    "updates of this run behind those weights; 0 = the initial policy; null = not a policy of this run",
+    nullable=True,
+)
+OPTIMIZER_STEP = column("optimizer_step", pa.int32(), "index of the optimizer step within the iteration")
+REFERENCE_ANSWER = column("reference_answer", pa.string(), "the right answer; null = none is known", nullable=True)
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "prompts": dataset(
+        "The questions of one iteration, as messages and as the token ids that the engine receives.",
+        [
+            PROMPT_ID,
+            column("messages", MESSAGES, "the conversation that is to be answered"),
+            PROMPT_TOKEN_IDS,
+            REFERENCE_ANSWER,
+            column("task", pa.string(), "the source that the prompt comes from"),
+            column("metadata", pa.string(), "JSON: the rest of the source row, for the reward functions"),
+            DROP_REASON,
+        ],
+    ),
+    "completions": dataset(
+        "Groups of sampled answers: one row per answer, with the policy that wrote it.",
+        [
+            COMPLETION_ID,
+            GROUP_ID,
+            PROMPT_ID,
+            column("completion_index", pa.int32(), "position of the answer in its group"),
+            column("policy_name", pa.string(), "name of the group member that wrote it, as in generate.members"),
+            POLICY_DIGEST,
+            POLICY_ITERATION,
+            PROMPT_TOKEN_IDS,
+            COMPLETION_TOKEN_IDS,
+            SAMPLING_LOGPROBS,
+            LOSS_MASK,
+            COMPLETION,
+            FINISH_REASON,
+            column("stop_reason", pa.string(), "the stop token or string that ended it, if one did", nullable=True),
+            SEED,
+            TEMPERATURE,
+            column("top_p", pa.float32(), "nucleus sampling; 1 = off"),
+            column("top_k", pa.int32(), "top-k sampling; 0 = off"),
+            column("min_p", pa.float32(), "min-p sampling; 0 = off"),
+            column(
+                "logprobs_mode",
+                pa.string(),
+                "processed = after temperature and truncation; raw = before; as the engine says",
+            ),
+            column(
+                "kept_mass",
+                TOKEN_FLOATS,
+                "probability that truncated sampling left at each token; null = sampling was not truncated",
+                nullable=True,
+            ),
+            column("engine", pa.string(), "inference engine"),
+            column("engine_version", pa.string(), "its version"),
+        ],
+    ),
+    "rewards": dataset(
+        "Long format: one row per completion and reward function.",
+        [
+            COMPLETION_ID,
+            GROUP_ID,
+            column("reward_name", pa.string(), "name of the reward function in the config"),
+            column("reward_recipe", pa.string(), "identity of the function that gave it: source, arguments, version"),
+            column("reward", pa.float64(), "the score; null = could not be scored", nullable=True),
+            column("error", pa.string(), "why there is no score", nullable=True),
+            column("detail", pa.string(), "JSON: what the function saw, e.g. the extracted answer", nullable=True),
+        ],
+    ),
+    "advantages": dataset(
+        "One row per completion: its combined reward, its group's statistics and its advantage.",
+        [
+            COMPLETION_ID,
+            GROUP_ID,
+            column("reward", pa.float64(), "weighted sum of the rewards; null = unscored", nullable=True),
+            column("group_reward_mean", pa.float64(), "mean over scored members; null = none is scored", nullable=True),
+            column(
+                "group_reward_std",
+                pa.float64(),
+                "standard deviation over scored members (normalize.ddof); null = too few are scored",
+                nullable=True,
+            ),
+            column("group_size", pa.int32(), "scored members of the group"),
+            column("advantage", pa.float64(), "how much better than its group; 0 where the group tells nothing"),
+            column(
+                "drop_reason",
+                pa.string(),
+                "unscored, singleton (no other scored member), zero_variance (all members equal); null = informative",
+                nullable=True,
+            ),
+        ],
+    ),
+    "batches": dataset(
+        "The training order as data: each kept row is trainable by itself, dropped rows stand beside with a reason.",
+        [
+            column("optimizer_step", pa.int32(), "index of the optimizer step; null = dropped", nullable=True),
+            column(
+                "microbatch", pa.int32(), "index of the forward pass within the step; null = dropped", nullable=True
+            ),
+            column("row", pa.int32(), "position within the microbatch; null = dropped", nullable=True),
+            COMPLETION_ID,
+            GROUP_ID,
+            PROMPT_TOKEN_IDS,
+            COMPLETION_TOKEN_IDS,
+            LOSS_MASK,
+            column(
+                "sampling_logprobs",
+                TOKEN_FLOATS,
+                "as in completions, plus log(kept_mass) where sampling was truncated: over the full vocabulary",
+            ),
+            TEMPERATURE,
+            column("advantage", pa.float64(), "as in advantages"),
+            POLICY_DIGEST,
+            column(
+                "loss_denominator",
+                pa.float64(),
+                "tokens that the loss of this optimizer step is divided by; null = dropped",
+                nullable=True,
+            ),
+            DROP_REASON,
+        ],
+    ),
+    "training_records": dataset(
+        "What the update did with each row: one row per completion and optimizer step.",
+        [
+            COMPLETION_ID,
+            OPTIMIZER_STEP,
+            column("num_tokens", pa.int32(), "tokens that trained"),
+            column(
+                "importance_ratio_mean",
+                pa.float64(),
+                "mean over tokens of current / proximal probability",
+                nullable=True,
+            ),
+            column("importance_ratio_max", pa.float64(), "largest current / proximal probability", nullable=True),
+            column("clipped_low_tokens", pa.int32(), "tokens with A < 0 and a ratio under 1 - clip_low: no gradient"),
+            column("clipped_high_tokens", pa.int32(), "tokens with A > 0 and a ratio over 1 + clip_high: no gradient"),
+            column("correction_weight_mean", pa.float64(), "mean sampler correction weight", nullable=True),
+            column("masked_tokens", pa.int32(), "tokens that the correction gave weight 0"),
+            column(
+                "entropy_mean",
+                pa.float64(),
+                "mean entropy of the policy's next-token distribution, nats",
+                nullable=True,
+            ),
+            column(
+                "kl_to_sampler", pa.float64(), "k3 estimate of KL(sampler || current) per token, nats", nullable=True
+            ),
+            column(
+                "logprob_difference_max",
+                pa.float64(),
+                "largest |proximal - sampler| log probability: engine mismatch and staleness",
+                nullable=True,
+            ),
+            column("loss", pa.float64(), "this row's share of the step's loss"),
+            column("trainer_logprobs", TOKEN_FLOATS, "with update.record_tokens: the trainer's", nullable=True),
+            column("sampling_logprobs", TOKEN_FLOATS, "with update.record_tokens: the sampler's", nullable=True),
+            column("importance_ratios", TOKEN_FLOATS, "with update.record_tokens: per token", nullable=True),
+            column("correction_weights", TOKEN_FLOATS, "with update.record_tokens: per token", nullable=True),
+            column("entropies", TOKEN_FLOATS, "with update.record_tokens: per token", nullable=True),
+        ],
+    ),
+    "optimizer_steps": dataset(
+        "One row per optimizer step of an iteration.",
+        [
+            OPTIMIZER_STEP,
+            column("learning_rate", pa.float64(), "used by this step"),
+            column("grad_norm", pa.float64(), "norm of the gradient before it was clipped"),
+            column("loss", pa.float64(), "its value says little: on-policy it is near 0 while the gradient is not"),
+            column("num_tokens", pa.int64(), "tokens that trained"),
+            column("num_rows", pa.int64(), "completions that trained"),
+        ],
+    ),
+    "evaluations": dataset(
+        "Held-out prompts answered by a policy: one row per answer.",
+        [
+            COMPLETION_ID,
+            GROUP_ID,
+            PROMPT_ID,
+            column("decoding", pa.string(), "greedy (for pass@1) or sampled (for pass@k)"),
+            column("completion_index", pa.int32(), "position among the answers of the same decoding"),
+            POLICY_DIGEST,
+            POLICY_ITERATION,
+            column("messages", MESSAGES, "the conversation that is answered"),
+            REFERENCE_ANSWER,
+            COMPLETION,
+            COMPLETION_TOKEN_IDS,
+            SAMPLING_LOGPROBS,
+            FINISH_REASON,
+            SEED,
+            TEMPERATURE,
+            column("reward", pa.float64(), "combined reward; null = could not be scored", nullable=True),
+            column(
+                "is_correct", pa.bool_(), "reward is at least evaluate.pass_threshold; null = unscored", nullable=True
+            ),
+            column("error", pa.string(), "why there is no reward", nullable=True),
+        ],
+    ),
+    "metrics": dataset(
+        "One row per iteration, derived from its artifacts.",
+        [
+            column("iteration", pa.int32(), "index of the iteration"),
+            column("reward_mean", pa.float64(), "mean combined reward of scored completions", nullable=True),
+            column("reward_std", pa.float64(), "its standard deviation", nullable=True),
+            column(
+                "pass_rate",
+                pa.float64(),
+                "share of scored completions at or over evaluate.pass_threshold",
+                nullable=True,
+            ),
+            column(
+                "rewards",
+                pa.list_(
+                    pa.struct(
+                        [
+                            pa.field("name", pa.string()),
+                            pa.field("mean", pa.float64()),
+                            pa.field("null_count", pa.int64()),
+                        ]
+                    )
+                ),
+                "per reward function: mean and number of completions it could not score",
+            ),
+            column("completion_tokens_mean", pa.float64(), "mean length of the answers"),
+            column("truncated_share", pa.float64(), "share of answers cut at max_tokens"),
+            column("zero_variance_share", pa.float64(), "share of groups whose members all got the same reward"),
+            column("num_completions", pa.int64(), "completions generated"),
+            column("num_trained", pa.int64(), "completions that trained"),
+            column("num_tokens", pa.int64(), "tokens that trained"),
+            column("entropy", pa.float64(), "token mean, nats", nullable=True),
+            column("kl_to_sampler", pa.float64(), "token mean of the k3 estimate, nats", nullable=True),
+            column("clip_low_share", pa.float64(), "share of tokens clipped with A < 0", nullable=True),
+            column("clip_high_share", pa.float64(), "share of tokens clipped with A > 0", nullable=True),
+            column("loss", pa.float64(), "mean over optimizer steps", nullable=True),
+            column("grad_norm", pa.float64(), "before clipping, mean over optimizer steps", nullable=True),
+            column("learning_rate", pa.float64(), "at the last optimizer step", nullable=True),
+            column("eval_pass_at_1", pa.float64(), "held-out, greedy; null = not evaluated", nullable=True),
+            column("eval_pass_rate", pa.float64(), "held-out, sampled: share of correct answers", nullable=True),
+            column("eval_pass_at_k", pa.float64(), "held-out, sampled: at least one of k is correct", nullable=True),
+            column("generate_tokens_per_second", pa.float64(), "completion tokens over the seconds of generate"),
+            column(
+                "seconds",
+                pa.list_(pa.struct([pa.field("stage", pa.string()), pa.field("seconds", pa.float64())])),
+                "wall time of each stage when it was computed",
+            ),
+        ],
+    ),
+}
+
+
+def conform(frame: pl.DataFrame | pa.Table, name: str) -> pa.Table:
+    """Return the rows as a table of exactly the schema ``name``.
+
+    Raises:
+        SchemaError: when columns are missing or unknown, a value does not fit its type, or a null stands where none
+            may.
+    """
+    schema = SCHEMAS[name]
+    table = frame.to_arrow() if isinstance(frame, pl.DataFrame) else frame
+    missing = [n for n in schema.names if n not in table.column_names]
+    unknown = [n for n in table.column_names if n not in schema.names]
+    if missing or unknown:
+        raise SchemaError(
+            f"rows for {name} lack the columns {missing} and have the unknown columns {unknown}; "
+            f"expected {schema.names}: see `grpo schema {name}`"
+        )
+    try:
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise SchemaError(f"rows for {name} do not fit its schema: {error}; see `grpo schema {name}`") from error
+    return table
+
+
+def check_schema(found: pa.Schema, name: str, where: object) -> None:
+    """Raise SchemaError unless ``found`` has exactly the columns and types of the schema ``name``."""
+    expected = SCHEMAS[name]
+    if found.equals(expected, check_metadata=False):
+        return
+    differences = [
+        f"{field.name}: {found.field(field.name).type if field.name in found.names else 'missing'}, "
+        f"expected {field.type}"
+        for field in expected
+        if field.name not in found.names or not found.field(field.name).equals(field)
+    ]
+    differences += [f"{n}: unknown column" for n in found.names if n not in expected.names]
+    raise SchemaError(
+        f"{where} does not have the schema of {name} ({'; '.join(differences) or 'column order differs'}): "
+        "it was written by another version of this program, or not by it; make it again or convert it"
+    )

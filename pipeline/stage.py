@@ -1,0 +1,207 @@
+"""Stages: what is computed, from what, and whether it has been computed already.
+
+A stage module has a config, a pure core (frames in, frames out) and a `Stage` record. `run_stage` supplies the rest:
+the recipe, reuse of a finished artifact, refusal of a foreign one, atomic parts, the manifest.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.artifact import Artifact, ArtifactWriter, canonical_json, is_finished, open_artifact
+from pipeline.errors import RecipeMismatch
+from pipeline.provenance import environment
+from pipeline.storage import explain_full_device, sha256_text
+
+
+class Progress(Protocol):
+    """Told how far a stage is; the default listens to nothing."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None: ...
+
+
+def silent(done: int, total: int, text: str = "") -> None:
+    """Ignore progress."""
+
+
+class HasConfig(Protocol):
+    """A pydantic model; plumbing need not import pydantic."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+@dataclass(slots=True)
+class StageTask:
+    """What a stage's compute function is given."""
+
+    config: Any
+    parameters: Mapping[str, Any]
+    """Beyond the config, what decides the result: seed, iteration, hashes of user code."""
+    inputs: Mapping[str, Artifact]
+    writers: Mapping[str, ArtifactWriter]
+    """Output name -> writer."""
+    recipe: str
+    resources: Any = None
+    """Live helpers that decide no result, such as a running engine."""
+    progress: Progress = silent
+
+    @property
+    def writer(self) -> ArtifactWriter:
+        """The writer of the stage's main output."""
+        return list(self.writers.values())[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The record of a stage."""
+
+    name: str
+    """The verb: module, config table and command have the same name."""
+    version: int
+    """Raised whenever the same recipe would give other rows."""
+    outputs: tuple[str, ...]
+    """Dataset names, which are folder names; the last is the main one, whose existence means that the stage is done."""
+    compute: Callable[[StageTask], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """The artifacts of a stage, and whether they were there already."""
+
+    outputs: Mapping[str, Artifact]
+    reused: bool
+
+    @property
+    def main(self) -> Artifact:
+        return list(self.outputs.values())[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class StageCall:
+    """One stage, bound to its config, inputs and places: what can be hashed, reused or run."""
+
+    stage: Stage
+    config: HasConfig
+    inputs: Mapping[str, Artifact]
+    places: Mapping[str, Path]
+    """Output name -> directory."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def recipe_parts(self) -> dict[str, Any]:
+        """Return everything that decides the result, readable; its hash is the recipe."""
+        return {
+            "stage": self.stage.name,
+            "version": self.stage.version,
+            "config": {**self.config.model_dump(mode="json"), **self.parameters},
+            "inputs": {name: artifact.digest for name, artifact in self.inputs.items()},
+        }
+
+    def recipe(self) -> str:
+        return sha256_text(canonical_json(self.recipe_parts()))
+
+
+def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = silent) -> StageResult:
+    """Return the stage's artifacts: the finished ones when their recipe matches, else freshly computed.
+
+    Secondary outputs of a stage whose main output is missing are debris of a killed process and are made again.
+
+    Raises:
+        RecipeMismatch: when a finished artifact of another recipe stands in the main output's place.
+        OutOfSpace: when the device is full; nothing half-written is left.
+    """
+    finished = find_finished(call)
+    if finished is not None:
+        return finished
+    recipe = call.recipe()
+    writers = {name: ArtifactWriter(call.places[name], name, recipe) for name in call.stage.outputs}
+    for artifact in call.inputs.values():
+        artifact.check_sizes()
+    for writer in writers.values():
+        if is_finished(writer.place):
+            remove_artifact(writer.place)
+        writer.open()
+    task = StageTask(call.config, call.parameters, call.inputs, writers, recipe, resources, progress)
+    with explain_full_device(next(iter(call.places.values()))):
+        call.stage.compute(task)
+    sealed = {
+        name: writer.seal(
+            stage=call.stage.name,
+            stage_version=call.stage.version,
+            config=call.recipe_parts()["config"],
+            inputs=dict(call.inputs),
+            environment=environment(),
+        )
+        for name, writer in writers.items()
+    }
+    return StageResult(sealed, reused=False)
+
+
+def find_finished(call: StageCall) -> StageResult | None:
+    """Return the finished artifacts of this very recipe, or None when the main one does not exist. Read-only.
+
+    Raises:
+        RecipeMismatch: when another recipe's artifact stands there.
+        ArtifactDamaged: when its rows are not what its manifest says. Checkpoints are only verified when they are read.
+    """
+    main = call.places[call.stage.outputs[-1]]
+    if not is_finished(main):
+        return None
+    outputs = {name: open_artifact(call.places[name]) for name in call.stage.outputs}
+    for artifact in outputs.values():
+        if artifact.manifest.recipe != call.recipe():
+            raise RecipeMismatch(
+                f"{artifact.path} is taken by an artifact of another recipe ({_difference(call, artifact)}): "
+                "finished artifacts are never overwritten; use a new run directory, or go back to the old settings"
+            )
+        if artifact.files():
+            artifact.verify()
+        else:
+            artifact.check_sizes()
+    return StageResult(outputs, reused=True)
+
+
+def remove_artifact(place: Path) -> None:
+    """Remove a directory such that a kill in between leaves no half artifact under its name."""
+    import shutil
+
+    doomed = place.with_name(f".{place.name}.doomed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    place.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _difference(call: StageCall, found: Artifact) -> str:
+    """Say in which respect a finished artifact's recipe differs from the wanted one."""
+    wanted = call.recipe_parts()
+    manifest = found.manifest
+    if (manifest.stage, manifest.stage_version) != (wanted["stage"], wanted["version"]):
+        return f"stage {manifest.stage} {manifest.stage_version}, wanted {wanted['stage']} {wanted['version']}"
+    keys = sorted({*manifest.config, *wanted["config"]})
+    for key in keys:
+        was, now = manifest.config.get(key), wanted["config"].get(key)
+        if was != now:
+            return f"{call.stage.name}.{key} was {canonical_json(was)}, now {canonical_json(now)}"
+    for name in sorted({*manifest.inputs, *wanted["inputs"]}):
+        had, has = manifest.inputs.get(name, {}).get("digest"), wanted["inputs"].get(name)
+        if had != has:
+            return f"its input {name} was {str(had)[:12]}, now {str(has)[:12]}"
+    return "its recipe cannot be read from its manifest"
+
+
+def import_function(name: str) -> tuple[Callable[..., Any], str]:
+    """Return the function named ``module:function`` and the hash of its module's source.
+
+    Raises:
+        ImportError: when the module or the function does not exist; the message says which.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name:
+        raise ImportError(f"{name!r} is not of the form module:function")
+    module = importlib.import_module(module_name)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ImportError(f"{module_name} has no function {function_name}")
+    return function, sha256_text(inspect.getsource(inspect.getmodule(function) or module))

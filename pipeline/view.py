@@ -1,0 +1,97 @@
+"""Printing rows: tables for people, JSON lines and CSV for programs. Shared by every command that only looks."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+
+class Format(StrEnum):
+    """How a looking command prints."""
+
+    table = "table"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+Row = Mapping[str, Any]
+
+MOST_COLUMNS = 16
+"""Wider rows are printed one below the other."""
+
+
+def print_rows(rows: Iterable[Row], format_: Format, *, columns: Sequence[str] | None = None) -> None:
+    """Print rows of one shape. Read-only.
+
+    A table shortens long values to the width of the terminal; jsonl and csv give every value whole, lists in csv as
+    JSON.
+    """
+    listed = list(rows)
+    names = list(columns) if columns else (list(listed[0]) if listed else [])
+    if format_ is Format.jsonl:
+        for row in listed:
+            print(json.dumps({name: row[name] for name in names}, ensure_ascii=False, default=str))
+    elif format_ is Format.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([_flat(row[name]) for name in names] for row in listed)
+    else:
+        _print_table(listed, names)
+
+
+def _print_table(rows: Sequence[Row], names: Sequence[str]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    if len(names) > MOST_COLUMNS:
+        _print_records(rows, names)
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        is_number = bool(rows) and all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name, justify="right" if is_number else "left", overflow="ellipsis", no_wrap=True)
+    for row in rows:
+        # Text, never markup: values come from a model
+        table.add_row(*(Text(_short(row[name])) for name in names))
+    console().print(table)
+
+
+def _print_records(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Print wide rows one below the other, a line for each value."""
+    from rich.text import Text
+
+    width = max(len(name) for name in names)
+    screen = console()
+    for index, row in enumerate(rows):
+        screen.print(f"row {index}", style="bold")
+        for name in names:
+            screen.print(Text(f"  {name:<{width}}  {_short(row[name])}"), overflow="ellipsis", no_wrap=True)
+
+
+def console() -> Any:
+    """Return the terminal, or a wide plain one when the output goes to a file or a pipe."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=160, color_system=None)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | dict):
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        return text if len(text) <= 60 else text[:57] + "..."
+    return str(value).replace("\n", "\\n")
+
+
+def _flat(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value

@@ -1,0 +1,161 @@
+"""batch: completions and advantages -> the training order as data, with the dropped rows and their reasons beside it.
+
+After this stage the trainer has no choice left: every kept row says in which optimizer step and microbatch it stands,
+and what its loss is divided by.
+"""
+
+from typing import Literal
+
+import polars as pl
+from pydantic import Field
+
+from grpo.collate import cut_microbatches
+from pipeline.config import StrictModel
+from pipeline.run_dir import identity
+from pipeline.stage import Stage, StageTask
+
+
+NO_PLACE = {
+    "optimizer_step": pl.lit(None, pl.Int32),
+    "microbatch": pl.lit(None, pl.Int32),
+    "row": pl.lit(None, pl.Int32),
+    "loss_denominator": pl.lit(None, pl.Float64),
+}
+"""What stands in a dropped row."""
+
+
+class BatchConfig(StrictModel):
+    """Config of the batch stage."""
+
+    optimizer_steps: int = Field(1, ge=1)
+    """Optimizer steps that an epoch over the rows is cut into. With one, no second forward is needed."""
+    epochs: int = Field(1, ge=1)
+    """How often each row is trained on."""
+    microbatch_tokens: int = Field(8192, ge=1)
+    """Padded tokens (rows x longest row) of a forward pass; a longer single row gets a pass of its own."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Rows of more prompt and answer tokens are dropped as ``too_long``; null = none are."""
+    drop_truncated: bool = False
+    """Drop answers that were cut at max_tokens (DAPO's overlong filtering); their rewards stay in the group's mean."""
+    zero_variance: Literal["drop", "keep_in_denominator"] = "drop"
+    """What happens to groups that tell nothing: out of the loss, or their tokens count in its denominator."""
+    max_policy_age: int | None = Field(None, ge=0)
+    """Rows written by a policy more than this many updates old are dropped as ``stale``; null = none are."""
+
+
+def batch_rows(
+    completions: pl.DataFrame, advantages: pl.DataFrame, config: BatchConfig, *, seed: int, iteration: int
+) -> pl.DataFrame:
+    """Return the rows in training order, then the dropped ones.
+
+    Groups are shuffled by a hash of the seed and dealt to the optimizer steps whole; inside a step rows stand by
+    length, so that a microbatch pads little.
+    """
+    rows = completions.join(advantages, on="completion_id", how="left", validate="1:1", maintain_order="left")
+    rows = (
+        rows.with_columns(
+            num_tokens=pl.col("prompt_token_ids").list.len() + pl.col("completion_token_ids").list.len(),
+            loss_tokens=_loss_tokens(),
+            sampling_logprobs=_full_vocabulary_logprobs(rows),
+        )
+        .with_columns(drop_reason=_drop_reason(config, iteration))
+        .with_columns(pl.col("advantage").fill_null(0.0))
+    )
+    kept = rows.filter(pl.col("drop_reason").is_null())
+    steps = [
+        _step(part, config, step=epoch * config.optimizer_steps + index)
+        for epoch in range(config.epochs)
+        for index, part in enumerate(_deal(kept, config.optimizer_steps, seed, iteration, epoch))
+    ]
+    uninformative = rows.filter(pl.col("drop_reason") == "zero_variance")["loss_tokens"].sum()
+    extra = uninformative / config.optimizer_steps if config.zero_variance == "keep_in_denominator" else 0.0
+    ordered = [
+        step.with_columns(loss_denominator=pl.col("loss_tokens").sum().cast(pl.Float64) + extra) for step in steps
+    ]
+    dropped = rows.filter(pl.col("drop_reason").is_not_null()).sort("completion_id").with_columns(**NO_PLACE)
+    return pl.concat([*ordered, dropped], how="diagonal").select(
+        "optimizer_step",
+        "microbatch",
+        "row",
+        "completion_id",
+        "group_id",
+        "prompt_token_ids",
+        "completion_token_ids",
+        "loss_mask",
+        "sampling_logprobs",
+        "temperature",
+        "advantage",
+        "policy_digest",
+        "loss_denominator",
+        "drop_reason",
+    )
+
+
+def _loss_tokens() -> pl.Expr:
+    """Number of tokens that train."""
+    masked = pl.col("loss_mask").list.eval(pl.element().cast(pl.Int32)).list.sum()
+    return pl.when(pl.col("loss_mask").is_null()).then(pl.col("completion_token_ids").list.len()).otherwise(masked)
+
+
+def _full_vocabulary_logprobs(rows: pl.DataFrame) -> pl.Expr | pl.Series:
+    """Undo the renormalization of truncated sampling, so that the trainer's ratios compare like with like."""
+    if rows["kept_mass"].null_count() == len(rows):
+        return pl.col("sampling_logprobs")
+    return (
+        pl.when(pl.col("kept_mass").is_null())
+        .then(pl.col("sampling_logprobs"))
+        .otherwise(pl.col("sampling_logprobs") + pl.col("kept_mass").list.eval(pl.element().log()))
+    )
+
+
+def _drop_reason(config: BatchConfig, iteration: int) -> pl.Expr:
+    """First reason that applies, in this order; null = the row trains."""
+    reason = (
+        pl.when(pl.col("advantage").is_null())
+        .then(pl.lit("unscored"))
+        .when(pl.col("drop_reason").is_not_null())
+        .then(pl.col("drop_reason"))
+    )
+    reason = reason.when(pl.col("loss_tokens") == 0).then(pl.lit("no_trainable_token"))
+    if config.drop_truncated:
+        reason = reason.when(pl.col("finish_reason") == "length").then(pl.lit("truncated"))
+    if config.max_tokens is not None:
+        reason = reason.when(pl.col("num_tokens") > config.max_tokens).then(pl.lit("too_long"))
+    if config.max_policy_age is not None:
+        age = iteration - pl.col("policy_iteration")
+        reason = reason.when(age.is_null() | (age > config.max_policy_age)).then(pl.lit("stale"))
+    return reason.otherwise(None)
+
+
+def _deal(kept: pl.DataFrame, steps: int, seed: int, iteration: int, epoch: int) -> list[pl.DataFrame]:
+    """Return the rows of each optimizer step; groups stay whole, in an order that a hash decides."""
+    groups = kept["group_id"].unique(maintain_order=True).to_list()
+    groups.sort(key=lambda group: identity(seed, iteration, epoch, group))
+    step_of = {group: index * steps // max(len(groups), 1) for index, group in enumerate(groups)}
+    numbered = kept.with_columns(_step=pl.col("group_id").replace_strict(step_of, default=None, return_dtype=pl.Int32))
+    parts = [numbered.filter(pl.col("_step") == step).drop("_step") for step in range(steps)]
+    return [part for part in parts if len(part)]
+
+
+def _step(rows: pl.DataFrame, config: BatchConfig, *, step: int) -> pl.DataFrame:
+    ordered = rows.sort("num_tokens", "completion_id")
+    microbatch = cut_microbatches(ordered["num_tokens"].to_list(), config.microbatch_tokens)
+    return ordered.with_columns(
+        pl.lit(step).alias("optimizer_step"), pl.Series("microbatch", microbatch, dtype=pl.Int32)
+    ).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("microbatch"))
+
+
+def compute(task: StageTask) -> None:
+    """Order the rows of an iteration."""
+    completions = task.inputs["completions"].read()
+    frame = batch_rows(
+        completions,
+        task.inputs["advantages"].scan().select("completion_id", "advantage", "drop_reason").collect(),
+        task.config,
+        seed=task.parameters["seed"],
+        iteration=task.parameters["iteration"],
+    )
+    task.writer.write_part(0, frame)
+
+
+STAGE = Stage("batch", version=1, outputs=("batches",), compute=compute)

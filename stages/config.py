@@ -1,0 +1,133 @@
+"""The configuration of a run: one table per stage, named as the stage, and the checks that span several of them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.config import StrictModel, apply_overrides, load_toml, validate
+from pipeline.errors import RecipeMismatch
+from pipeline.run_dir import RunDir
+from stages.batch import BatchConfig
+from stages.evaluate import EvaluateConfig, EvaluateTaskConfig
+from stages.generate import CURRENT, GenerateConfig
+from stages.normalize import NormalizeConfig
+from stages.policy import STARTER, PolicyConfig
+from stages.prompts import PromptsConfig
+from stages.score import ScoreConfig
+from stages.starter import StarterConfig
+from stages.update import UpdateConfig
+
+CHANGEABLE = ("iterations", "resources", "evaluate.every")
+"""What may change between two starts of the same run: it decides how far and where, not what comes out."""
+
+
+class ResourcesConfig(StrictModel):
+    """What the machine offers. Decides no result, so it stands in no recipe."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Of the update."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of the GPU's memory that vLLM may take; the update needs the rest."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Memory for vLLM's key-value cache on CPU, GiB."""
+
+
+class RunConfig(StrictModel):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0)
+    """Every random choice of the run derives from it."""
+    iterations: int = Field(10, ge=1)
+    """Rounds of generate ... update. Raising it later continues a finished run."""
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig
+    normalize: NormalizeConfig = NormalizeConfig()
+    batch: BatchConfig = BatchConfig()
+    update: UpdateConfig = UpdateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    starter: StarterConfig | None = None
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.policy.model == STARTER and self.starter is None:
+            raise ValueError('policy.model is "starter", but there is no [starter] table: add one, or name a model')
+        if self.starter is not None and self.policy.model != STARTER:
+            raise ValueError(
+                f'there is a [starter] table, but policy.model is "{self.policy.model}": set it to "starter", or leave '
+                "the table out"
+            )
+        names = [reward.name for reward in self.score.rewards]
+        unknown = sorted(set(self.normalize.weights) - set(names))
+        if unknown:
+            raise ValueError(f"normalize.weights names {unknown}, score.rewards has {names}: correct the names")
+        if all(member.policy != CURRENT for member in self.generate.plan()) and self.update.correction == "none":
+            raise ValueError(
+                "no group member is written by the current policy, and update.correction is none: set it to "
+                "token_truncate, or add a member with policy = current"
+            )
+        return self
+
+    def evaluation(self) -> EvaluateTaskConfig:
+        """Return what decides an evaluation."""
+        generate = self.generate
+        return EvaluateTaskConfig(
+            num_samples=self.evaluate.num_samples,
+            pass_threshold=self.evaluate.pass_threshold,
+            max_tokens=generate.max_tokens,
+            temperature=generate.temperature,
+            engine=generate.engine,
+            dtype=generate.dtype,
+            max_num_seqs=generate.max_num_seqs,
+            max_num_batched_tokens=generate.max_num_batched_tokens,
+            num_threads=generate.num_threads,
+            score=self.score,
+            normalize=self.normalize,
+        )
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Return the validated config of a TOML file with ``key=value`` overrides. Read-only.
+
+    Raises:
+        ConfigError: naming every wrong key, or that the path is no TOML file.
+    """
+    return validate(RunConfig, apply_overrides(load_toml(path), overrides or []), str(path))
+
+
+def recorded_config(run: RunDir) -> RunConfig:
+    """Return the config that a run was made with. Read-only."""
+    tables = json.loads(run.resolved_config.read_text(encoding="utf-8"))
+    return validate(RunConfig, tables, str(run.resolved_config))
+
+
+def check_unchanged(run: RunDir, config: RunConfig) -> None:
+    """Check that a run directory, if it exists, belongs to this config. Read-only.
+
+    Raises:
+        RecipeMismatch: naming the settings that differ and would change results.
+    """
+    if not run.resolved_config.is_file():
+        return
+    recorded = json.loads(run.resolved_config.read_text(encoding="utf-8"))
+    changes = list(_changes(recorded, config.model_dump(mode="json")))
+    if changes:
+        raise RecipeMismatch(
+            f"{run.root} was made with another config ({'; '.join(changes)}): its artifacts are never overwritten; "
+            "give this config a new run directory (--run), or go back to the old settings"
+        )
+
+
+def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if path in CHANGEABLE:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} was {json.dumps(old)}, now {json.dumps(new)}"

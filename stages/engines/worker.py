@@ -1,0 +1,115 @@
+"""The child's side of `stages.engines.process`: runs one engine and answers its parent, and dies with it."""
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from pipeline.errors import GrpoError
+from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, Request, Sampling
+
+WATCH_SECONDS = 0.25
+"""How often the child looks whether its parent lives: it is gone within about a second after it."""
+
+PROGRESS_SECONDS = 0.1
+"""Shortest time between two progress messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Asks for ``engine.load``; answered by the engine's info."""
+
+    policy: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Asks for ``engine.generate``; answered by its rows, with Progress before."""
+
+    requests: Sequence[Request]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a call to generate is."""
+
+    finished_requests: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The call raised: one of our own errors as it stands, any other as text."""
+
+    error: GrpoError | str
+
+
+Reply = EngineInfo | list[Generated] | Progress | Failed
+
+
+def build_engine(settings: EngineSettings) -> Engine:
+    """Return the engine that the settings name. Imports torch or vllm: for the child only."""
+    if settings.engine == "vllm":
+        from stages.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(settings)
+    from stages.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(settings)
+
+
+def main(socket: int, parent: int) -> None:
+    """Answer the parent until it closes the connection or dies, then end this process and all that it started."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    os.set_inheritable(socket, False)
+    connection = Connection(socket)
+    try:
+        factory, settings = connection.recv()
+        engine: Engine | None = None
+        while True:
+            call = connection.recv()
+            reply: Reply
+            try:
+                if engine is None:
+                    engine = factory(settings)
+                reply = _answer(engine, call, connection)
+            except Exception as error:
+                traceback.print_exc()
+                reply = Failed(error if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}")
+            connection.send(reply)
+    except (EOFError, ConnectionError):
+        _end_group()
+
+
+def _answer(engine: Engine, call: Load | Generate, connection: Connection) -> Reply:
+    if isinstance(call, Load):
+        engine.load(call.policy)
+        return engine.info
+    last_sent = 0.0
+
+    def tell(finished_requests: int, generated_tokens: int) -> None:
+        nonlocal last_sent
+        is_last = finished_requests == len(call.requests)
+        if is_last or time.monotonic() - last_sent >= PROGRESS_SECONDS:
+            last_sent = time.monotonic()
+            connection.send(Progress(finished_requests, generated_tokens))
+
+    return engine.generate(call.requests, call.sampling, tell)
+
+
+def _watch(parent: int) -> None:
+    """End the group when the parent is gone; PDEATHSIG would fire when the thread that started us ends."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    _end_group()
+
+
+def _end_group() -> None:
+    """Kill this process and all that it started: the group is ours alone, as the parent gave us a session."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -1,0 +1,168 @@
+"""evaluate: held-out prompts and a policy -> answers with their rewards, for pass@1 (greedy) and pass@k (sampled)."""
+
+import math
+
+import polars as pl
+from pydantic import Field
+
+from pipeline.config import StrictModel
+from pipeline.run_dir import identity
+from pipeline.stage import Stage, StageTask
+from stages.engines.base import Engine, Generated, Request, Sampling
+from stages.generate import request_seed
+from stages.normalize import NormalizeConfig, normalize_rows
+from stages.policy import load_tokenizer, stop_token_ids
+from stages.score import ScoreConfig, find_rewards, score_rows
+from stages.sources import SourceConfig
+
+
+class EvaluateConfig(StrictModel):
+    """Config of the evaluate stage."""
+
+    every: int = Field(10, ge=0)
+    """Evaluate after every so many iterations, before the first and after the last; 0 = never."""
+    num_prompts: int = Field(256, ge=1)
+    """Held-out questions."""
+    num_samples: int = Field(8, ge=1)
+    """Sampled answers to each, k of pass@k; the greedy answer stands beside them."""
+    held_out_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the source's questions, chosen by their hash, that training and warm-up never see."""
+    pass_threshold: float = 1.0
+    """Combined reward from which an answer counts as correct."""
+    source: SourceConfig | None = None
+    """Another source to take the questions from; null = the held-out share of [prompts]."""
+
+
+class EvaluateTaskConfig(StrictModel):
+    """What decides an evaluation, beyond its prompts and its policy."""
+
+    num_samples: int
+    pass_threshold: float
+    max_tokens: int
+    temperature: float
+    engine: str
+    dtype: str
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    num_threads: int
+    score: ScoreConfig
+    normalize: NormalizeConfig
+
+
+def evaluation_rows(
+    prompts: pl.DataFrame,
+    generated: list[Generated],
+    texts: list[str],
+    seeds: list[int],
+    *,
+    recipe: str,
+    decoding: str,
+    temperature: float,
+    policy_digest: str,
+    policy_iteration: int | None,
+) -> pl.DataFrame:
+    """Return one row per answer, not yet scored: the same number of consecutive answers for each prompt."""
+    per_prompt = len(generated) // len(prompts)
+    repeated = prompts[[row for row in range(len(prompts)) for _ in range(per_prompt)]]
+    group_ids = [identity(recipe, decoding, p) for p in repeated["prompt_id"]]
+    indices = [i % per_prompt for i in range(len(generated))]
+    return repeated.select("prompt_id", "messages", "reference_answer").with_columns(
+        pl.Series("completion_id", [f"{g}-{i:03d}" for g, i in zip(group_ids, indices, strict=True)]),
+        pl.Series("group_id", group_ids),
+        pl.lit(decoding).alias("decoding"),
+        pl.Series("completion_index", indices, dtype=pl.Int32),
+        pl.lit(policy_digest).alias("policy_digest"),
+        pl.lit(policy_iteration, dtype=pl.Int32).alias("policy_iteration"),
+        pl.Series("completion", texts),
+        pl.Series("completion_token_ids", [g.token_ids for g in generated], dtype=pl.List(pl.Int32)),
+        pl.Series("sampling_logprobs", [g.logprobs for g in generated], dtype=pl.List(pl.Float32)),
+        pl.Series("finish_reason", [g.finish_reason for g in generated]),
+        pl.Series("seed", seeds, dtype=pl.Int64),
+        pl.lit(temperature, dtype=pl.Float32).alias("temperature"),
+    )
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Return the unbiased estimate of the chance that one of k samples is correct (arXiv:2107.03374, eq. 1)."""
+    if num_samples - num_correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / n for n in range(num_samples - num_correct + 1, num_samples + 1))
+
+
+def summarize(evaluations: pl.DataFrame) -> dict[str, float | None]:
+    """Return pass_at_1 (greedy), pass_rate (share of sampled answers that are correct) and pass_at_k. Read-only."""
+    greedy = evaluations.filter(pl.col("decoding") == "greedy")["is_correct"]
+    sampled = evaluations.filter(pl.col("decoding") == "sampled")
+    groups = sampled.group_by("group_id", maintain_order=True).agg(
+        pl.col("is_correct").sum().alias("c"), pl.len().alias("n")
+    )
+    at_k = [pass_at_k(n, c, n) for c, n in groups.select("c", "n").iter_rows()]
+    return {
+        "eval_pass_at_1": _mean(greedy),
+        "eval_pass_rate": _mean(sampled["is_correct"]),
+        "eval_pass_at_k": sum(at_k) / len(at_k) if at_k else None,
+    }
+
+
+def _mean(values: pl.Series) -> float | None:
+    mean = values.cast(pl.Float64).mean()
+    return None if mean is None else float(mean)  # type: ignore[arg-type]
+
+
+def compute(task: StageTask) -> None:
+    """Answer and score. ``task.resources`` is the engine."""
+    config: EvaluateTaskConfig = task.config
+    prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null())
+    rewards = find_rewards(config.score)
+    total = len(prompts) * (1 + config.num_samples)
+    done = 0
+    for part, (decoding, per_prompt) in enumerate({"greedy": 1, "sampled": config.num_samples}.items()):
+        if not task.writer.has_part(part):
+            rows = _answer(task, prompts, decoding, per_prompt)
+            scored = score_rows(rows, prompts, rewards)
+            task.writer.write_part(part, _with_rewards(rows, scored, config))
+        done += len(prompts) * per_prompt
+        task.progress(done, total)
+
+
+def _answer(task: StageTask, prompts: pl.DataFrame, decoding: str, per_prompt: int) -> pl.DataFrame:
+    config: EvaluateTaskConfig = task.config
+    engine: Engine = task.resources
+    policy = task.inputs["policy"]
+    temperature = 0.0 if decoding == "greedy" else config.temperature
+    sampling = Sampling(
+        temperature=temperature, max_tokens=config.max_tokens, stop_token_ids=tuple(stop_token_ids(policy.path))
+    )
+    token_ids = prompts["prompt_token_ids"].to_list()
+    # minus one marks evaluation: no training request has that index
+    seeds = [request_seed(task.parameters["seed"], -1, g, i) for g in range(len(prompts)) for i in range(per_prompt)]
+    requests = [
+        Request(ids, s) for ids, s in zip([t for t in token_ids for _ in range(per_prompt)], seeds, strict=True)
+    ]
+    engine.load(policy.path)
+    generated = engine.generate(requests, sampling, None)
+    texts = load_tokenizer(policy.path).batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
+    return evaluation_rows(
+        prompts,
+        generated,
+        texts,
+        seeds,
+        recipe=task.recipe,
+        decoding=decoding,
+        temperature=temperature,
+        policy_digest=policy.digest,
+        policy_iteration=task.parameters["policy_iteration"],
+    )
+
+
+def _with_rewards(rows: pl.DataFrame, scored: pl.DataFrame, config: EvaluateTaskConfig) -> pl.DataFrame:
+    combined = normalize_rows(scored.lazy(), config.normalize).select("completion_id", "reward")
+    errors = scored.group_by("completion_id").agg(pl.col("error").drop_nulls().first())
+    return (
+        rows.join(combined, on="completion_id", how="left", maintain_order="left")
+        .join(errors, on="completion_id", how="left", maintain_order="left")
+        .with_columns(is_correct=pl.col("reward") >= config.pass_threshold)
+    )
+
+
+STAGE = Stage("evaluate", version=1, outputs=("evaluations",), compute=compute)

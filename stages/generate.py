@@ -1,0 +1,281 @@
+"""generate: prompts and one or more policies -> groups of completions, committed in parts as they finish.
+
+Each member of a group is sampled from the policy that the config names for it, and its row carries that policy's name,
+digest and log probabilities. A part is always the same set of requests in the same order, so that a restart sends the
+engine the very batches that an undisturbed run would have sent.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from pipeline.config import StrictModel
+from pipeline.errors import ConfigError
+from pipeline.run_dir import identity
+from pipeline.stage import Stage, StageTask
+from stages.engines.base import Engine, EngineInfo, Generated, Request, Sampling
+from stages.policy import load_tokenizer, stop_token_ids
+
+CURRENT = "current"
+
+
+class MemberConfig(StrictModel):
+    """Some members of every group, written by one policy."""
+
+    name: str = Field(min_length=1)
+    """Name of this policy in the column policy_name."""
+    policy: str = CURRENT
+    """``current``; ``initial``; ``iteration:N``, the policy after N updates; ``age:N``, the one N updates ago (the
+    initial one while there is no older); or the path of a checkpoint, such as a sibling trained on other data."""
+    count: int = Field(ge=1)
+    """Answers per group."""
+
+    @model_validator(mode="after")
+    def _known_form(self) -> Self:
+        head, colon, number = self.policy.partition(":")
+        if colon and head in {"iteration", "age"} and not number.isdigit():
+            raise ValueError(f"policy {self.policy!r}: expected {head}:N with a whole number N")
+        return self
+
+
+class GenerateConfig(StrictModel):
+    """Config of the generate stage."""
+
+    group_size: int = Field(8, ge=1)
+    """Answers per prompt; with [[generate.members]] the sum of their counts stands here."""
+    members: list[MemberConfig] = Field(default_factory=list)
+    """Which policies write the answers of a group; empty = the current policy writes all."""
+    max_tokens: int = Field(256, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 = off."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """transformers is for machines where vLLM cannot be installed: same rows, slower."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the engine's weights."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Requests that run at once. Decides the shapes of matrix products, hence bits: part of the recipe."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Prompt tokens per engine step; null = from the model's context. Part of the recipe for the same reason."""
+    prefix_caching: bool = True
+    """Compute the prompt of a group once."""
+    groups_per_part: int = Field(256, ge=1)
+    """Groups per committed part: what a killed run loses at most."""
+    num_threads: int = Field(2, ge=1)
+    """CPU threads of the engine; they change the bits of results."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (
+            self.members
+            and self.group_size != sum(m.count for m in self.members)
+            and "group_size" in self.model_fields_set
+        ):
+            raise ValueError(
+                f"group_size is {self.group_size}, but the counts of generate.members add up to "
+                f"{sum(m.count for m in self.members)}: leave group_size out, or make them equal"
+            )
+        if self.size < 2:
+            raise ValueError(
+                "group_size is 1: a single answer has nothing to be compared with, so its advantage is always 0; "
+                "set generate.group_size to 2 or more"
+            )
+        names = [m.name for m in self.members]
+        if len(set(names)) != len(names):
+            raise ValueError(f"generate.members has the names {names}: give each its own")
+        if self.is_truncated and self.engine == "vllm":
+            raise ValueError(
+                f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate sampling, and vLLM does not "
+                "report the probability that was cut off, so importance ratios would be wrong: leave them at 1, 0 and 0, "
+                'or use generate.engine = "transformers", which records it'
+            )
+        return self
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def size(self) -> int:
+        """Answers per group."""
+        return sum(m.count for m in self.members) if self.members else self.group_size
+
+    def plan(self) -> list[MemberConfig]:
+        """Return the members, also when the config lists none."""
+        return self.members or [MemberConfig(name=CURRENT, policy=CURRENT, count=self.group_size)]
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """The policy that writes some members."""
+
+    name: str
+    path: Path
+    digest: str
+    iteration: int | None
+
+
+def request_seed(run_seed: int, iteration: int, group: int, index: int) -> int:
+    """Return the seed of one request: 63 bits that depend on nothing but these numbers."""
+    text = f"{run_seed}/{iteration}/{group}/{index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def completion_rows(
+    prompts: pl.DataFrame,
+    generated: Sequence[Generated],
+    seeds: Sequence[int],
+    texts: Sequence[str],
+    indices: Sequence[int],
+    *,
+    recipe: str,
+    author: Author,
+    sampling: Sampling,
+    info: EngineInfo,
+) -> pl.DataFrame:
+    """Return one row per generated answer: ``len(indices)`` consecutive answers for each prompt, in order.
+
+    ``prompts`` has prompt_id, prompt_token_ids and ``position``, the prompt's position in its iteration.
+    """
+    groups = [identity(recipe, *row) for row in prompts.select("position", "prompt_id").iter_rows()]
+    repeated = prompts[[row for row in range(len(prompts)) for _ in indices]]
+    group_ids = [g for g in groups for _ in indices]
+    positions = list(indices) * len(prompts)
+    return pl.DataFrame(
+        {
+            "completion_id": [f"{g}-{i:03d}" for g, i in zip(group_ids, positions, strict=True)],
+            "group_id": group_ids,
+            "prompt_id": repeated["prompt_id"],
+            "completion_index": pl.Series(positions, dtype=pl.Int32),
+            "policy_name": pl.repeat(author.name, len(positions), eager=True),
+            "policy_digest": pl.repeat(author.digest, len(positions), eager=True),
+            "policy_iteration": pl.repeat(author.iteration, len(positions), dtype=pl.Int32, eager=True),
+            "prompt_token_ids": repeated["prompt_token_ids"],
+            "completion_token_ids": pl.Series([g.token_ids for g in generated], dtype=pl.List(pl.Int32)),
+            "sampling_logprobs": pl.Series([g.logprobs for g in generated], dtype=pl.List(pl.Float32)),
+            "loss_mask": pl.repeat(None, len(positions), dtype=pl.List(pl.Boolean), eager=True),
+            "completion": list(texts),
+            "finish_reason": [g.finish_reason for g in generated],
+            "stop_reason": pl.Series([g.stop_reason for g in generated], dtype=pl.String),
+            "seed": pl.Series(seeds, dtype=pl.Int64),
+            "temperature": pl.repeat(sampling.temperature, len(positions), dtype=pl.Float32, eager=True),
+            "top_p": pl.repeat(sampling.top_p, len(positions), dtype=pl.Float32, eager=True),
+            "top_k": pl.repeat(sampling.top_k, len(positions), dtype=pl.Int32, eager=True),
+            "min_p": pl.repeat(sampling.min_p, len(positions), dtype=pl.Float32, eager=True),
+            "logprobs_mode": pl.repeat(info.logprobs_mode, len(positions), eager=True),
+            "kept_mass": pl.Series([g.kept_mass for g in generated], dtype=pl.List(pl.Float32)),
+            "engine": pl.repeat(info.name, len(positions), eager=True),
+            "engine_version": pl.repeat(info.version, len(positions), eager=True),
+        }
+    )
+
+
+def check_room(config: GenerateConfig, context: int) -> int:
+    """Return the longest prompt that leaves room for the longest answer in the model's context.
+
+    Raises:
+        ConfigError: when there is no room for any prompt.
+    """
+    room = context - config.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"generate.max_tokens is {config.max_tokens}, but the model's context is {context} tokens for prompt and "
+            f"answer together: set it below {context}"
+        )
+    return room
+
+
+def authors(task: StageTask) -> Mapping[str, Author]:
+    """Return the policies that write, by member name, from the task's inputs and parameters."""
+    iterations = task.parameters["policy_iterations"]
+    return {
+        member.name: Author(
+            member.name,
+            task.inputs[f"policy:{member.name}"].path,
+            task.inputs[f"policy:{member.name}"].digest,
+            iterations[member.name],
+        )
+        for member in task.config.plan()
+    }
+
+
+def compute(task: StageTask) -> None:
+    """Generate the missing parts. ``task.resources`` is the engine."""
+    config: GenerateConfig = task.config
+    prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null()).with_row_index("position")
+    by_name = authors(task)
+    meter = _Meter(task, total=len(prompts) * config.size)
+    part = first_index = 0
+    for member in config.plan():
+        indices = range(first_index, first_index + member.count)
+        first_index += member.count
+        for rows in prompts.iter_slices(config.groups_per_part):
+            if not task.writer.has_part(part):
+                task.writer.write_part(part, _generate_part(task, by_name[member.name], rows, indices, meter))
+            meter.finish_part(len(rows) * member.count)
+            part += 1
+
+
+def _generate_part(
+    task: StageTask, author: Author, prompts: pl.DataFrame, indices: range, meter: "_Meter"
+) -> pl.DataFrame:
+    config: GenerateConfig = task.config
+    engine: Engine = task.resources
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        max_tokens=config.max_tokens,
+        stop_token_ids=tuple(stop_token_ids(author.path)),
+    )
+    seed, iteration = task.parameters["seed"], task.parameters["iteration"]
+    seeds = [request_seed(seed, iteration, position, i) for position in prompts["position"] for i in indices]
+    token_ids = [ids for ids in prompts["prompt_token_ids"].to_list() for _ in indices]
+    requests = [Request(ids, s) for ids, s in zip(token_ids, seeds, strict=True)]
+    engine.load(author.path)
+    generated = engine.generate(requests, sampling, meter.update)
+    tokenizer = load_tokenizer(author.path)
+    texts = tokenizer.batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
+    return completion_rows(
+        prompts,
+        generated,
+        seeds,
+        texts,
+        indices,
+        recipe=task.recipe,
+        author=author,
+        sampling=sampling,
+        info=engine.info,
+    )
+
+
+class _Meter:
+    """Adds up finished requests and tokens over the parts, for the progress bar."""
+
+    def __init__(self, task: StageTask, total: int) -> None:
+        self.task, self.total = task, total
+        self.done = self.tokens = self.part_tokens = 0
+        self.started = time.monotonic()
+
+    def update(self, finished: int, tokens: int) -> None:
+        self.part_tokens = tokens
+        rate = (self.tokens + tokens) / max(time.monotonic() - self.started, 1e-9)
+        self.task.progress(self.done + finished, self.total, f"{rate:,.0f} tokens/s")
+
+    def finish_part(self, requests: int) -> None:
+        self.done += requests
+        self.tokens += self.part_tokens
+        self.part_tokens = 0
+
+
+STAGE = Stage("generate", version=1, outputs=("completions",), compute=compute)

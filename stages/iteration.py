@@ -1,0 +1,215 @@
+"""The stages of an iteration, bound to a run: for each, its config, its inputs, and where its outputs go.
+
+This is the wiring of the pipeline; nothing here computes. A `StageCall` can be hashed, looked up or run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.errors import ConfigError
+from pipeline.run_dir import RunDir
+from pipeline.stage import StageCall
+from stages import batch, evaluate, generate, normalize, policy, prompts, score, update
+from stages.config import RunConfig
+from stages.generate import CURRENT, MemberConfig, check_room
+from stages.policy import check_policy, context_length, hub_config, looks_local
+from stages.score import find_rewards
+from stages.sources import SourceConfig, source_identity
+from stages.update import resolve_device
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """The calls of a run's stages. Inputs must be finished when their call is asked for."""
+
+    config: RunConfig
+    run: RunDir
+
+    def initial_policy(self, source: Path | None) -> StageCall:
+        """Return the call that makes the initial policy of a local checkpoint, or of the hub model of the config."""
+        return self._policy(self.config.policy, source, self.run.initial_policy)
+
+    def member_policy(self, member: MemberConfig) -> StageCall:
+        """Return the call that takes a member's checkpoint from outside into the run."""
+        config = policy.PolicyConfig(model=member.policy)
+        return self._policy(config, Path(member.policy), self.run.member(member.name))
+
+    def _policy(self, config: policy.PolicyConfig, source: Path | None, place: Path) -> StageCall:
+        if source is None:
+            return StageCall(policy.STAGE, config, {}, {"policy": place})
+        # a checkpoint is what its files are, wherever they lie
+        anonymous = config.model_copy(update={"model": "local files"})
+        return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, policy.source_identity(str(source)))
+
+    def prompts(self, iteration: int) -> StageCall:
+        """Return the call that draws the training prompts of an iteration."""
+        count = self.config.prompts.prompts_per_iteration
+        return self._prompts(self.config.prompts, "train", count, iteration, self.run.place(iteration, "prompts"))
+
+    def held_out_prompts(self) -> StageCall:
+        """Return the call that draws the prompts of every evaluation."""
+        source = self.config.evaluate.source or self.config.prompts
+        return self._prompts(source, "held_out", self.config.evaluate.num_prompts, 0, self.run.held_out_prompts)
+
+    def _prompts(self, source: SourceConfig, split: str, count: int, iteration: int, place: Path) -> StageCall:
+        initial = open_artifact(self.run.initial_policy)
+        own_source = split == "held_out" and self.config.evaluate.source is not None
+        return StageCall(
+            prompts.STAGE,
+            SourceConfig(**source.model_dump(include=set(SourceConfig.model_fields))),
+            {"policy": initial},
+            {"prompts": place},
+            {
+                "split": split,
+                "held_out_share": 1.0 if own_source else self._held_out_share(),
+                "count": count,
+                "seed": self.config.seed,
+                "iteration": iteration,
+                "max_prompt_tokens": check_room(self.config.generate, context_length(check_policy(str(initial.path)))),
+                **source_identity(source),
+            },
+        )
+
+    def _held_out_share(self) -> float:
+        return 0.0 if self.config.evaluate.source is not None else self.config.evaluate.held_out_share
+
+    def generate(self, iteration: int) -> StageCall:
+        """Return the call that samples the groups of an iteration."""
+        inputs = {"prompts": self.run.open(iteration, "prompts")}
+        iterations: dict[str, int | None] = {}
+        for member in self.config.generate.plan():
+            artifact, iterations[member.name] = self.author(member, iteration)
+            inputs[f"policy:{member.name}"] = artifact
+        return StageCall(
+            generate.STAGE,
+            self.config.generate,
+            inputs,
+            {"completions": self.run.place(iteration, "completions")},
+            {"seed": self.config.seed, "iteration": iteration, "policy_iterations": iterations},
+        )
+
+    def author(self, member: MemberConfig, iteration: int) -> tuple[Artifact, int | None]:
+        """Return the policy that writes a member in this iteration, and how many updates of this run it has seen."""
+        num_updates = member_updates(member, iteration)
+        if num_updates is None:
+            return open_artifact(self.run.member(member.name)), None
+        return open_artifact(self.run.policy_before(num_updates)), num_updates
+
+    def score(self, iteration: int) -> StageCall:
+        """Return the call that scores an iteration's completions; the functions' identities stand in its recipe."""
+        inputs = {name: self.run.open(iteration, name) for name in ("prompts", "completions")}
+        return StageCall(
+            score.STAGE,
+            self.config.score,
+            inputs,
+            {"rewards": self.run.place(iteration, "rewards")},
+            {"reward_recipes": {reward.name: reward.recipe for reward in find_rewards(self.config.score)}},
+        )
+
+    def normalize(self, iteration: int) -> StageCall:
+        """Return the call that turns an iteration's rewards into advantages."""
+        return StageCall(
+            normalize.STAGE,
+            self.config.normalize,
+            {"rewards": self.run.open(iteration, "rewards")},
+            {"advantages": self.run.place(iteration, "advantages")},
+        )
+
+    def batch(self, iteration: int) -> StageCall:
+        """Return the call that orders an iteration's rows for training."""
+        inputs = {name: self.run.open(iteration, name) for name in ("completions", "advantages")}
+        return StageCall(
+            batch.STAGE,
+            self.config.batch,
+            inputs,
+            {"batches": self.run.place(iteration, "batches")},
+            {"seed": self.config.seed, "iteration": iteration},
+        )
+
+    def update(self, iteration: int) -> StageCall:
+        """Return the call that trains on an iteration's batches."""
+        return StageCall(
+            update.STAGE,
+            self.config.update,
+            {
+                "batches": self.run.open(iteration, "batches"),
+                "policy": open_artifact(self.run.policy_before(iteration)),
+            },
+            {name: self.run.place(iteration, name) for name in update.STAGE.outputs},
+            {"device": resolve_device(self.config.resources.device)},
+        )
+
+    def evaluate(self, num_updates: int) -> StageCall:
+        """Return the call that evaluates the policy after ``num_updates`` iterations."""
+        return StageCall(
+            evaluate.STAGE,
+            self.config.evaluation(),
+            {
+                "prompts": open_artifact(self.run.held_out_prompts),
+                "policy": open_artifact(self.run.policy_before(num_updates)),
+            },
+            {"evaluations": self.run.evaluations_of(num_updates)},
+            {
+                "seed": self.config.seed,
+                "policy_iteration": num_updates,
+                "reward_recipes": {reward.name: reward.recipe for reward in find_rewards(self.config.score)},
+            },
+        )
+
+    def is_evaluated(self, num_updates: int) -> bool:
+        """Return whether the policy after so many iterations is to be evaluated."""
+        every = self.config.evaluate.every
+        return every > 0 and (num_updates % every == 0 or num_updates == self.config.iterations)
+
+
+def member_updates(member: MemberConfig, iteration: int) -> int | None:
+    """Return how many updates the member's policy has behind it, None for one from outside the run.
+
+    Raises:
+        ConfigError: when that policy does not exist yet.
+    """
+    if member.policy == CURRENT:
+        return iteration
+    if member.policy == "initial":
+        return 0
+    head, _, number = member.policy.partition(":")
+    if head == "age":
+        return max(iteration - int(number), 0)
+    if head != "iteration":
+        return None
+    if int(number) > iteration:
+        raise ConfigError(
+            f"generate.members names {member.policy} for {member.name!r}, but iteration {iteration} only has policies "
+            f"up to iteration:{iteration}: use age:N or initial"
+        )
+    return int(number)
+
+
+def outside_members(config: RunConfig) -> list[MemberConfig]:
+    """Return the members whose policy is a checkpoint from outside the run."""
+    return [member for member in config.generate.plan() if member_updates(member, 1 << 30) is None]
+
+
+def preflight(config: RunConfig) -> None:
+    """Fail on what can be known to be wrong before anything is written or started. Read-only.
+
+    Raises:
+        GrpoError: of the kind that fits, one message.
+    """
+    from stages.sources import first_row
+
+    find_rewards(config.score)
+    first_row(config.prompts)
+    if config.evaluate.source is not None:
+        first_row(config.evaluate.source)
+    if config.starter is not None:
+        check_room(config.generate, config.starter.max_context)
+    elif looks_local(config.policy.model):
+        check_room(config.generate, context_length(check_policy(config.policy.model)))
+    else:
+        check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
+    for member in outside_members(config):
+        check_policy(member.policy)
+    for member in config.generate.plan():
+        member_updates(member, 0)

@@ -1,0 +1,115 @@
+"""metrics: what one iteration's artifacts say, as one row. Read-only; the flow appends it to `metrics.parquet`."""
+
+from typing import Any
+
+import polars as pl
+
+from pipeline.artifact import is_finished, open_artifact
+from pipeline.run_dir import RunDir
+from pipeline.schema import SCHEMAS, conform
+from pipeline.storage import atomic_write
+from stages.evaluate import summarize
+
+STAGE_DATASETS = ("prompts", "completions", "rewards", "advantages", "batches", "policy", "evaluations")
+
+
+def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
+    """Return the row of a finished iteration."""
+    completions = run.open(iteration, "completions").scan()
+    length = pl.col("completion_token_ids").list.len()
+    sampled = completions.select(
+        completion_tokens_mean=length.mean(),
+        num_tokens=length.sum(),
+        truncated_share=(pl.col("finish_reason") == "length").mean(),
+        num_completions=pl.len(),
+    ).collect()
+    seconds = {
+        name: open_artifact(place).manifest.seconds
+        for name in STAGE_DATASETS
+        if is_finished(place := run.place(iteration, name))
+    }
+    row = {
+        **dict.fromkeys(SCHEMAS["metrics"].names),
+        "iteration": iteration,
+        **sampled.drop("num_tokens").row(0, named=True),
+        **_reward_metrics(run, iteration, pass_threshold),
+        **_training_metrics(run, iteration),
+        "generate_tokens_per_second": sampled["num_tokens"].item() / max(seconds["completions"], 1e-9),
+        "seconds": [{"stage": _stage(name), "seconds": value} for name, value in seconds.items()],
+    }
+    if "evaluations" in seconds:
+        row |= summarize(run.open(iteration, "evaluations").read())
+    return row
+
+
+def _stage(dataset: str) -> str:
+    verbs = {"completions": "generate", "rewards": "score", "advantages": "normalize", "batches": "batch"}
+    return {**verbs, "policy": "update", "evaluations": "evaluate"}.get(dataset, dataset)
+
+
+def _reward_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
+    advantages = run.open(iteration, "advantages").scan()
+    groups = advantages.group_by("group_id").agg((pl.col("drop_reason") == "zero_variance").any().alias("flat"))
+    combined = advantages.select(
+        reward_mean=pl.col("reward").mean(),
+        reward_std=pl.col("reward").std(),
+        pass_rate=(pl.col("reward") >= pass_threshold).mean(),
+    ).collect()
+    parts = (
+        run.open(iteration, "rewards")
+        .scan()
+        .group_by("reward_name", maintain_order=True)
+        .agg(pl.col("reward").mean().alias("mean"), pl.col("reward").is_null().sum().alias("null_count"))
+    )
+    return {
+        **combined.row(0, named=True),
+        "zero_variance_share": groups.select(pl.col("flat").mean()).collect().item(),
+        "rewards": parts.rename({"reward_name": "name"}).collect().to_dicts(),
+    }
+
+
+def _training_metrics(run: RunDir, iteration: int) -> dict[str, Any]:
+    tokens = pl.col("num_tokens")
+
+    def token_mean(column: str) -> pl.Expr:
+        return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
+
+    records = (
+        run.open(iteration, "training_records")
+        .scan()
+        .select(
+            num_trained=pl.col("completion_id").n_unique(),
+            num_tokens=tokens.sum(),
+            entropy=token_mean("entropy_mean"),
+            kl_to_sampler=token_mean("kl_to_sampler"),
+            clip_low_share=pl.col("clipped_low_tokens").sum() / tokens.sum(),
+            clip_high_share=pl.col("clipped_high_tokens").sum() / tokens.sum(),
+        )
+    )
+    steps = (
+        run.open(iteration, "optimizer_steps")
+        .scan()
+        .select(
+            loss=pl.col("loss").mean(),
+            grad_norm=pl.col("grad_norm").mean(),
+            learning_rate=pl.col("learning_rate").last(),
+        )
+    )
+    measured = {**records.collect().row(0, named=True), **steps.collect().row(0, named=True)}
+    if measured["num_trained"] == 0:
+        measured |= dict.fromkeys(set(measured) - {"num_trained", "num_tokens"})
+    return measured
+
+
+def append_metrics(run: RunDir, row: dict[str, Any]) -> pl.DataFrame:
+    """Write the row into `metrics.parquet` in place of the one of the same iteration; return the table in order."""
+    import pyarrow.parquet as pq
+
+    schema = pl.DataFrame(SCHEMAS["metrics"].empty_table()).schema
+    frame = pl.DataFrame([row], schema=schema)
+    if run.metrics.is_file():
+        earlier = pl.read_parquet(run.metrics).filter(pl.col("iteration") != row["iteration"])
+        frame = pl.concat([earlier, frame]).sort("iteration")
+    with atomic_write(run.metrics) as temporary:
+        pq.write_table(conform(frame, "metrics"), temporary, compression="zstd")
+    return frame

@@ -1,0 +1,70 @@
+"""prompts: a task or a dataset -> the questions of one iteration, tokenized exactly as the engine receives them."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from pydantic import Field
+
+from pipeline.stage import Stage, StageTask
+from stages.policy import load_tokenizer
+from stages.sources import SourceConfig, SourceRow, draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptsConfig(SourceConfig):
+    """Config of the prompts stage."""
+
+    prompts_per_iteration: int = Field(64, ge=1)
+    """Questions per iteration; each gets one group of answers."""
+
+
+def prompt_rows(
+    rows: Sequence[SourceRow], tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
+) -> pl.DataFrame:
+    """Return one row per question; prompts of more than ``max_prompt_tokens`` get the drop_reason ``too_long``."""
+    token_ids = [tokenize(row.messages, tokenizer) for row in rows]
+    return pl.DataFrame(
+        {
+            "prompt_id": [row.prompt_id for row in rows],
+            "messages": [row.messages for row in rows],
+            "prompt_token_ids": token_ids,
+            "reference_answer": [row.reference_answer for row in rows],
+            "task": [row.task for row in rows],
+            "metadata": [json.dumps(row.metadata, sort_keys=True, default=str) for row in rows],
+            "drop_reason": ["too_long" if len(ids) > max_prompt_tokens else None for ids in token_ids],
+        },
+        schema_overrides={
+            "prompt_token_ids": pl.List(pl.Int32),
+            "reference_answer": pl.String,
+            "drop_reason": pl.String,
+        },
+    )
+
+
+def tokenize(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token ids of a conversation: by the chat template when the tokenizer has one, else of its texts."""
+    if tokenizer.chat_template:
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(ids)
+    return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+
+
+def compute(task: StageTask) -> None:
+    """Draw and tokenize the questions of an iteration."""
+    rows = draw(
+        task.config,
+        split=task.parameters["split"],
+        held_out_share=task.parameters["held_out_share"],
+        count_=task.parameters["count"],
+        seed=task.parameters["seed"],
+        turn=task.parameters["iteration"],
+    )
+    tokenizer = load_tokenizer(task.inputs["policy"].path)
+    task.writer.write_part(0, prompt_rows(rows, tokenizer, task.parameters["max_prompt_tokens"]))
+
+
+STAGE = Stage("prompts", version=1, outputs=("prompts",), compute=compute)

@@ -1,0 +1,194 @@
+"""update: batches and a policy -> the next policy and a record of what happened to every row.
+
+The order, the microbatches and the denominators are in the batches; this stage only does the arithmetic of `grpo`.
+The next policy holds what transformers and vLLM load as it stands; the optimizer's state lies in a folder of its own,
+where neither of them looks for weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from pipeline.config import StrictModel
+from pipeline.errors import GrpoError, PolicyError
+from pipeline.stage import Stage, StageTask
+from stages.policy import copy_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grpo.optimize import Optimizer, UpdateSettings
+
+OPTIMIZER_FILE = "optimizer/state.safetensors"
+
+
+class UpdateConfig(StrictModel):
+    """Config of the update stage."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after the warm-up; linear and cosine fall to 0 at total_steps."""
+    total_steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the whole run, for linear and cosine; constant needs none, so a run can be continued."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    """Of matrices; biases and norms have none."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low."""
+    clip_high: float = Field(0.28, gt=0)
+    """No gradient for A > 0 once the ratio is over 1 + clip_high."""
+    dual_clip: float | None = Field(4.0, gt=1)
+    """Bound on the ratio where A < 0, which the clip leaves open; null = unbounded."""
+    correction: Literal[
+        "none",
+        "token_truncate",
+        "token_clip",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_mask",
+        "k3_mask",
+    ] = "token_truncate"
+    """Weight for what lies between the proximal policy and the sampler; see grpo/correction.py."""
+    correction_low: float = Field(0.0, ge=0)
+    correction_high: float = Field(2.0, gt=0)
+    correction_token_cap: float = Field(2.0, gt=0)
+    """For geometric_mask and k3_mask: bound on the weights of the rows that they keep."""
+    veto_low: float | None = Field(1e-4, gt=0)
+    """A row with a token of a smaller proximal / sampler ratio gets weight 0; null = no such rule."""
+    veto_high: float | None = Field(1e2, gt=0)
+    """A row with a token of a larger ratio gets weight 0; null = no such rule."""
+    head_chunk_tokens: int = Field(1024, ge=1)
+    """Positions whose logits exist at the same time."""
+    gradient_checkpointing: bool = False
+    """Trade a second forward for memory."""
+    autocast_bf16: bool = False
+    """bfloat16 in the model's body; weights, head and loss stay float32."""
+    record_tokens: bool = False
+    """Keep lists of per-token numbers in training_records."""
+    num_threads: int = Field(2, ge=1)
+    """CPU threads; they change the bits of the result."""
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> Self:
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(f"schedule {self.schedule} falls to 0 at total_steps: set update.total_steps")
+        return self
+
+    def settings(self) -> "UpdateSettings":
+        """Return the settings in the terms of `grpo`."""
+        from grpo.correction import Correction
+        from grpo.optimize import UpdateSettings
+
+        return UpdateSettings(
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+            total_steps=self.total_steps,
+            betas=(self.beta1, self.beta2),
+            eps=self.adam_eps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+            correction=Correction(
+                kind=self.correction,
+                low=self.correction_low,
+                high=self.correction_high,
+                token_cap=self.correction_token_cap,
+                veto_low=self.veto_low,
+                veto_high=self.veto_high,
+            ),
+            head_chunk_tokens=self.head_chunk_tokens,
+            autocast_bf16=self.autocast_bf16,
+            record_tokens=self.record_tokens,
+        )
+
+
+@dataclass(slots=True)
+class Trainer:
+    """The model and optimizer of the last update, kept so that the next one need not read them back."""
+
+    device: str = "cpu"
+    digest: str | None = None
+    """Of the policy artifact that the model equals."""
+    model: "PreTrainedModel | None" = None
+    optimizer: "Optimizer | None" = None
+
+
+def resolve_device(device: str) -> str:
+    """Return cpu or cuda for ``auto``."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def compute(task: StageTask) -> None:
+    """Train on the batches. ``task.resources`` is a `Trainer`."""
+    from grpo.optimize import deterministic, save_optimizer, train_on_batches
+    from grpo.policy import save_policy
+
+    config: UpdateConfig = task.config
+    trainer: Trainer = task.resources
+    policy = task.inputs["policy"]
+    batches = task.inputs["batches"].read().filter(pl.col("drop_reason").is_null())
+    deterministic(config.num_threads)
+    settings = config.settings()
+    model, optimizer = _load(trainer, config, settings, policy.path, policy.digest)
+    trainer.digest = None  # until the next policy is whole, the model equals no artifact
+    try:
+        records, steps = train_on_batches(model, optimizer, batches, settings, _listener(task, batches))
+    except ArithmeticError as error:
+        raise GrpoError(str(error)) from error
+    target = task.writer.directory
+    (target / OPTIMIZER_FILE).parent.mkdir(exist_ok=True)
+    save_policy(model, target)
+    copy_tokenizer(policy.path, target)
+    save_optimizer(optimizer, model, target / OPTIMIZER_FILE)
+    task.writers["training_records"].write_part(0, records)
+    task.writers["optimizer_steps"].write_part(0, steps)
+
+
+def _load(
+    trainer: Trainer, config: UpdateConfig, settings: "UpdateSettings", path: Path, digest: str
+) -> tuple["PreTrainedModel", "Optimizer"]:
+    """Return model and optimizer as the policy artifact has them; from memory when they are there."""
+    from grpo.optimize import load_optimizer, make_optimizer
+    from grpo.policy import load_policy
+
+    if trainer.digest == digest and trainer.model is not None and trainer.optimizer is not None:
+        return trainer.model, trainer.optimizer
+    try:
+        model = load_policy(path, device=trainer.device, gradient_checkpointing=config.gradient_checkpointing)
+        state = path / OPTIMIZER_FILE
+        optimizer = load_optimizer(state, model, settings) if state.is_file() else make_optimizer(model, settings)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
+    trainer.model, trainer.optimizer = model, optimizer
+    return model, optimizer
+
+
+def _listener(task: StageTask, batches: pl.DataFrame) -> Callable[..., Any]:
+    total = batches.select(pl.struct("optimizer_step", "microbatch").n_unique()).item() if len(batches) else 0
+    done = 0
+
+    def listen(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        task.progress(done, total)
+
+    return listen
+
+
+STAGE = Stage("update", version=1, outputs=("training_records", "optimizer_steps", "policy"), compute=compute)

@@ -1,0 +1,219 @@
+"""Tests of grpo.advantage: group statistics, the rule of equal rewards, and the combination of several rewards."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.advantage import ADVANTAGE_COLUMNS, advantages, combine
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())["advantages"]
+
+GOLDEN_OPTIONS: dict[str, dict[str, Any]] = {
+    "mean_only": {"baseline": "group_mean", "scale": "none"},
+    "group_std_population_eps1e-6": {"scale": "group_std", "ddof": 0, "eps": 1e-6},
+    "group_std_sample_eps1e-6": {"scale": "group_std", "ddof": 1, "eps": 1e-6},
+    "group_std_sample_eps1e-4": {"scale": "group_std", "ddof": 1, "eps": 1e-4},
+    "group_std_population_eps0": {"scale": "group_std", "ddof": 0, "eps": 0.0},
+    "leave_one_out": {"baseline": "leave_one_out", "scale": "none"},
+}
+
+REWARD_LISTS = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=12)
+
+
+def reward_rows(**groups: list[float | None]) -> pl.DataFrame:
+    """Return scored rows, one group per keyword; completion ids are the group id and a number."""
+    return pl.DataFrame(
+        [
+            {"group_id": group, "completion_id": f"{group}{index}", "reward": reward}
+            for group, rewards in groups.items()
+            for index, reward in enumerate(rewards)
+        ],
+        schema={"group_id": pl.String, "completion_id": pl.String, "reward": pl.Float64},
+    )
+
+
+def by_group(frame: pl.DataFrame, column: str = "advantage") -> dict[str, list[Any]]:
+    """Return the column's values of each group, in row order."""
+    return {key[0]: part[column].to_list() for key, part in frame.partition_by("group_id", as_dict=True).items()}
+
+
+@pytest.mark.parametrize("case", GOLDEN_OPTIONS)
+def test_advantages_equal_the_golden_values(case: str) -> None:
+    result = by_group(advantages(reward_rows(**GOLDEN["groups"]), **GOLDEN_OPTIONS[case]).collect())
+    for group, expected in GOLDEN["cases"][case].items():
+        assert result[group] == pytest.approx(expected, rel=1e-10, abs=1e-12), group
+
+
+def test_batch_scale_divides_by_the_std_of_centred_rewards_of_comparable_groups() -> None:
+    frame = advantages(reward_rows(**GOLDEN["groups"]), scale="batch_std", ddof=1, eps=0.0).collect()
+    std = GOLDEN["batch_scaling_constants"]["sample_std_of_centred_rewards_of_groups_with_at_least_2_scored"]
+    for group, expected in GOLDEN["cases"]["mean_only"].items():
+        assert by_group(frame)[group] == pytest.approx([value / std for value in expected], rel=1e-10, abs=1e-12)
+
+
+def test_statistics_are_those_of_the_scored_members() -> None:
+    frame = advantages(reward_rows(a=[1.0, 0.0, None]), ddof=0).collect()
+    assert frame.columns == list(ADVANTAGE_COLUMNS)
+    assert frame["group_reward_mean"].to_list() == [0.5, 0.5, 0.5]
+    assert frame["group_reward_std"].to_list() == [0.5, 0.5, 0.5]
+    assert frame["group_size"].to_list() == [2, 2, 2]
+    assert frame["advantage"].to_list() == [0.5, -0.5, 0.0]
+    assert frame["reward"].to_list() == [1.0, 0.0, None]
+
+
+def test_each_dropped_row_says_why() -> None:
+    frame = advantages(reward_rows(a=[1.0, 0.0, None], b=[0.7], c=[0.7, 0.7], d=[None], e=[0.7, None])).collect()
+    assert by_group(frame, "drop_reason") == {
+        "a": [None, None, "unscored"],
+        "b": ["singleton"],
+        "c": ["zero_variance", "zero_variance"],
+        "d": ["unscored"],
+        "e": ["singleton", "unscored"],
+    }
+    assert frame.filter(pl.col("drop_reason").is_not_null())["advantage"].to_list() == [0.0] * 7
+
+
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_no_number_does_not_move_the_baseline(unknown: float) -> None:
+    frame = advantages(reward_rows(a=[1.0, 0.0, unknown])).collect()
+    assert frame["advantage"].to_list() == [0.5, -0.5, 0.0]
+    assert frame["reward"].to_list() == [1.0, 0.0, None]
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
+def test_equal_rewards_give_exactly_zero(reward: float, scale: Any) -> None:
+    groups: dict[str, list[float | None]] = {f"n{size}": [reward] * size for size in range(2, 65)}
+    frame = advantages(reward_rows(**groups, other=[0.0, 1.0]), scale=scale, eps=1e-8).collect()
+    assert set(frame.filter(pl.col("group_id") != "other")["advantage"]) == {0.0}
+
+
+def test_equal_rewards_in_float32_give_exactly_zero() -> None:
+    rows = reward_rows(a=[0.7] * 12).cast({"reward": pl.Float32})
+    assert set(advantages(rows, scale="group_std", eps=1e-8).collect()["advantage"]) == {0.0}
+
+
+def test_the_spread_that_counts_as_equal_is_relative() -> None:
+    frame = advantages(reward_rows(large=[1e12, 1e12 + 1], unit=[1.0, 1.0 + 1e-8], low=[-1e12, -1e12 - 1])).collect()
+    assert by_group(frame, "drop_reason") == {
+        "large": ["zero_variance"] * 2,
+        "unit": [None] * 2,
+        "low": ["zero_variance"] * 2,
+    }
+
+
+def test_without_baseline_and_scale_every_scored_reward_is_its_advantage() -> None:
+    frame = advantages(reward_rows(a=[1.0, 1.0], b=[0.7], c=[None]), baseline="none").collect()
+    assert frame["advantage"].to_list() == [1.0, 1.0, 0.7, 0.0]
+    assert frame["drop_reason"].to_list() == [None, None, None, "unscored"]
+
+
+def test_a_scale_drops_groups_without_spread_even_without_baseline() -> None:
+    frame = advantages(reward_rows(a=[1.0, 1.0], b=[2.0]), baseline="none", scale="batch_std").collect()
+    assert frame["advantage"].to_list() == [0.0, 0.0, 0.0]
+
+
+def test_rows_come_back_in_input_order_when_groups_are_scattered() -> None:
+    rows = reward_rows(a=[1.0, 0.0], b=[3.0, 1.0])[[2, 0, 3, 1]]
+    for engine in ("in-memory", "streaming"):
+        frame = advantages(rows.lazy()).collect(engine=engine)
+        assert frame["completion_id"].to_list() == ["b0", "a0", "b1", "a1"]
+        assert frame["advantage"].to_list() == [1.0, 0.5, -1.0, -0.5]
+
+
+@given(rewards=REWARD_LISTS, seed=st.integers(0, 1000))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_permuted_rows_give_permuted_advantages(rewards: list[float], seed: int) -> None:
+    rows = reward_rows(a=list(rewards), b=[1.0, 0.0, None])
+    order = list(range(rows.height))
+    random.Random(seed).shuffle(order)
+    expected = advantages(rows, scale="batch_std").collect()["advantage"].gather(order)
+    found = advantages(rows[order], scale="batch_std").collect()["advantage"]
+    assert found.to_list() == pytest.approx(expected.to_list(), rel=1e-9, abs=1e-9)
+
+
+@given(rewards=REWARD_LISTS, shift=st.floats(-5, 5), factor=st.floats(0.1, 10))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_a_shift_changes_nothing_and_a_factor_only_what_is_not_divided(
+    rewards: list[float], shift: float, factor: float
+) -> None:
+    moved: list[float | None] = [reward * factor + shift for reward in rewards]
+    for scale, expected_factor in (("none", factor), ("group_std", 1.0)):
+        options: dict[str, Any] = {"scale": scale, "eps": 0.0}
+        plain = advantages(reward_rows(a=list(rewards)), **options).collect()["advantage"]
+        found = advantages(reward_rows(a=moved), **options).collect()["advantage"]
+        assert found.to_list() == pytest.approx((plain * expected_factor).to_list(), rel=1e-6, abs=1e-6)
+
+
+@given(rewards=REWARD_LISTS)
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_advantages_of_a_group_sum_to_zero(rewards: list[float]) -> None:
+    frame = advantages(reward_rows(a=list(rewards)), baseline="leave_one_out", scale="group_std").collect()
+    assert frame["advantage"].sum() == pytest.approx(0.0, abs=1e-8)
+
+
+@pytest.mark.parametrize(("option", "value"), [("baseline", "mean"), ("scale", "std"), ("ddof", 2), ("eps", -1.0)])
+def test_an_unknown_option_is_refused_by_name(option: str, value: object) -> None:
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(ValueError, match=f"{option} is .*expected"):
+        advantages(reward_rows(a=[1.0]), **options)
+
+
+def long_rows(*rows: tuple[str, str, float | None]) -> pl.DataFrame:
+    """Return reward rows in long format; the group is the first letter of the completion."""
+    return pl.DataFrame(
+        [{"completion_id": c, "group_id": c[0], "reward_name": name, "reward": reward} for c, name, reward in rows],
+        schema={
+            "completion_id": pl.String,
+            "group_id": pl.String,
+            "reward_name": pl.String,
+            "reward": pl.Float64,
+        },
+    )
+
+
+def test_combine_then_normalise_equals_the_golden_values() -> None:
+    golden = GOLDEN["multi_reward"]
+    rows = long_rows(
+        *(
+            (f"{group[1]}{member}", f"r{index}", reward)
+            for group, members in golden["rewards_member_by_component"].items()
+            for member, rewards in enumerate(members)
+            for index, reward in enumerate(rewards)
+        )
+    )
+    combined = combine(rows, {"r0": golden["weights"][0], "r1": golden["weights"][1]})
+    result = by_group(advantages(combined, scale="group_std", ddof=1, eps=1e-4).collect())
+    expected = golden["sum_then_normalise_sample_std_eps1e-4"]
+    assert result["1"] == pytest.approx(expected["g1"], rel=1e-10, abs=1e-12)
+    assert result["2"] == pytest.approx(expected["g2"], rel=1e-10, abs=1e-12)
+
+
+def test_combine_is_null_when_a_weighted_reward_is_unknown_or_absent() -> None:
+    rows = long_rows(
+        ("b0", "format", 0.5),
+        ("a0", "correct", 1.0),
+        ("a0", "format", None),
+        ("b0", "correct", 2.0),
+        ("a1", "correct", 1.0),
+        ("a2", "correct", float("nan")),
+        ("a2", "format", 1.0),
+    )
+    combined = combine(rows, {"correct": 1.0, "format": 0.2}).collect()
+    assert combined.rows() == [("b0", "b", 2.1), ("a0", "a", None), ("a1", "a", None), ("a2", "a", None)]
+
+
+def test_combine_ignores_a_reward_of_weight_zero_or_without_weight() -> None:
+    rows = long_rows(("a0", "correct", 1.0), ("a0", "length", None), ("a0", "other", 5.0))
+    assert combine(rows, {"correct": 2.0, "length": 0.0}).collect().rows() == [("a0", "a", 2.0)]
+
+
+def test_combine_refuses_weights_that_select_nothing() -> None:
+    with pytest.raises(ValueError, match=r"combine nothing.*at least one"):
+        combine(long_rows(), {"correct": 0.0})

@@ -1,0 +1,115 @@
+"""Configuration: what is accepted, and the one message for what is not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import apply_overrides, load_toml
+from pipeline.errors import ConfigError, RecipeMismatch
+from pipeline.run_dir import RunDir
+from stages.config import RunConfig, check_unchanged, load_config
+
+ROOT = Path(__file__).parent.parent
+MINIMAL = """
+[policy]
+model = "some/model"
+[prompts]
+source = "reasoning_gym:chain_sum"
+[[score.rewards]]
+name = "accuracy"
+function = "stages.rewards.reasoning_gym:verify"
+"""
+
+
+def load(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> RunConfig:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return load_config(path, list(overrides))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+def test_every_config_in_the_repository_loads(path: Path) -> None:
+    assert load_config(path).iterations >= 1
+
+
+def test_a_minimal_config_has_every_default(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert (config.generate.size, config.normalize.scale, config.update.clip_high) == (8, "none", 0.28)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["update.learning_rat=1"], r"update\.learning_rat: unknown key; did you mean learning_rate\?"),
+        (["update.learning_rate=fast"], r"update\.learning_rate: Input should be a valid number.*found 'fast'"),
+        (["iterations=2.5"], r"iterations: Input should be a valid integer.*found 2\.5"),
+        (['iterations="3"'], r"iterations: Input should be a valid integer.*found '3'"),
+        (["generate.group_size=1"], r"generate: group_size is 1.*set generate\.group_size to 2 or more"),
+        (["generate.top_p=0.9"], r"generate: top_p=0\.9.*importance ratios would be wrong"),
+        (["update.schedule=cosine"], r"update: schedule cosine falls to 0 at total_steps: set update\.total_steps"),
+        (["normalize.weights.style=1.0"], r"normalize\.weights names \['style'\], score\.rewards has \['accuracy'\]"),
+        (["policy.model=starter"], r'policy\.model is "starter", but there is no \[starter\] table'),
+        (["nonsense"], r"--set nonsense: expected key\.path=value"),
+        (["policy.model.name=x"], r"--set policy\.model\.name=x: model is not a table"),
+    ],
+)
+def test_wrong_settings_are_named_with_their_key(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, MINIMAL, *overrides)
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)batch\.x: unknown key.*update\.y: unknown key"):
+        load(tmp_path, MINIMAL, "batch.x=1", "update.y=2")
+
+
+def test_missing_tables_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)policy: missing.*prompts: missing.*score: missing"):
+        load(tmp_path, "iterations = 1")
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("a = = 1", "is not valid TOML")])
+def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "config.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("a.b=2e-6", 2e-6), ("a.b=true", True), ("a.b=text", "text"), ('a.b="2"', "2"), ("a.b=[1, 2]", [1, 2])],
+)
+def test_an_override_is_read_as_toml_and_else_as_text(override: str, expected: Any) -> None:
+    assert apply_overrides({"a": {"c": 1}}, [override]) == {"a": {"b": expected, "c": 1}}
+
+
+def test_overrides_leave_the_given_tables_alone() -> None:
+    tables = {"a": {"b": 1}}
+    apply_overrides(tables, ["a.b=2"])
+    assert tables == {"a": {"b": 1}}
+
+
+def test_members_must_add_up_to_the_group(tmp_path: Path) -> None:
+    members = (
+        '[[generate.members]]\nname = "a"\ncount = 2\n[[generate.members]]\nname = "b"\npolicy = "age:2"\ncount = 1\n'
+    )
+    assert load(tmp_path, MINIMAL + members).generate.size == 3
+    with pytest.raises(ConfigError, match="counts of generate.members add up to 3"):
+        load(tmp_path, MINIMAL + members, "generate.group_size=4")
+
+
+@pytest.mark.parametrize("override", ["iterations=20", "resources.kv_cache_gib=2.0", "evaluate.every=5"])
+def test_a_run_may_go_on_with_settings_that_decide_no_result(tmp_path: Path, override: str) -> None:
+    run = RunDir(tmp_path / "run")
+    run.record_config("", load(tmp_path).model_dump(mode="json"))
+    check_unchanged(run, load(tmp_path, MINIMAL, override))
+
+
+def test_a_run_refuses_settings_that_decide_results_and_names_them(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.record_config("", load(tmp_path).model_dump(mode="json"))
+    with pytest.raises(RecipeMismatch, match=r"update\.learning_rate was 1e-06, now 0\.1.*new run directory"):
+        check_unchanged(run, load(tmp_path, MINIMAL, "update.learning_rate=0.1"))

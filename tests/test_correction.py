@@ -1,0 +1,134 @@
+"""Tests of grpo.correction: the weight of tokens that another policy sampled."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo.correction import Correction, CorrectionKind, correction_weights
+from grpo.loss import clipped_surrogate, importance_ratio, weigh_tokens
+
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
+GOLDEN: dict[str, Any] = VECTORS["off_policy"]["weights"]
+FIXTURE: dict[str, Any] = VECTORS["losses"]["fixture"]
+MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
+ROW = MASK.nonzero()[:, 0]
+
+CORRECTIONS: dict[str, Correction] = {
+    "none": Correction("none"),
+    "token_truncate_2": Correction("token_truncate", high=2.0),
+    "token_clip_0.5_2": Correction("token_clip", low=0.5, high=2.0),
+    "token_mask_0.5_2": Correction("token_mask", low=0.5, high=2.0),
+    "seq_truncate_2": Correction("sequence_truncate", high=2.0),
+    "geo_mask_0.99_1.01_times_token_truncate_2": Correction("geometric_mask", low=0.99, high=1.01, token_cap=2.0),
+    "k3_mask_0.01_times_token_truncate_2": Correction("k3_mask", high=0.01, token_cap=2.0),
+}
+
+
+def tokens(values: Any) -> Tensor:
+    """Return the trainable tokens of the fixture, laid end to end, in float64."""
+    return torch.tensor(values, dtype=torch.float64)[MASK]
+
+
+OLD, SAMPLER = tokens(FIXTURE["logp_old"]), tokens(FIXTURE["logp_sampler"])
+
+
+def weights_of(w: list[float], rows: list[int], correction: Correction) -> list[float]:
+    """Return the weights of tokens with these ratios proximal / sampler; NaN is an unknown sampler."""
+    sampler = -torch.tensor(w, dtype=torch.float64).log()
+    proximal = torch.zeros(len(w), dtype=torch.float64)
+    found = correction_weights(proximal, sampler, torch.tensor(rows), max(rows) + 1, correction)
+    return [round(weight, 9) for weight in found.tolist()]
+
+
+@pytest.mark.parametrize("case", CORRECTIONS)
+def test_weights_equal_the_golden_values(case: str) -> None:
+    found = correction_weights(OLD, SAMPLER, ROW, 4, CORRECTIONS[case])
+    torch.testing.assert_close(found, tokens(GOLDEN[case]["token_weight"]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CORRECTIONS)
+def test_corrected_loss_keeps_the_denominator(case: str) -> None:
+    new = tokens(FIXTURE["logp_new"]).requires_grad_()
+    advantage = torch.tensor(FIXTURE["advantage"], dtype=torch.float64)[ROW]
+    weight = correction_weights(OLD, SAMPLER, ROW, 4, CORRECTIONS[case])
+    surrogate = clipped_surrogate(importance_ratio(new, OLD), advantage, clip_low=0.2, clip_high=0.28)
+    loss = weigh_tokens(surrogate, weight, torch.full((4,), 10.0, dtype=torch.float64), ROW).sum()
+    (gradient,) = torch.autograd.grad(loss, new)
+    golden = GOLDEN[case]
+    assert loss.item() == pytest.approx(golden["ppo_clip_higher_token_mean_keep_denominator"], rel=1e-10)
+    if golden["kept_token_fraction"] < 1:
+        assert loss.item() != pytest.approx(golden["ppo_clip_higher_token_mean_kept_tokens_denominator"])
+    torch.testing.assert_close(gradient, tokens(golden["grad_logp_new_keep_denominator"]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", get_args(CorrectionKind))
+def test_a_sampler_equal_to_the_proximal_policy_gives_weight_one(kind: CorrectionKind) -> None:
+    found = correction_weights(OLD, OLD, ROW, 4, Correction(kind, low=0.5, veto_low=0.1, veto_high=10.0))
+    assert torch.equal(found, torch.ones_like(OLD))
+
+
+def test_sequence_mask_keeps_the_product_inside_its_bounds() -> None:
+    correction = Correction("sequence_mask", low=0.5, high=2.0)
+    assert weights_of([2.0, 0.5, 2.0, 1.5, 0.5, 0.5], [0, 0, 1, 1, 2, 2], correction) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", get_args(CorrectionKind))
+def test_an_unknown_sampler_masks_its_token_and_leaves_its_row_alone(kind: CorrectionKind) -> None:
+    correction = Correction(kind, low=0.1)
+    with_unknown = weights_of([1.2, float("nan"), 0.9], [0, 0, 0], correction)
+    without = weights_of([1.2, 0.9], [0, 0], correction)
+    assert with_unknown == [without[0], 0.0, without[1]]
+    assert 0.0 not in without
+
+
+def test_an_unknown_sampler_may_count_as_on_policy() -> None:
+    correction = Correction("token_truncate", unknown="on_policy")
+    assert weights_of([3.0, float("nan")], [0, 0], correction) == [2.0, 1.0]
+
+
+def test_an_infinite_sampling_logprob_is_unknown() -> None:
+    sampler = torch.tensor([float("-inf"), -1.0])
+    found = correction_weights(torch.tensor([-1.0, -1.0]), sampler, torch.tensor([0, 0]), 1, Correction())
+    assert found.tolist() == [0.0, 1.0]
+
+
+def test_an_extreme_token_vetoes_its_row_only() -> None:
+    correction = Correction("token_truncate", veto_low=1e-2, veto_high=10.0)
+    rows = [0, 0, 1, 1, 2, 2]
+    assert weights_of([1.0, 1e-3, 1.0, 20.0, 1.0, 5.0], rows, correction) == [0.0, 0.0, 0.0, 0.0, 1.0, 2.0]
+
+
+def test_an_enormous_ratio_gives_a_finite_weight() -> None:
+    for kind in get_args(CorrectionKind):
+        found = correction_weights(
+            torch.tensor([-1.0, -1e4]), torch.tensor([-1e4, -1.0]), torch.tensor([0, 1]), 2, Correction(kind, high=1e30)
+        )
+        assert torch.isfinite(found).all(), kind
+
+
+def test_weights_are_constants() -> None:
+    proximal = OLD.clone().requires_grad_()
+    assert not correction_weights(proximal, SAMPLER, ROW, 4, Correction()).requires_grad
+
+
+@pytest.mark.parametrize("kind", get_args(CorrectionKind))
+def test_a_row_has_the_same_weights_alone_and_among_others(kind: CorrectionKind) -> None:
+    correction = Correction(kind, low=0.9, high=1.6)
+    rows = [0, 0, 1, 1, 1]
+    w = [1.5, 0.9, 1.1, 2.5, 0.3]
+    together = weights_of(w, rows, correction)
+    alone = weights_of(w[:2], [0, 0], correction) + weights_of(w[2:], [0, 0, 0], correction)
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"low": 3.0, "high": 2.0}, "low=3.0"), ({"low": -1.0}, "low=-1.0"), ({"veto_low": 0.0}, "veto_low")],
+)
+def test_bounds_that_no_ratio_can_meet_are_refused(options: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named}.*expected"):
+        Correction("token_mask", **options)  # type: ignore[arg-type]

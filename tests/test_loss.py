@@ -1,0 +1,168 @@
+"""Tests of grpo.loss: the clipped surrogate, its clip counts, and the shares of the loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo.loss import clip_masks, clipped_surrogate, importance_ratio, weigh_tokens
+
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
+LOSSES: dict[str, Any] = VECTORS["losses"]
+FIXTURE: dict[str, Any] = LOSSES["fixture"]
+MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
+ROW = MASK.nonzero()[:, 0]
+ROW_TOKENS = MASK.sum(1).double()
+NUM_TOKENS = float(LOSSES["active_tokens"])
+
+BOUNDS: dict[str, dict[str, Any]] = {
+    "ppo_clip_sym": {"clip_low": 0.2, "clip_high": 0.2},
+    "ppo_clip_higher": {"clip_low": 0.2, "clip_high": 0.28},
+    "ppo_dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
+    "ppo_delta_3": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
+    "ratio_pg_no_clip": {"clip_low": None, "clip_high": None},
+}
+
+
+def tokens(values: Any) -> Tensor:
+    """Return the trainable tokens of the fixture, laid end to end, in float64."""
+    return torch.tensor(values, dtype=torch.float64)[MASK]
+
+
+NEW, OLD = tokens(FIXTURE["logp_new"]), tokens(FIXTURE["logp_old"])
+ADVANTAGE = torch.tensor(FIXTURE["advantage"], dtype=torch.float64)[ROW]
+ONE_WEIGHT = torch.ones_like(ADVANTAGE)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Compare at the tolerance of the vectors."""
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def loss_and_gradient(bounds: dict[str, Any], denominator_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of the fixture and its gradient for the current logprobs."""
+    new = NEW.clone().requires_grad_()
+    surrogate = clipped_surrogate(importance_ratio(new, OLD), ADVANTAGE, **bounds)
+    loss = weigh_tokens(surrogate, ONE_WEIGHT, denominator_B, ROW).sum()
+    (gradient,) = torch.autograd.grad(loss, new)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("variant", BOUNDS)
+def test_token_losses_equal_the_golden_values(variant: str) -> None:
+    found = clipped_surrogate(importance_ratio(NEW, OLD), ADVANTAGE, **BOUNDS[variant])
+    assert_close(found, tokens(LOSSES["variants"][variant]["per_token_loss_valid_else_0"]))
+
+
+@pytest.mark.parametrize("variant", BOUNDS)
+@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean_active"])
+def test_loss_and_gradient_equal_the_golden_values(variant: str, mode: str) -> None:
+    denominator = {
+        "token_mean": torch.full((4,), NUM_TOKENS, dtype=torch.float64),
+        "seq_mean_token_mean_active": 3 * ROW_TOKENS,
+    }[mode]
+    loss, gradient = loss_and_gradient(BOUNDS[variant], denominator)
+    golden = LOSSES["variants"][variant]
+    assert loss.item() == pytest.approx(golden["scalar"][mode], rel=1e-10)
+    assert_close(gradient, tokens(golden["grad_logp_new"][mode]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "denominator"),
+    [
+        ("seq_mean_token_mean_all", 4 * ROW_TOKENS),
+        ("seq_mean_token_sum_all", torch.full((4,), 4.0)),
+        ("dr_grpo", torch.full((4,), 4.0 * FIXTURE["L_max"])),
+        ("prompt_mean", 2 * torch.tensor([8.0, 8.0, 2.0, 2.0])),
+        ("token_sum", torch.ones(4)),
+    ],
+)
+def test_a_denominator_per_row_gives_every_other_mean(mode: str, denominator: Tensor) -> None:
+    loss, _ = loss_and_gradient(BOUNDS["ppo_clip_higher"], denominator.double())
+    assert loss.item() == pytest.approx(LOSSES["variants"]["ppo_clip_higher"]["scalar"][mode], rel=1e-10)
+
+
+def test_on_policy_every_token_has_the_gradient_of_its_advantage() -> None:
+    new = OLD.clone().requires_grad_()
+    surrogate = clipped_surrogate(importance_ratio(new, OLD), ADVANTAGE, clip_low=0.2, clip_high=0.28, dual_clip=4.0)
+    (gradient,) = torch.autograd.grad(surrogate.sum() / NUM_TOKENS, new)
+    assert_close(gradient, -ADVANTAGE / NUM_TOKENS)
+
+
+def test_one_side_can_be_left_unclipped() -> None:
+    ratio, advantage = torch.tensor([2.0, 0.1, 0.1]), torch.tensor([1.0, -1.0, 1.0])
+    low_only = clipped_surrogate(ratio, advantage, clip_low=0.2, clip_high=None)
+    assert_close(low_only, torch.tensor([-2.0, 0.8, -0.1]))
+
+
+def test_dual_clip_leaves_positive_advantages_alone() -> None:
+    ratio, advantage = torch.tensor([9.0, 9.0]), torch.tensor([1.0, -1.0])
+    found = clipped_surrogate(ratio, advantage, clip_low=None, clip_high=None, dual_clip=3.0)
+    assert found.tolist() == [-9.0, 3.0]
+
+
+def test_clip_counts_are_those_of_the_side_that_the_sign_makes_active() -> None:
+    metrics = VECTORS["off_policy"]["metrics_new_vs_sampler"]
+    ratio = importance_ratio(NEW, tokens(FIXTURE["logp_sampler"]))
+    low, high = clip_masks(ratio, ADVANTAGE, clip_low=0.2, clip_high=0.28)
+    assert low.double().mean().item() == pytest.approx(metrics["clip_low_fraction"])
+    assert high.double().mean().item() == pytest.approx(metrics["clip_high_fraction_eps0.28"])
+
+
+def test_clipped_tokens_are_those_without_gradient() -> None:
+    new = NEW.clone().requires_grad_()
+    ratio = importance_ratio(new, OLD)
+    surrogate = clipped_surrogate(ratio, ADVANTAGE, clip_low=0.2, clip_high=0.28)
+    (gradient,) = torch.autograd.grad(surrogate.sum(), new)
+    low, high = clip_masks(ratio, ADVANTAGE, clip_low=0.2, clip_high=0.28)
+    assert torch.equal(low | high, gradient == 0)
+
+
+def test_no_bound_clips_no_token() -> None:
+    low, high = clip_masks(torch.tensor([0.0, 9.0]), torch.tensor([-1.0, 1.0]), clip_low=None, clip_high=None)
+    assert not low.any()
+    assert not high.any()
+
+
+def test_an_enormous_ratio_is_finite_and_has_no_gradient() -> None:
+    new = torch.tensor([0.0, -1e4, -1.0], requires_grad=True)
+    ratio = importance_ratio(new, torch.tensor([-1e4, 0.0, -1.0]))
+    (gradient,) = torch.autograd.grad(ratio.sum(), new)
+    assert torch.isfinite(ratio).all()
+    assert gradient.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_weight_zero_silences_a_loss_that_is_not_finite() -> None:
+    loss = torch.tensor([float("nan"), float("inf"), 2.0])
+    found = weigh_tokens(loss, torch.tensor([0.0, 0.0, 0.5]), torch.tensor([4.0]), torch.zeros(3, dtype=torch.int64))
+    assert found.tolist() == [0.0, 0.0, 0.25]
+
+
+def test_partial_sums_over_the_global_denominator_add_up_to_the_token_mean() -> None:
+    golden = VECTORS["normalisation"]
+    rows = [torch.tensor(row) for row in golden["per_token_loss"]]
+    sums = []
+    for first, second in golden["micro_batches_2x2"]:
+        loss = torch.cat([rows[first], rows[second]])
+        row = torch.tensor([0] * len(rows[first]) + [1] * len(rows[second]))
+        denominator = torch.full((2,), float(golden["token_total"]))
+        sums.append(weigh_tokens(loss, torch.ones_like(loss), denominator, row).sum().item())
+    assert sums == pytest.approx(golden["correct_partial_sums_2x2_divided_by_global_tokens"])
+    assert sum(sums) == pytest.approx(golden["token_mean_correct"])
+    assert sum(sums) != pytest.approx(golden["WRONG_mean_of_micro_batch_token_means_2x2"])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "named"),
+    [
+        ({"clip_low": -0.1, "clip_high": 0.2}, "clip_low"),
+        ({"clip_low": 0.2, "clip_high": -0.2}, "clip_high"),
+        ({"clip_low": 0.2, "clip_high": 0.5, "dual_clip": 1.5}, "dual_clip"),
+    ],
+)
+def test_a_bound_that_cannot_be_meant_is_refused(bounds: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} is .*expected"):
+        clipped_surrogate(NEW, ADVANTAGE, **bounds)

@@ -1,0 +1,413 @@
+"""Tests of grpo.optimize: the gradient of an update, its records, and its state between calls."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from grpo.correction import Correction
+from grpo.optimize import (
+    STEP_SCHEMA,
+    UpdateSettings,
+    deterministic,
+    learning_rate_at,
+    load_optimizer,
+    make_optimizer,
+    save_optimizer,
+    train_on_batches,
+)
+from grpo.policy import load_policy, save_policy
+from grpo.records import RECORD_SCHEMA
+
+torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
+
+SCHEMA: dict[str, Any] = {
+    "optimizer_step": pl.Int32,
+    "microbatch": pl.Int32,
+    "row": pl.Int32,
+    "completion_id": pl.String,
+    "group_id": pl.String,
+    "prompt_token_ids": pl.List(pl.Int32),
+    "completion_token_ids": pl.List(pl.Int32),
+    "loss_mask": pl.List(pl.Boolean),
+    "sampling_logprobs": pl.List(pl.Float32),
+    "advantage": pl.Float64,
+    "temperature": pl.Float32,
+    "loss_denominator": pl.Float64,
+}
+
+FROZEN = UpdateSettings(learning_rate=0.0, max_grad_norm=None)
+"""Leaves the weights alone, so that the gradients of a call can be read afterwards."""
+
+
+def tiny_policy(**options: Any) -> PreTrainedModel:
+    """Return a small random Qwen2 in evaluation mode; the same arguments give the same weights."""
+    torch.manual_seed(7)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    auto: Any = AutoModelForCausalLM
+    model: Any = auto.from_config(AutoConfig.for_model("qwen2", **sizes | layers | options))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    policy: PreTrainedModel = model.eval()
+    return policy
+
+
+def batch_rows(num_rows: int = 8, num_steps: int = 1, microbatch_rows: int = 3, seed: int = 0) -> pl.DataFrame:
+    """Return random rows in training order, with a masked token here and there."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(num_rows * num_steps):
+        length = int(random.integers(1, 7))
+        rows.append(
+            {
+                "optimizer_step": index // num_rows,
+                "microbatch": index % num_rows // microbatch_rows,
+                "row": index % num_rows,
+                "completion_id": f"c{index}",
+                "group_id": f"g{index // 4}",
+                "prompt_token_ids": random.integers(1, 40, int(random.integers(1, 5))).tolist(),
+                "completion_token_ids": random.integers(1, 40, length).tolist(),
+                "loss_mask": None if index % 3 else (random.random(length) < 0.7).tolist(),
+                "sampling_logprobs": (-3.7 + random.normal(size=length)).tolist(),
+                "advantage": float(random.normal()),
+                "temperature": 1.0 if index % 2 else 0.7,
+                "loss_denominator": 25.0,
+            }
+        )
+    return pl.DataFrame(rows, schema=SCHEMA)
+
+
+def gradients(frame: pl.DataFrame, settings: UpdateSettings = FROZEN) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of one optimizer step of the tiny policy on these rows."""
+    model = tiny_policy()
+    _, steps = train_on_batches(model, make_optimizer(model, settings), frame, settings)
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return steps["loss"][0], {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def assert_same_update(found: pl.DataFrame, expected: pl.DataFrame) -> None:
+    """Compare loss and gradients of two ways to write the same optimizer step."""
+    loss, gradient = gradients(found)
+    expected_loss, expected_gradient = gradients(expected)
+    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-8)
+    assert gradient.keys() == expected_gradient.keys()
+    for name, value in expected_gradient.items():
+        torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def sha256_of_weights(model: PreTrainedModel) -> str:
+    """Return a hash of all parameters."""
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+
+def reference_loss(model: PreTrainedModel, frame: pl.DataFrame, settings: UpdateSettings) -> Tensor:
+    """Return the on-policy loss, row by row and token by token, from the model's own forward."""
+    total = torch.zeros(())
+    for row in frame.to_dicts():
+        prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
+        logits = model(torch.tensor([prompt + completion])).logits[0] / row["temperature"]
+        logprobs = logits.log_softmax(-1)
+        for place, token in enumerate(completion):
+            if row["loss_mask"] is not None and not row["loss_mask"][place]:
+                continue
+            logprob = logprobs[len(prompt) + place - 1, token]
+            sampling = row["sampling_logprobs"][place]
+            weight = min(math.exp(logprob.item() - sampling), settings.correction.high)
+            total = total - weight * (logprob - logprob.detach()).exp() * row["advantage"] / row["loss_denominator"]
+    return total
+
+
+def test_loss_and_gradient_equal_those_of_a_plain_loop_over_tokens() -> None:
+    model, frame = tiny_policy(), batch_rows()
+    expected = reference_loss(model, frame, FROZEN)
+    torch.autograd.backward(expected)
+    loss, found = gradients(frame)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("microbatch_rows", [1, 2, 8])
+def test_how_rows_are_cut_into_microbatches_changes_nothing(microbatch_rows: int) -> None:
+    assert_same_update(batch_rows(microbatch_rows=microbatch_rows), batch_rows(microbatch_rows=3))
+
+
+def test_the_order_of_rows_changes_nothing() -> None:
+    frame = batch_rows()
+    order = [5, 0, 7, 2, 6, 1, 4, 3]
+    assert_same_update(frame[order].with_columns(microbatch=frame["microbatch"]), frame)
+
+
+def test_a_fully_masked_row_changes_nothing() -> None:
+    frame = batch_rows()
+    masked = frame[:1].with_columns(
+        completion_id=pl.lit("masked"),
+        completion_token_ids=pl.lit([9] * 20, dtype=pl.List(pl.Int32)),
+        loss_mask=pl.lit([False] * 20),
+        sampling_logprobs=pl.lit([None] * 20, dtype=pl.List(pl.Float32)),
+        advantage=pl.lit(1e9),
+    )
+    assert_same_update(pl.concat([frame, masked]), frame)
+    assert_same_update(pl.concat([frame, masked.with_columns(microbatch=pl.lit(9, dtype=pl.Int32))]), frame)
+
+
+@pytest.mark.parametrize("filler", [float("nan"), 1e9, -1e9, None])
+def test_sampling_logprobs_under_the_mask_are_never_read(filler: float | None) -> None:
+    frame = batch_rows()
+    rows = frame.to_dicts()
+    for row in rows:
+        if row["loss_mask"] is not None:
+            row["sampling_logprobs"] = [
+                value if trained else filler
+                for value, trained in zip(row["sampling_logprobs"], row["loss_mask"], strict=True)
+            ]
+    assert_same_update(pl.DataFrame(rows, schema=SCHEMA), frame)
+
+
+def test_the_head_chunk_changes_nothing() -> None:
+    loss, found = gradients(batch_rows())
+    expected_loss, expected = gradients(
+        batch_rows(), UpdateSettings(learning_rate=0.0, max_grad_norm=None, head_chunk_tokens=2)
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_unknown_sampler_masks_its_token_and_keeps_the_denominator() -> None:
+    frame = batch_rows(num_rows=2, microbatch_rows=2).with_columns(loss_mask=pl.lit(None, dtype=pl.List(pl.Boolean)))
+    first = frame["completion_token_ids"].list.len()[0]
+    unknown = frame.with_columns(
+        sampling_logprobs=pl.Series([[None] * first, frame["sampling_logprobs"][1]], dtype=pl.List(pl.Float32))
+    )
+    masked = frame.with_columns(loss_mask=pl.Series([[False] * first, None], dtype=pl.List(pl.Boolean)))
+    assert_same_update(unknown, masked)
+    model = tiny_policy()
+    records, _ = train_on_batches(model, make_optimizer(model, FROZEN), unknown, FROZEN)
+    assert records["masked_tokens"].to_list() == [first, 0]
+    assert records["num_tokens"][0] == first
+    assert records["kl_to_sampler"][0] is None
+
+
+def test_the_first_step_is_on_policy_and_the_second_is_compared_with_the_start() -> None:
+    model = tiny_policy()
+    start = tiny_policy()
+    frame = batch_rows(num_steps=2)
+    settings = UpdateSettings(learning_rate=1e-2, record_tokens=True)
+    records, _ = train_on_batches(model, make_optimizer(model, settings), frame, settings)
+    first, second = records.partition_by("optimizer_step", maintain_order=True)
+    assert set(first["importance_ratio_max"].drop_nulls()) == {1.0}
+    assert second["importance_ratio_max"].max() != 1.0
+
+    still, _ = train_on_batches(start, make_optimizer(start, FROZEN), frame[8:], settings)
+    lists = ["trainer_logprobs", "importance_ratios", "correction_weights"]
+    now, then = (part.select(lists).explode(lists).drop_nulls() for part in (second, still))
+    expected = (now["trainer_logprobs"] - then["trainer_logprobs"]).exp()
+    assert now["importance_ratios"].to_list() == pytest.approx(expected.to_list(), rel=1e-4)
+    assert now["correction_weights"].to_list() == pytest.approx(then["correction_weights"].to_list(), rel=1e-4)
+
+
+def test_a_sampler_equal_to_the_policy_gives_weights_of_one_and_no_kl() -> None:
+    model, settings = tiny_policy(), UpdateSettings(learning_rate=0.0, record_tokens=True)
+    frame = batch_rows()
+    records, _ = train_on_batches(model, make_optimizer(model, settings), frame, settings)
+    own = frame.with_columns(records["trainer_logprobs"].alias("sampling_logprobs"))
+    records, _ = train_on_batches(model, make_optimizer(model, settings), own, settings)
+    assert set(records["correction_weight_mean"].drop_nulls()) == {1.0}
+    assert set(records["kl_to_sampler"].drop_nulls()) == {0.0}
+    assert set(records["logprob_difference_max"].drop_nulls()) == {0.0}
+
+
+def test_records_and_steps_tell_what_was_done() -> None:
+    model = tiny_policy()
+    frame = batch_rows(num_steps=2)
+    settings = UpdateSettings(learning_rate=1e-3, warmup_steps=4)
+    seen: list[tuple[int, int]] = []
+    records, steps = train_on_batches(
+        model, make_optimizer(model, settings), frame, settings, lambda step, part: seen.append((step, part))
+    )
+    assert records.schema == RECORD_SCHEMA
+    assert steps.schema == STEP_SCHEMA
+    assert records["completion_id"].to_list() == frame["completion_id"].to_list()
+    assert seen == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert steps["learning_rate"].to_list() == [0.00025, 0.0005]
+    assert steps["num_rows"].to_list() == [8, 8]
+    trainable = frame["loss_mask"].list.sum().fill_null(frame["completion_token_ids"].list.len())
+    assert records["num_tokens"].to_list() == trainable.to_list()
+    assert steps["num_tokens"].sum() == trainable.sum()
+    assert steps["loss"].to_list() == pytest.approx(
+        [part["loss"].sum() for part in records.partition_by("optimizer_step", maintain_order=True)]
+    )
+
+
+def test_the_norm_of_the_gradient_is_the_one_before_clipping() -> None:
+    norms = []
+    for limit in (None, 1e-3):
+        model, settings = tiny_policy(), UpdateSettings(learning_rate=0.0, max_grad_norm=limit)
+        _, steps = train_on_batches(model, make_optimizer(model, settings), batch_rows(), settings)
+        squares = [float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None]
+        norms.append((steps["grad_norm"][0], math.sqrt(sum(squares))))
+    assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-5)
+    assert norms[1] == pytest.approx((norms[0][0], 1e-3), rel=1e-3)
+
+
+def test_no_rows_give_no_records_and_no_step() -> None:
+    model = tiny_policy()
+    optimizer = make_optimizer(model, FROZEN)
+    records, steps = train_on_batches(model, optimizer, pl.DataFrame(schema=SCHEMA), FROZEN)
+    assert (records.shape, steps.shape) == ((0, len(RECORD_SCHEMA)), (0, len(STEP_SCHEMA)))
+    assert optimizer.num_steps == 0
+
+
+def test_a_loss_that_is_not_finite_names_its_completion_and_changes_no_weight() -> None:
+    model, settings = tiny_policy(), UpdateSettings(learning_rate=1e-2)
+    before = sha256_of_weights(model)
+    frame = batch_rows().with_columns(
+        pl.when(pl.col("completion_id") == "c4").then(float("inf")).otherwise("advantage").alias("advantage")
+    )
+    with pytest.raises(ArithmeticError, match=r"loss of completions c4 is .*expected a finite one"):
+        train_on_batches(model, make_optimizer(model, settings), frame, settings)
+    assert sha256_of_weights(model) == before
+
+
+def test_a_gradient_that_is_not_finite_names_the_completions_of_the_step() -> None:
+    model: Any = tiny_policy()
+    model.model.embed_tokens.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = sha256_of_weights(model)
+    settings = UpdateSettings(learning_rate=1e-2)
+    with pytest.raises(ArithmeticError, match=r"gradient of completions c0, c1, .* and 2 more has norm nan"):
+        train_on_batches(model, make_optimizer(model, settings), batch_rows(num_rows=10), settings)
+    assert sha256_of_weights(model) == before
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_learning_rate_is_a_function_of_the_step(schedule: Any) -> None:
+    settings = UpdateSettings(learning_rate=1.0, warmup_steps=2, schedule=schedule, total_steps=6)
+    expected = {
+        "constant": [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+        "linear": [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0],
+        "cosine": [0.5, 1.0, 1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0, 0.0],
+    }[schedule]
+    assert [learning_rate_at(step, settings) for step in range(8)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("options", [{"schedule": "linear"}, {"schedule": "cosine", "total_steps": 3}])
+def test_a_falling_schedule_without_an_end_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"total_steps=.*expected more steps than the 3"):
+        UpdateSettings(warmup_steps=3, **options)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone() -> None:
+    model = tiny_policy()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = UpdateSettings(learning_rate=0.1, weight_decay=0.5)
+    frame = batch_rows().with_columns(advantage=pl.lit(0.0))
+    train_on_batches(model, make_optimizer(model, settings), frame, settings)
+    assert {parameter.dim() for parameter in model.parameters()} == {1, 2}
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (1.0 if parameter.dim() == 1 else 1 - 0.1 * 0.5)
+        torch.testing.assert_close(parameter.detach(), expected, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path: Path, tied: bool) -> None:
+    settings = UpdateSettings(learning_rate=1e-2, warmup_steps=1, schedule="linear", total_steps=6, weight_decay=0.1)
+    frames = [batch_rows(num_steps=2, seed=seed) for seed in (1, 2)]
+    save_policy(tiny_policy(tie_word_embeddings=tied), tmp_path / "start")
+
+    model = load_policy(tmp_path / "start")
+    optimizer = make_optimizer(model, settings)
+    expected = [train_on_batches(model, optimizer, frame, settings) for frame in frames]
+    save_optimizer(optimizer, model, tmp_path / "expected.safetensors")
+
+    again = load_policy(tmp_path / "start")
+    optimizer = make_optimizer(again, settings)
+    train_on_batches(again, optimizer, frames[0], settings)
+    save_policy(again, tmp_path / "middle")
+    save_optimizer(optimizer, again, tmp_path / "middle.safetensors")
+
+    resumed = load_policy(tmp_path / "middle")
+    optimizer = load_optimizer(tmp_path / "middle.safetensors", resumed, settings)
+    records, steps = train_on_batches(resumed, optimizer, frames[1], settings)
+    save_optimizer(optimizer, resumed, tmp_path / "found.safetensors")
+
+    assert sha256_of_weights(resumed) == sha256_of_weights(model)
+    assert sha256_of_weights(resumed) != sha256_of_weights(again)
+    assert records.equals(expected[1][0], null_equal=True)
+    assert steps.equals(expected[1][1])
+    assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+
+
+def test_a_fresh_optimizer_is_saved_as_zeros_and_loads(tmp_path: Path) -> None:
+    model = tiny_policy()
+    save_optimizer(make_optimizer(model, FROZEN), model, tmp_path / "fresh")
+    tensors = load_file(tmp_path / "fresh")
+    assert not any(tensor.any() for tensor in tensors.values())
+    assert load_optimizer(tmp_path / "fresh", model, FROZEN).num_steps == 0
+
+
+def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = tiny_policy()
+    save_optimizer(make_optimizer(model, FROZEN), model, tmp_path / "state")
+    with pytest.raises(ValueError, match=r"state of another model .*expected the state saved with this policy"):
+        load_optimizer(tmp_path / "state", tiny_policy(vocab_size=41), FROZEN)
+
+
+def test_autocast_gives_nearly_the_same_gradient() -> None:
+    _, expected = gradients(batch_rows())
+    settings = UpdateSettings(learning_rate=0.0, max_grad_norm=None, autocast_bf16=True)
+    _, found = gradients(batch_rows(), settings)
+    for name, gradient in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
+
+
+def test_settings_reach_the_correction_and_the_clip() -> None:
+    frame = batch_rows()
+    loss, _ = gradients(frame)
+    for changed in (
+        UpdateSettings(learning_rate=0.0, max_grad_norm=None, correction=Correction("none")),
+        UpdateSettings(learning_rate=0.0, max_grad_norm=None, correction=Correction("token_mask", low=0.8, high=1.2)),
+    ):
+        assert gradients(frame, changed)[0] != pytest.approx(loss, rel=1e-3)
+
+    model, clipped = tiny_policy(), UpdateSettings(learning_rate=1e-2, clip_low=1e-3, clip_high=1e-3)
+    records, _ = train_on_batches(model, make_optimizer(model, clipped), batch_rows(num_steps=2), clipped)
+    counts = records.group_by("optimizer_step").agg(pl.col("clipped_low_tokens", "clipped_high_tokens").sum())
+    assert counts.sort("optimizer_step").rows()[0] == (0, 0, 0)
+    assert min(counts.sort("optimizer_step").rows()[1]) > 0
+
+
+@pytest.fixture
+def _restored_determinism() -> Iterator[None]:
+    """Put torch's global switches back after a test has set them."""
+    threads, was_on = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(was_on)
+
+
+@pytest.mark.usefixtures("_restored_determinism")
+def test_deterministic_mode_runs_an_update_twice_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    deterministic(1)
+    assert torch.get_num_threads() == 1
+    assert torch.are_deterministic_algorithms_enabled()
+    hashes = set()
+    for _ in range(2):
+        model, settings = tiny_policy(), UpdateSettings(learning_rate=1e-2)
+        train_on_batches(model, make_optimizer(model, settings), batch_rows(num_steps=2), settings)
+        hashes.add(sha256_of_weights(model))
+    assert len(hashes) == 1

@@ -1,0 +1,112 @@
+"""Scoring: how a function is called, and what becomes of its failures."""
+
+import json
+import math
+from typing import Any
+
+import polars as pl
+import pytest
+
+from pipeline.errors import RewardError
+from stages.score import RewardConfig, Score, ScoreConfig, check_failures, find_rewards, score_rows
+from tests.builders import completion_rows, prompt_rows
+
+
+def length(completion: str) -> float:
+    return float(len(completion))
+
+
+def everything(completion: str, prompt: str, reference: str | None, city: str, scale: float = 1.0) -> Score:
+    return Score(scale, {"seen": [completion, prompt, reference, city]})
+
+
+def troublesome(completion: str) -> Any:
+    if completion == "raise":
+        raise ValueError("no number in it")
+    return {"nan": math.nan, "none": None, "text": "not a number", "infinite": math.inf}.get(completion, 1.0)
+
+
+def rewards(function: str, **arguments: Any) -> ScoreConfig:
+    return ScoreConfig(rewards=[RewardConfig(name="r", function=function, arguments=arguments)])
+
+
+def score(config: ScoreConfig, *texts: str, **prompt: Any) -> pl.DataFrame:
+    completions = completion_rows(*({"completion": text} for text in texts))
+    return score_rows(completions, prompt_rows(prompt), find_rewards(config))
+
+
+def test_a_function_gets_what_its_signature_names() -> None:
+    config = rewards("tests.test_score:everything", scale=2.0)
+    row = score(config, "Rome!", reference_answer="Rome", metadata=json.dumps({"city": "R"})).row(0, named=True)
+    assert row["reward"] == 2.0
+    assert json.loads(row["detail"]) == {"seen": ["Rome!", "3 + 4", "Rome", "R"]}
+
+
+def test_several_functions_give_a_row_each() -> None:
+    config = ScoreConfig(
+        rewards=[
+            RewardConfig(name="length", function="tests.test_score:length"),
+            RewardConfig(name="exact", function="stages.rewards.matching:exact_match"),
+        ]
+    )
+    rows = score(config, "7", "seven", reference_answer="7").select("reward_name", "reward").rows()
+    assert rows == [("length", 1.0), ("exact", 1.0), ("length", 5.0), ("exact", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("raise", "ValueError: no number in it"),
+        ("nan", "the function returned nan"),
+        ("infinite", "the function returned inf"),
+        ("none", "the function returned None"),
+        ("text", "ValueError: could not convert string to float: 'not a number'"),
+    ],
+)
+def test_a_failure_is_a_null_reward_with_its_error_and_never_zero(text: str, error: str) -> None:
+    rows = score(rewards("tests.test_score:troublesome"), "fine", text)
+    assert rows["reward"].to_list() == [1.0, None]
+    assert rows["error"].to_list() == [None, error]
+
+
+def test_too_many_failures_stop_the_stage_with_an_example() -> None:
+    rows = score(rewards("tests.test_score:troublesome"), "fine", "raise")
+    check_failures(rows, max_failed_share=0.5)
+    with pytest.raises(RewardError, match=r"'r' could not score 50% .* first error: ValueError: no number in it"):
+        check_failures(rows, max_failed_share=0.49)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no.such.module:f", "cannot be imported .*No module named 'no'"),
+        ("tests.test_score:absent", "tests.test_score has no function absent"),
+        ("length", "not of the form module:function"),
+    ],
+)
+def test_a_function_that_cannot_be_imported_is_named(function: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        find_rewards(rewards(function))
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(RewardError, match=r"has no parameters \['wide'\]"):
+        find_rewards(rewards("tests.test_score:length", wide=1))
+
+
+def test_the_identity_of_a_reward_depends_on_its_arguments() -> None:
+    one, two = (find_rewards(rewards("tests.test_score:everything", scale=s))[0].recipe for s in (1.0, 2.0))
+    assert one != two
+
+
+def test_reasoning_gym_verifies_with_the_tasks_own_rule() -> None:
+    entry = {"question": "7 + 5 =", "answer": "12", "metadata": {"source_dataset": "chain_sum"}}
+    config = rewards("stages.rewards.reasoning_gym:verify")
+    rows = score(config, "12", " 12\n", "13", metadata=json.dumps({"entry": entry}))
+    right, padded, wrong = rows["reward"].to_list()
+    assert (right, padded) == (1.0, 1.0)
+    assert wrong < 0.1
+
+
+def test_exact_match_without_a_reference_is_unknown() -> None:
+    assert score(rewards("stages.rewards.matching:exact_match"), "7")["reward"].to_list() == [None]
