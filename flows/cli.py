@@ -107,10 +107,8 @@ def starter(
 
     Example: grpo starter configs/demo.toml
     """
-    from stages.starter import make_starter
-
+    from flows import session
     from flows.progress import TerminalReporter
-    from flows.session import starters_root
     from pipeline.run_dir import RunDir
     from stages.config import load_config
 
@@ -120,7 +118,8 @@ def starter(
     _end_on_sigterm()
     reporter = TerminalReporter()
     with reporter.shown():
-        result = make_starter(settings, starters_root(RunDir(runs / "any")), reporter.stage("starter"))
+        root = session.starters_root(RunDir(runs / "any"))
+        result = session.starter(settings, root, reporter.stage("starter"))
     print(result.main.path)
 
 

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from stages.engines.base import EngineSettings
-from stages.engines.process import EngineProcess
-from stages.starter import make_starter
-
 from pipeline.artifact import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
 from stages.config import RunConfig
+from stages.engines.base import EngineSettings
+from stages.engines.process import EngineProcess
 from stages.iteration import Wiring
 from stages.policy import check_policy, context_length, looks_local
+from stages.starter import make_starter
 from stages.update import Trainer, resolve_device
 
 
@@ -77,7 +76,7 @@ class Session:
         model = self.config.policy.model
         source = None
         if self.config.starter is not None:
-            source = make_starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main.path
+            source = starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main.path
         elif looks_local(model):
             source = Path(model)
         return self._path("policy", self.wiring.initial_policy(source), source)
@@ -181,6 +180,12 @@ def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:
 def starters_root(run: RunDir) -> Path:
     """Return where starters lie: beside the runs, which share them."""
     return run.root.parent / "starters"
+
+
+def starter(config: RunConfig, root: Path, progress: Progress) -> StageResult:
+    """Return the policy artifact that the config's [starter] table describes; it is made unless it exists."""
+    assert config.starter is not None
+    return make_starter(config.starter, config.prompts, config.held_out_share, root, progress)
 
 
 @contextmanager

@@ -60,13 +60,7 @@ def advantages(
     centred = reward - mean
 
     frame = rewards.lazy().with_columns(_known(reward.cast(pl.Float64)).alias("reward"))
-    frame = frame.with_columns(
-        reward.count().over("group_id").cast(pl.Int32).alias("group_size"),
-        reward.mean().over("group_id").alias("group_reward_mean"),
-        reward.std(ddof).over("group_id").alias("group_reward_std"),
-        reward.min().over("group_id").alias("_lowest"),
-        reward.max().over("group_id").alias("_highest"),
-    )
+    frame = frame.join(_statistics(frame, ddof), on="group_id", how="left", maintain_order="left")
 
     is_compared = baseline != "none" or scale != "none"
     # Equal rewards have a mean that is off by rounding, and eps would blow the rest up into an advantage.
@@ -89,6 +83,27 @@ def advantages(
     frame = frame.with_columns(drop_reason.alias("drop_reason"))
     advantage = pl.when(pl.col("drop_reason").is_null()).then(raw / divisor).otherwise(0.0)
     return frame.with_columns(advantage.alias("advantage")).select(ADVANTAGE_COLUMNS)
+
+
+def _statistics(frame: pl.LazyFrame, ddof: int) -> pl.LazyFrame:
+    """Return size, mean, std, lowest and highest scored reward of each group.
+
+    Each group is summed as one list, in row order. The aggregations of ``over`` and ``group_by`` add up partial sums in
+    an order that differs from call to call, and with it the last bit of a mean or a std.
+    """
+    scored = pl.col("reward").list
+    return (
+        frame.group_by("group_id", maintain_order=True)
+        .agg(pl.col("reward").drop_nulls())
+        .select(
+            "group_id",
+            scored.len().cast(pl.Int32).alias("group_size"),
+            scored.mean().alias("group_reward_mean"),
+            scored.std(ddof).alias("group_reward_std"),
+            scored.min().alias("_lowest"),
+            scored.max().alias("_highest"),
+        )
+    )
 
 
 def combine(rewards_long: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float]) -> pl.LazyFrame:

@@ -1,10 +1,9 @@
-"""Rows of the batches dataset as the tensors of one microbatch, and the cut of rows into microbatches.
+"""Rows of the batches dataset as the tensors of one microbatch.
 
 Shapes: `B` rows of a microbatch; `T` input tokens, padded on the right; `N` trainable tokens, rows laid end to end in
 row order. Masked completion tokens are inputs, but they are not among the `N`: nothing downstream needs a mask.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -88,28 +87,6 @@ def collate(rows: pl.DataFrame) -> MicroBatch:
         temperature_B=_float_tensor(rows["temperature"]),
         loss_denominator_B=_float_tensor(rows["loss_denominator"]),
     )
-
-
-def cut_microbatches(lengths: Sequence[int], budget: int) -> list[int]:
-    """Return the microbatch index of each row, ascending from 0, for rows in the order given.
-
-    A microbatch takes the next row as long as rows x longest length stays within ``budget``, its padded tokens. A row
-    longer than the budget gets a microbatch of its own. Sort by length first: neighbours then pad each other little.
-
-    Raises:
-        ValueError: if the budget is not positive.
-    """
-    if budget < 1:
-        raise ValueError(f"the budget of a microbatch is {budget} tokens: expected at least 1; raise it")
-    indices = []
-    index, num_rows, longest = 0, 0, 0
-    for length in lengths:
-        longest = max(longest, length)
-        if num_rows > 0 and (num_rows + 1) * longest > budget:
-            index, num_rows, longest = index + 1, 0, length
-        num_rows += 1
-        indices.append(index)
-    return indices
 
 
 def _lengths(rows: pl.DataFrame, column: str) -> IntArray:

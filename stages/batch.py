@@ -9,11 +9,10 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from grpo.collate import cut_microbatches
+from grpo.microbatches import cut_microbatches
 from pipeline.config import StrictModel
 from pipeline.run_dir import identity
 from pipeline.stage import Stage, StageTask
-
 
 NO_PLACE = {
     "optimizer_step": pl.lit(None, pl.Int32),

@@ -73,6 +73,11 @@ class RunConfig(StrictModel):
             )
         return self
 
+    @property
+    def held_out_share(self) -> float:
+        """Share of the training source's questions that training and warm-up leave alone."""
+        return 0.0 if self.evaluate.source is not None else self.evaluate.held_out_share
+
     def evaluation(self) -> EvaluateTaskConfig:
         """Return what decides an evaluation."""
         generate = self.generate

@@ -23,6 +23,7 @@ from stages.engines.base import Engine, EngineInfo, Generated, Request, Sampling
 from stages.policy import load_tokenizer, stop_token_ids
 
 CURRENT = "current"
+DEFAULT_GROUP_SIZE = 8
 
 
 class MemberConfig(StrictModel):
@@ -47,8 +48,8 @@ class MemberConfig(StrictModel):
 class GenerateConfig(StrictModel):
     """Config of the generate stage."""
 
-    group_size: int = Field(8, ge=1)
-    """Answers per prompt; with [[generate.members]] the sum of their counts stands here."""
+    group_size: int | None = Field(None, ge=1)
+    """Answers per prompt; null = the sum of the members' counts, or 8 without members."""
     members: list[MemberConfig] = Field(default_factory=list)
     """Which policies write the answers of a group; empty = the current policy writes all."""
     max_tokens: int = Field(256, ge=1)
@@ -75,11 +76,7 @@ class GenerateConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (
-            self.members
-            and self.group_size != sum(m.count for m in self.members)
-            and "group_size" in self.model_fields_set
-        ):
+        if self.members and self.group_size not in (None, sum(m.count for m in self.members)):
             raise ValueError(
                 f"group_size is {self.group_size}, but the counts of generate.members add up to "
                 f"{sum(m.count for m in self.members)}: leave group_size out, or make them equal"
@@ -95,8 +92,8 @@ class GenerateConfig(StrictModel):
         if self.is_truncated and self.engine == "vllm":
             raise ValueError(
                 f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate sampling, and vLLM does not "
-                "report the probability that was cut off, so importance ratios would be wrong: leave them at 1, 0 and 0, "
-                'or use generate.engine = "transformers", which records it'
+                "report the probability that was cut off, so importance ratios would be wrong: leave them at 1, 0 and "
+                '0, or use generate.engine = "transformers", which records it'
             )
         return self
 
@@ -107,11 +104,11 @@ class GenerateConfig(StrictModel):
     @property
     def size(self) -> int:
         """Answers per group."""
-        return sum(m.count for m in self.members) if self.members else self.group_size
+        return sum(m.count for m in self.members) if self.members else self.group_size or DEFAULT_GROUP_SIZE
 
     def plan(self) -> list[MemberConfig]:
         """Return the members, also when the config lists none."""
-        return self.members or [MemberConfig(name=CURRENT, policy=CURRENT, count=self.group_size)]
+        return self.members or [MemberConfig(name=CURRENT, policy=CURRENT, count=self.size)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 This is the wiring of the pipeline; nothing here computes. A `StageCall` can be hashed, looked up or run.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Wiring:
             {"prompts": place},
             {
                 "split": split,
-                "held_out_share": 1.0 if own_source else self._held_out_share(),
+                "held_out_share": 1.0 if own_source else self.config.held_out_share,
                 "count": count,
                 "seed": self.config.seed,
                 "iteration": iteration,
@@ -70,9 +71,6 @@ class Wiring:
                 **source_identity(source),
             },
         )
-
-    def _held_out_share(self) -> float:
-        return 0.0 if self.config.evaluate.source is not None else self.config.evaluate.held_out_share
 
     def generate(self, iteration: int) -> StageCall:
         """Return the call that samples the groups of an iteration."""
@@ -199,6 +197,13 @@ def preflight(config: RunConfig) -> None:
     """
     from stages.sources import first_row
 
+    cores = len(os.sched_getaffinity(0))
+    for key, threads in (("generate", config.generate.num_threads), ("update", config.update.num_threads)):
+        if threads > cores:
+            raise ConfigError(
+                f"{key}.num_threads is {threads}, but this process may use {cores} cores: set it to {cores} or less "
+                "(another number of threads gives other bits)"
+            )
     find_rewards(config.score)
     first_row(config.prompts)
     if config.evaluate.source is not None:

@@ -209,6 +209,12 @@ def test_combine_is_null_when_a_weighted_reward_is_unknown_or_absent() -> None:
     assert combined.rows() == [("b0", "b", 2.1), ("a0", "a", None), ("a1", "a", None), ("a2", "a", None)]
 
 
+def test_combine_keeps_the_order_of_first_appearance() -> None:
+    ids = [f"a{number * 37 % 5003}" for number in range(5003)]
+    rows = long_rows(*((completion, name, 1.0) for name in ("x", "y") for completion in ids))
+    assert combine(rows, {"x": 1.0, "y": 1.0}).collect()["completion_id"].to_list() == ids
+
+
 def test_combine_ignores_a_reward_of_weight_zero_or_without_weight() -> None:
     rows = long_rows(("a0", "correct", 1.0), ("a0", "length", None), ("a0", "other", 5.0))
     assert combine(rows, {"correct": 2.0, "length": 0.0}).collect().rows() == [("a0", "a", 2.0)]
@@ -217,3 +223,12 @@ def test_combine_ignores_a_reward_of_weight_zero_or_without_weight() -> None:
 def test_combine_refuses_weights_that_select_nothing() -> None:
     with pytest.raises(ValueError, match=r"combine nothing.*at least one"):
         combine(long_rows(), {"correct": 0.0})
+
+
+def test_the_same_rewards_give_the_same_bits_every_time() -> None:
+    """Sums by several threads, in the order in which they finish, would differ in the last bit."""
+    rewards = [(i * 37 % 101) / 101 for i in range(2_000)]
+    groups = [f"g{i * 13 % 250}" for i in range(2_000)]
+    frame = pl.DataFrame({"completion_id": [str(i) for i in range(2_000)], "group_id": groups, "reward": rewards})
+    bits = {advantages(frame, scale="group_std").collect().hash_rows().sum() for _ in range(50)}
+    assert len(bits) == 1

@@ -134,5 +134,5 @@ def test_wrong_columns_are_refused_on_write(tmp_path: Path) -> None:
 def test_null_is_refused_where_none_may_stand(tmp_path: Path) -> None:
     writer = ArtifactWriter(tmp_path / "rewards", "rewards", "recipe")
     writer.open()
-    with pytest.raises(SchemaError, match="reward_recipe.*null"):
+    with pytest.raises(SchemaError, match=r"reward_recipe.*null"):
         writer.write_part(0, reward_rows(a=[1.0]).with_columns(reward_recipe=pl.lit(None, pl.String)))

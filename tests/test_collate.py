@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.collate import collate, cut_microbatches
+from grpo.collate import collate
+from grpo.microbatches import cut_microbatches
 
 SCHEMA: dict[str, Any] = {
     "completion_id": pl.String,

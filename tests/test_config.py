@@ -97,7 +97,7 @@ def test_members_must_add_up_to_the_group(tmp_path: Path) -> None:
         '[[generate.members]]\nname = "a"\ncount = 2\n[[generate.members]]\nname = "b"\npolicy = "age:2"\ncount = 1\n'
     )
     assert load(tmp_path, MINIMAL + members).generate.size == 3
-    with pytest.raises(ConfigError, match="counts of generate.members add up to 3"):
+    with pytest.raises(ConfigError, match=r"counts of generate\.members add up to 3"):
         load(tmp_path, MINIMAL + members, "generate.group_size=4")
 
 

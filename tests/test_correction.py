@@ -76,6 +76,16 @@ def test_sequence_mask_keeps_the_product_inside_its_bounds() -> None:
     assert weights_of([2.0, 0.5, 2.0, 1.5, 0.5, 0.5], [0, 0, 1, 1, 2, 2], correction) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_geometric_and_k3_masks_look_at_the_mean_over_known_tokens() -> None:
+    geometric = Correction("geometric_mask", low=0.99, high=1.01)
+    assert weights_of([1.006, 1.006], [0, 0], geometric) == [1.006, 1.006]
+    assert weights_of([1.012, float("nan")], [0, 0], geometric) == [0.0, 0.0]
+    # w - 1 - log w is 0.0177 at 1.2 and 0 at 1.
+    k3 = Correction("k3_mask", high=0.01)
+    assert weights_of([1.2, 1.0], [0, 0], k3) == [1.2, 1.0]
+    assert weights_of([1.2, float("nan")], [0, 0], k3) == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("kind", get_args(CorrectionKind))
 def test_an_unknown_sampler_masks_its_token_and_leaves_its_row_alone(kind: CorrectionKind) -> None:
     correction = Correction(kind, low=0.1)

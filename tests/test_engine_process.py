@@ -16,7 +16,8 @@ import pytest
 
 from pipeline.errors import ConfigError, EngineError, PolicyError
 from stages.engines.base import MAX_SEED, Engine, EngineSettings, Generated, Request, Sampling, check_requests
-from stages.engines.process import EngineProcess, child_environment
+from stages.engines.child import child_environment
+from stages.engines.process import EngineProcess
 from stages.engines.scripted import ScriptedEngine
 
 SETTINGS = EngineSettings(engine="vllm", dtype="float32", max_model_len=64, max_num_seqs=8, num_threads=1)
@@ -261,8 +262,26 @@ def test_kill_of_the_parent_leaves_no_child_alive(policy: Path, log_path: Path) 
     with parent:
         assert is_alive(child)
         assert is_alive(grandchild)
+        scratch = temporary_directory(child)
+        assert scratch.is_dir()
         parent.kill()
     assert wait_until_dead(child, grandchild) == []
+    assert not scratch.exists()
+
+
+def temporary_directory(pid: int) -> Path:
+    """Return the process's TMPDIR."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    (entry,) = (v for v in variables if v.startswith("TMPDIR="))
+    return Path(entry.removeprefix("TMPDIR="))
+
+
+def test_temporary_files_of_the_child_go_with_it(misbehaving: EngineProcess) -> None:
+    assert misbehaving.pid is not None
+    scratch = temporary_directory(misbehaving.pid)
+    assert scratch.is_dir()
+    misbehaving.close()
+    assert not scratch.exists()
 
 
 def test_end_of_a_program_that_never_closes_leaves_no_child_alive(policy: Path, log_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pipeline.errors import EngineError, PolicyError
 from stages.engines.base import EngineSettings, Generated, Request, Sampling
@@ -33,7 +33,7 @@ def make_policy(path: Path, *, seed: int, hidden_size: int = 32) -> Path:
         eos_token_id=STOP,
         pad_token_id=0,
     )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 
@@ -73,7 +73,8 @@ def forward_logprobs(policy: Path, request: Request, row: Generated, temperature
     with torch.no_grad():
         logits_TV = model(torch.tensor([request.prompt_token_ids + row.token_ids])).logits[0]
     logprobs_TV = (logits_TV / temperature).log_softmax(-1)[len(request.prompt_token_ids) - 1 : -1]
-    return logprobs_TV.gather(-1, torch.tensor(row.token_ids)[:, None])[:, 0].tolist()
+    values: list[float] = logprobs_TV.gather(-1, torch.tensor(row.token_ids)[:, None])[:, 0].tolist()
+    return values
 
 
 # one draw, by hand: probabilities 0.5, 0.3, 0.2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from pipeline.errors import EngineError
 from stages.engines.base import EngineSettings, Generated, Request, Sampling
@@ -59,7 +59,7 @@ def make_policy(path: Path, *, seed: int, is_tied: bool) -> Path:
         eos_token_id=STOP,
         pad_token_id=0,
     )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 

@@ -368,6 +368,7 @@ def test_autocast_gives_nearly_the_same_gradient() -> None:
     _, expected = gradients(batch_rows())
     settings = UpdateSettings(learning_rate=0.0, max_grad_norm=None, autocast_bf16=True)
     _, found = gradients(batch_rows(), settings)
+    assert any(not torch.equal(found[name], gradient) for name, gradient in expected.items())
     for name, gradient in expected.items():
         assert found[name].dtype == torch.float32
         assert torch.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
@@ -387,6 +388,16 @@ def test_settings_reach_the_correction_and_the_clip() -> None:
     counts = records.group_by("optimizer_step").agg(pl.col("clipped_low_tokens", "clipped_high_tokens").sum())
     assert counts.sort("optimizer_step").rows()[0] == (0, 0, 0)
     assert min(counts.sort("optimizer_step").rows()[1]) > 0
+
+    # A bound on the loss of tokens with A < 0 can only lower it.
+    losses = []
+    for dual_clip in (None, 1.01):
+        settings = UpdateSettings(learning_rate=1e-2, clip_low=None, clip_high=None, dual_clip=dual_clip)
+        model = tiny_policy()
+        _, steps = train_on_batches(model, make_optimizer(model, settings), batch_rows(num_steps=2), settings)
+        losses.append(steps["loss"].to_list())
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] > losses[1][1] + 1e-4
 
 
 @pytest.fixture

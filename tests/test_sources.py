@@ -119,7 +119,7 @@ def test_too_few_rows_are_refused_with_both_numbers(tmp_path: Path) -> None:
 
 
 def test_wrong_options_of_a_task_are_named() -> None:
-    with pytest.raises(SourceError, match="options do not fit the reasoning-gym task chain_sum: .*nonsense"):
+    with pytest.raises(SourceError, match=r"options do not fit the reasoning-gym task chain_sum: .*nonsense"):
         take(SourceConfig(source="reasoning_gym:chain_sum", options={"nonsense": 1}))
 
 

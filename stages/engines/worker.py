@@ -1,6 +1,7 @@
 """The child's side of `stages.engines.process`: runs one engine and answers its parent, and dies with it."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -64,9 +65,12 @@ def build_engine(settings: EngineSettings) -> Engine:
     return TransformersEngine(settings)
 
 
-def main(socket: int, parent: int) -> None:
-    """Answer the parent until it closes the connection or dies, then end this process and all that it started."""
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+def main(socket: int, parent: int, scratch: str) -> None:
+    """Answer the parent until it closes the connection or dies, then end this process and all that it started.
+
+    ``scratch`` is the directory of our temporary files, removed at the end.
+    """
+    threading.Thread(target=_watch, args=(parent, scratch), daemon=True).start()
     os.set_inheritable(socket, False)
     connection = Connection(socket)
     try:
@@ -79,12 +83,14 @@ def main(socket: int, parent: int) -> None:
                 if engine is None:
                     engine = factory(settings)
                 reply = _answer(engine, call, connection)
+            except GrpoError as error:
+                reply = Failed(error)
             except Exception as error:
                 traceback.print_exc()
-                reply = Failed(error if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}")
+                reply = Failed(f"{type(error).__name__}: {error}")
             connection.send(reply)
     except (EOFError, ConnectionError):
-        _end_group()
+        _end_group(scratch)
 
 
 def _answer(engine: Engine, call: Load | Generate, connection: Connection) -> Reply:
@@ -103,13 +109,14 @@ def _answer(engine: Engine, call: Load | Generate, connection: Connection) -> Re
     return engine.generate(call.requests, call.sampling, tell)
 
 
-def _watch(parent: int) -> None:
+def _watch(parent: int, scratch: str) -> None:
     """End the group when the parent is gone; PDEATHSIG would fire when the thread that started us ends."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
-    _end_group()
+    _end_group(scratch)
 
 
-def _end_group() -> None:
+def _end_group(scratch: str) -> None:
     """Kill this process and all that it started: the group is ours alone, as the parent gave us a session."""
+    shutil.rmtree(scratch, ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)

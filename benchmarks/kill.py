@@ -1,0 +1,560 @@
+"""Kills runs with SIGKILL at random moments of every stage, and compares what they end with to an undisturbed run.
+
+    python benchmarks/kill.py configs/demo.toml --runs scratch --kills 20 --set iterations=3
+
+First the config runs once without disturbance: the reference. Then the same command runs in another directory and is
+killed again and again; each kill is aimed at the stage that was hit least so far, when its hidden directory is seen.
+When a run is done and more kills are wanted, a fresh one begins. Three ways to kill:
+
+    tree     the process and all that it started, at once: what a power cut does
+    main     the main process alone: all that it started must end by itself within 5 seconds
+    engine   the engine's process alone: the run must end with one message, and the same command must go on
+
+After each kill every finished artifact must be whole and have the reference's digest already. In the end all digests
+and all figures of `metrics.parquet` but the times must be equal, and no half-written file may be left.
+
+Prints one line per kill with what was open at the moment of death, a table by stage, and a verdict; the exit code is 1
+when anything differs. Linux only. `--prefect shared` (default) starts one Prefect server for all runs, which makes a
+restart cheap; with `--prefect temporary` each run has its own, as users' runs have, and it is killed too.
+"""
+
+import argparse
+import ctypes
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.artifact import MANIFEST, Manifest, open_artifact
+from pipeline.errors import GrpoError
+
+POLL_SECONDS = 0.0005
+"""The short stages are open for a few milliseconds."""
+
+ORPHAN_SECONDS = 5.0
+"""What a killed main process started must be gone after this time."""
+
+PR_SET_CHILD_SUBREAPER = 36
+TIMES = ("seconds", "generate_tokens_per_second")
+"""Columns of the metrics that no two runs share."""
+
+MOMENTS = ("starting", "sealing", "half sealed", "removing", "between stages", "metrics")
+"""Targets beside the stages. ``half sealed``: one of a stage's outputs is finished, another is not."""
+
+RARE = frozenset({"removing", "metrics"})
+"""Moments of about a millisecond: aimed at, not insisted on."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command under test, the same for every run."""
+
+    config: Path
+    overrides: list[str]
+    environment: dict[str, str]
+    timeout: float
+
+    def start(self, directory: Path, log: Path) -> "subprocess.Popen[bytes]":
+        """Start ``grpo run`` into ``directory/run``; starters lie beside it, so no two directories share one."""
+        settings = [argument for override in self.overrides for argument in ("--set", override)]
+        program = [sys.executable, "-m", "flows.cli", "run", str(self.config), "--run", str(directory / "run")]
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                [*program, *settings], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.environment
+            )
+
+
+@dataclass
+class Kill:
+    """One kill and what was found after it."""
+
+    number: int
+    target: str
+    way: str
+    seconds: float
+    """Since the process began."""
+    found: set[str]
+    """Stages and moments of MOMENTS that it hit."""
+    detail: str
+    orphan_seconds: float | None = None
+    """For ``main``: until the last process was gone."""
+
+
+@dataclass
+class State:
+    """What lies in the directory of a run at one moment."""
+
+    partial: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Path of the artifact that is being written -> inode and time of change of its hidden directory."""
+    doomed: set[str] = field(default_factory=set)
+    temporary: set[str] = field(default_factory=set)
+
+
+# what a run directory holds
+
+
+def look(directory: Path) -> State:
+    """Return what is unfinished at this moment; fast, as it is called every half millisecond. Read-only."""
+    state = State()
+    run = directory / "run"
+    folders = [run, run / "members", directory / "starters", *_children(run / "iterations")]
+    for folder in folders:
+        with suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if not name.startswith("."):
+                    continue
+                stem, _, ending = name[1:].rpartition(".")
+                place = os.path.relpath(folder / stem, directory)
+                if ending == "partial":
+                    with suppress(FileNotFoundError):
+                        status = entry.stat()
+                        state.partial[place] = (status.st_ino, status.st_mtime_ns)
+                elif ending == "doomed":
+                    state.doomed.add(place)
+                elif ending == "tmp":
+                    state.temporary.add(stem)
+    return state
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in os.listdir(folder)]  # noqa: PTH208 (called every half millisecond)
+    except FileNotFoundError:
+        return []
+
+
+def finished_artifacts(directory: Path) -> dict[str, Manifest]:
+    """Return the manifests below a directory by relative path, after comparing every file with them. Read-only."""
+    found = {}
+    for manifest in sorted(directory.rglob(MANIFEST)):
+        if any(part.startswith(".") for part in manifest.relative_to(directory).parts):
+            continue
+        artifact = open_artifact(manifest.parent)
+        artifact.verify()
+        found[os.path.relpath(manifest.parent, directory)] = artifact.manifest
+    return found
+
+
+def differences(reference: dict[str, Manifest], directory: Path) -> list[str]:
+    """Return how the finished artifacts below ``directory`` contradict the reference. Read-only."""
+    try:
+        found = finished_artifacts(directory)
+    except GrpoError as error:
+        return [str(error)]
+    problems = [f"{path} is not in the reference" for path in found if path not in reference]
+    for path, manifest in found.items():
+        if path in reference and manifest.digest != reference[path].digest:
+            same = "same" if manifest.recipe == reference[path].recipe else "other"
+            problems.append(f"{path} has another digest ({same} recipe)")
+    return problems
+
+
+def leftovers(directory: Path) -> list[str]:
+    """Return hidden files that a finished run must not have. Read-only."""
+    endings = (".partial", ".tmp", ".doomed")
+    return [os.path.relpath(p, directory) for p in directory.rglob(".*") if p.name.endswith(endings)]
+
+
+def metrics_differences(reference: Path, run: Path) -> list[str]:
+    """Return in which figures, times apart, the metrics of two runs differ. Read-only."""
+    tables = [pl.read_parquet(path / "metrics.parquet").drop(TIMES) for path in (reference, run)]
+    if tables[0].shape != tables[1].shape:
+        return [f"metrics.parquet has the shape {tables[1].shape}, the reference's {tables[0].shape}"]
+    return [f"metrics.parquet differs in {c}" for c in tables[0].columns if not tables[0][c].equals(tables[1][c])]
+
+
+# processes
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of whatever a killed descendant leaves, so that nothing can hide from us."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(spared: int | None = None) -> dict[int, str]:
+    """Return the living processes below this one with their command lines, less ``spared`` and all below it."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):  # noqa: PTH208
+        if entry.isdigit():
+            with suppress(OSError):
+                fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                if fields[0] not in "ZX":
+                    parents[int(entry)] = int(fields[1])
+    below = {os.getpid()}
+    while fresh := {p for p, parent in parents.items() if parent in below and p != spared} - below:
+        below |= fresh
+    return {pid: _command_line(pid) for pid in below - {os.getpid()}}
+
+
+def _command_line(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def end_all(spared: int | None) -> None:
+    """Kill everything that this process started, until nothing is left."""
+    while pids := descendants(spared):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        reap(spared)
+        time.sleep(0.002)
+
+
+def reap(spared: int | None) -> None:
+    """Collect dead children, those that we inherited too."""
+    with suppress(ChildProcessError):
+        while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid != spared:
+            os.waitpid(dead.si_pid, 0)
+
+
+def engine_pid(pids: dict[int, str]) -> int | None:
+    """Return the engine's process, known by the program that it runs."""
+    return next((pid for pid, line in pids.items() if "stages.engines.worker" in line), None)
+
+
+@contextmanager
+def shared_server(home: Path, environment: dict[str, str]) -> Iterator[int]:
+    """Run a Prefect server on a free port, whose address goes into ``environment``; yield its process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    program = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-ui",
+    ]
+    with (home / "server.log").open("ab") as log:
+        server = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    try:
+        deadline = time.monotonic() + 180
+        while not _answers(f"{url}/health"):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the Prefect server did not start: see {home / 'server.log'}")
+            time.sleep(0.5)
+        environment["PREFECT_API_URL"] = url
+        yield server.pid
+    finally:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(10)
+        end_all(None)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+# kills
+
+
+class Hunter:
+    """Chooses targets, waits for them, kills, and keeps the book."""
+
+    def __init__(self, command: Command, reference: dict[str, Manifest], seed: int, spared: int | None) -> None:
+        self.command, self.reference, self.spared = command, reference, spared
+        self.random = random.Random(seed)
+        self.hits: Counter[str] = Counter()
+        self.tries: Counter[str] = Counter()
+        self.kills: list[Kill] = []
+        self.problems: list[str] = []
+        self.seconds_to_work = 15.0
+        """From the start of a process to its first open directory."""
+
+    def targets(self) -> list[str]:
+        """Return the stages in the order in which the reference made them, and the moments."""
+        made = sorted(self.reference.values(), key=lambda m: m.started_at)
+        return [*dict.fromkeys(m.stage for m in made), *MOMENTS]
+
+    def missed(self) -> set[str]:
+        """Return what has not been hit yet."""
+        return {t for t in self.targets() if not self.hits[t]} - RARE
+
+    def choose(self, directory: Path) -> str:
+        """Return what to aim at: of what still lies ahead, the least hit and least tried."""
+        ahead = {m.stage for path, m in self.reference.items() if not (directory / path / MANIFEST).is_file()}
+        if _half_sealed(directory, self.reference) and not self.tries["removing"]:
+            return "removing"
+        choices = [t for t in self.targets() if t in ahead or (t in MOMENTS and t != "removing")]
+        return min(choices, key=lambda t: (self.hits[t], self.tries[t]))
+
+    def hunt(self, directory: Path, log: Path) -> bool:
+        """Start the command and kill it once; return whether the run was finished instead."""
+        number = len(self.kills) + 1
+        target = self.choose(directory)
+        self.tries[target] += 1
+        before = look(directory)
+        began = time.monotonic()
+        process = self.command.start(directory, log)
+        due = began + self.random.uniform(0, self.seconds_to_work) if target == "starting" else None
+        seen: set[str] = set()
+        while process.poll() is None:
+            now = time.monotonic()
+            state = look(directory)
+            active = {p for p, mark in state.partial.items() if before.partial.get(p) != mark} - state.doomed
+            if active and not seen:
+                self.seconds_to_work = now - began
+            if due is None and (delay := self._delay(target, directory, before, state, active, seen)) is not None:
+                due = now + delay
+            seen |= active
+            if due is not None and now >= due:
+                break
+            if now - began > self.command.timeout:
+                self.problems.append(f"kill {number}: no end after {self.command.timeout:.0f} s (see {log})")
+                break
+            time.sleep(POLL_SECONDS)
+        if process.poll() is not None:
+            reap(self.spared)
+            self._check_end(f"run before kill {number}", process.returncode, log)
+            return True
+        way = self._way(number, target)
+        way, orphan_seconds = self._kill(process, way, number, log)
+        found, detail = self._describe(directory, before, seen)
+        kill = Kill(number, target, way, time.monotonic() - began, found, detail, orphan_seconds)
+        self.kills.append(kill)
+        self.hits.update(found)
+        self.problems += [f"after kill {number}: {text}" for text in differences(self.reference, directory)]
+        orphans = "" if orphan_seconds is None else f"  (last process gone after {orphan_seconds:.2f} s)"
+        print(f"{number:4}  {target:14}  {kill.way:6}  {kill.seconds:6.1f} s  {detail}{orphans}", flush=True)
+        return False
+
+    def _delay(
+        self, target: str, directory: Path, before: State, state: State, active: set[str], seen: set[str]
+    ) -> float | None:
+        """Return the seconds to wait before the kill when the target is there, None when it is not."""
+        uniform = self.random.uniform
+        if target == "sealing":
+            return 0.0 if any(_is_sealing(directory, place) for place in active) else None
+        if target == "half sealed":
+            return uniform(0, 0.002) if _half_sealed(directory, self.reference, active) else None
+        if target == "removing":
+            return 0.0 if state.doomed - before.doomed else None
+        if target == "metrics":
+            return 0.0 if "metrics.parquet" in state.temporary else None
+        if target == "between stages":
+            return uniform(0, 0.03) if seen - state.partial.keys() and self.random.random() < 0.3 else None
+        for place in active:
+            if place in self.reference and self.reference[place].stage == target:
+                # after a miss nearer to the beginning
+                return uniform(0, self.reference[place].seconds) / 4 ** max(
+                    self.tries[target] - self.hits[target] - 1, 0
+                )
+        return None
+
+    def _way(self, number: int, target: str) -> str:
+        if (target, self.hits[target] % 2) in (("evaluate", 0), ("generate", 1)):
+            return "engine"
+        return "main" if number % 3 == 0 else "tree"
+
+    def _kill(self, process: "subprocess.Popen[bytes]", way: str, number: int, log: Path) -> tuple[str, float | None]:
+        """Kill; return the way that was possible, and for ``main`` the seconds until the last process was gone."""
+        if way == "engine" and (engine := engine_pid(descendants(self.spared))) is not None:
+            os.kill(engine, signal.SIGKILL)
+            try:
+                code = process.wait(self.command.timeout)
+            except subprocess.TimeoutExpired:
+                self.problems.append(f"kill {number}: the run hangs without its engine (see {log})")
+                code = 2
+            if code not in (0, 2):
+                self.problems.append(f"kill {number}: exit code {code} after the engine was killed (see {log})")
+            self._check_log(f"kill {number}", log)
+            survivors = descendants(self.spared)
+            self.problems += [f"kill {number}: {line!r} outlives the run" for line in survivors.values()]
+            end_all(self.spared)
+            return "engine", None
+        process.kill()
+        died = time.monotonic()
+        if way != "main":
+            end_all(self.spared)
+            process.wait()
+            return "tree", None
+        process.wait()
+        while (alive := descendants(self.spared)) and time.monotonic() - died < ORPHAN_SECONDS:
+            reap(self.spared)
+            time.sleep(0.02)
+        seconds = time.monotonic() - died
+        self.problems += [
+            f"kill {number}: {line[:120]!r} lives {seconds:.0f} s after the main process" for line in alive.values()
+        ]
+        end_all(self.spared)
+        return "main", seconds
+
+    def _describe(self, directory: Path, before: State, seen: set[str]) -> tuple[set[str], str]:
+        """Return what the dead process left open: its stages and moments, and the same in words. Read-only."""
+        state = look(directory)
+        found: set[str] = set()
+        words = []
+        for place, mark in state.partial.items():
+            if before.partial.get(place) == mark and place not in seen:
+                words.append(f"{place} untouched since an earlier kill")
+                continue
+            stage = self.reference[place].stage if place in self.reference else "starter"
+            found.add(stage)
+            files = [p.name for p in (directory / place).parent.joinpath(f".{Path(place).name}.partial").rglob("*")]
+            parts = sum(name.startswith("part-") for name in files)
+            note = ", writing" if any(name.endswith(".tmp") for name in files) else ""
+            if _is_sealing(directory, place):
+                found.add("sealing")
+                note = ", sealing"
+            words.append(f"{stage}: {place} ({parts} parts of {len(files)} files{note})")
+        if _half_sealed(directory, self.reference):
+            found.add("half sealed")
+        if state.doomed - before.doomed:
+            found.add("removing")
+        words += [f"{place} being removed" for place in state.doomed]
+        if state.temporary:
+            found |= {"metrics"} if "metrics.parquet" in state.temporary else set()
+            words += [f"{name} being written" for name in state.temporary]
+        if not found:
+            found.add("between stages" if seen else "starting")
+        return found, "; ".join(words) or ("between stages" if seen else "starting")
+
+    def finish(self, directory: Path, log: Path) -> None:
+        """Let the command run to its end."""
+        process = self.command.start(directory, log)
+        try:
+            code = process.wait(self.command.timeout)
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"{directory.name}: no end after {self.command.timeout:.0f} s (see {log})")
+            end_all(self.spared)
+            return
+        self._check_end(directory.name, code, log)
+
+    def _check_end(self, what: str, code: int, log: Path) -> None:
+        if code:
+            self.problems.append(f"{what}: exit code {code} (see {log})")
+        self._check_log(what, log)
+        self.problems += [f"{what}: {line!r} outlives the run" for line in descendants(self.spared).values()]
+        end_all(self.spared)
+
+    def _check_log(self, what: str, log: Path) -> None:
+        if "Traceback (most recent call last)" in log.read_text(encoding="utf-8", errors="replace"):
+            self.problems.append(f"{what}: a traceback in {log}")
+
+
+def _is_sealing(directory: Path, place: str) -> bool:
+    hidden = directory / Path(place).parent / f".{Path(place).name}.partial"
+    return (hidden / f".{MANIFEST}.tmp").exists() or (hidden / MANIFEST).exists()
+
+
+def _half_sealed(directory: Path, reference: dict[str, Manifest], active: set[str] | None = None) -> bool:
+    """Return whether one output of a stage is finished and another is not, but is being written."""
+    for place, manifest in reference.items():
+        folder = directory / Path(place).parent
+        if active is not None and place not in active:
+            continue
+        if (folder / f".{Path(place).name}.partial").exists():
+            siblings = [p for p, m in reference.items() if p != place and m.recipe == manifest.recipe]
+            if any((directory / p / MANIFEST).is_file() for p in siblings):
+                return True
+    return False
+
+
+# the command line
+
+
+def run_all(command: Command, root: Path, num_kills: int, seed: int, spared: int | None) -> int:
+    """Run the reference and the killed runs; print the report; return the exit code."""
+    reference = root / "reference"
+    log = root / "logs" / "reference.log"
+    print(f"reference run: {os.path.relpath(reference)}", flush=True)
+    began = time.monotonic()
+    if command.start(reference, log).wait(command.timeout):
+        raise SystemExit(f"the reference run failed: see {log}")
+    manifests = finished_artifacts(reference)
+    print(f"{len(manifests)} artifacts in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{'kill':>4}  {'aimed at':14}  {'way':6}  {'after':>8}  open at the moment of death", flush=True)
+    hunter = Hunter(command, manifests, seed, spared)
+    compared = rounds = 0
+    while len(hunter.kills) < num_kills or (hunter.missed() and len(hunter.kills) < 2 * num_kills):
+        directory = root / f"killed-{rounds}"
+        rounds += 1
+        is_done = False
+        while not is_done and (len(hunter.kills) < num_kills or hunter.missed()):
+            is_done = hunter.hunt(directory, root / "logs" / f"kill-{len(hunter.kills) + 1:03d}.log")
+            if len(hunter.kills) >= 2 * num_kills:
+                break
+        if not is_done:
+            hunter.finish(directory, root / "logs" / f"{directory.name}.log")
+        hunter.problems += _compare(manifests, reference, directory)
+        compared += len(manifests)
+    print(f"\n{'stage':14}  kills\n" + "\n".join(f"{t:14}  {hunter.hits[t]:5}" for t in hunter.targets()))
+    ways = ", ".join(f"{n} {way}" for way, n in Counter(k.way for k in hunter.kills).items())
+    problems = hunter.problems + [f"no kill hit {target!r}" for target in sorted(hunter.missed())]
+    print("".join(f"\nproblem: {text}" for text in problems))
+    print(
+        f"{'FAIL' if problems else 'PASS'}: {len(hunter.kills)} kills ({ways}) in {rounds} runs, {compared} artifacts "
+        f"compared with the reference, {len(problems)} problems, {time.monotonic() - began:.0f} s"
+    )
+    return 1 if problems else 0
+
+
+def _compare(manifests: dict[str, Manifest], reference: Path, directory: Path) -> list[str]:
+    name = directory.name
+    missing = [f"{path} is missing" for path in manifests if not (directory / path / MANIFEST).is_file()]
+    problems = [*missing, *differences(manifests, directory)]
+    problems += [f"{path} is left behind" for path in leftovers(directory)]
+    if not missing:
+        problems += metrics_differences(reference / "run", directory / "run")
+    return [f"{name}: {text}" for text in problems]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--kills", type=int, default=20, help="at least so many; default 20")
+    parser.add_argument("--seed", type=int, default=0, help="of targets and delays")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--runs", type=Path, default=Path("runs/kill"), help="scratch directory; must not exist")
+    parser.add_argument("--prefect", choices=("shared", "temporary"), default="shared", help="which Prefect server")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a run counts as hanging")
+    arguments = parser.parse_args()
+    root = arguments.runs.resolve()
+    if root.exists():
+        parser.error(f"{arguments.runs} exists: name a directory that does not, or delete it")
+    (root / "logs").mkdir(parents=True)
+    home = root / "prefect"
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
+    environment |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    command = Command(arguments.config.resolve(), arguments.overrides, environment, arguments.timeout)
+    adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what we started ends with us
+    try:
+        if arguments.prefect == "temporary":
+            return run_all(command, root, arguments.kills, arguments.seed, None)
+        with shared_server(home, environment) as server:
+            return run_all(command, root, arguments.kills, arguments.seed, server)
+    finally:
+        end_all(None)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Batches: order as data, denominators, and the reasons for what is dropped."""
+
+from typing import Any
+
+import polars as pl
+import pytest
+
+from stages.batch import BatchConfig, batch_rows
+from tests.builders import advantage_rows, completion_rows
+
+
+def tokens(count: int) -> list[int]:
+    return [7] * (count - 1) + [1]
+
+
+def make(
+    completions: list[dict[str, Any]], advantages: list[dict[str, Any]] | None = None, **config: Any
+) -> pl.DataFrame:
+    rows = completion_rows(*completions)
+    given = advantage_rows(*(advantages or [{} for _ in completions])).select(
+        "completion_id", "advantage", "drop_reason"
+    )
+    return batch_rows(rows, given, BatchConfig(**config), seed=0, iteration=3)
+
+
+def reasons(frame: pl.DataFrame) -> dict[str, str | None]:
+    return dict(frame.sort("completion_id").select("completion_id", "drop_reason").iter_rows())
+
+
+def test_rows_stand_by_length_and_are_cut_by_padded_tokens() -> None:
+    # two prompt tokens each: lengths 4, 8, 5, 4 -> 4, 4, 5 fill 3 x 5 = 15 of 16, then 8 alone
+    frame = make([{"completion_token_ids": tokens(n)} for n in (2, 6, 3, 2)], microbatch_tokens=16)
+    assert frame.select("completion_id", "microbatch", "row").rows() == [
+        ("c0", 0, 0),
+        ("c3", 0, 1),
+        ("c2", 0, 2),
+        ("c1", 1, 0),
+    ]
+
+
+def test_the_denominator_counts_the_trainable_tokens_of_the_optimizer_step() -> None:
+    masked = {"completion_token_ids": [7, 8, 1], "loss_mask": [True, False, True]}
+    assert make([{}, masked])["loss_denominator"].to_list() == [4.0, 4.0]
+
+
+def test_groups_that_tell_nothing_leave_the_loss() -> None:
+    flat = {"advantage": 0.0, "drop_reason": "zero_variance"}
+    frame = make([{}, {"group_id": "h"}], [{}, flat])
+    assert reasons(frame) == {"c0": None, "c1": "zero_variance"}
+    assert frame["loss_denominator"].to_list() == [2.0, None]
+    assert frame["optimizer_step"].to_list() == [0, None]
+
+
+def test_groups_that_tell_nothing_can_count_in_the_denominator() -> None:
+    flat = {"advantage": 0.0, "drop_reason": "zero_variance"}
+    frame = make([{}, {"group_id": "h"}], [{}, flat], zero_variance="keep_in_denominator")
+    assert frame["loss_denominator"].to_list() == [4.0, None]
+
+
+@pytest.mark.parametrize(
+    ("completion", "config", "reason"),
+    [
+        ({"finish_reason": "length"}, {"drop_truncated": True}, "truncated"),
+        ({"finish_reason": "length"}, {}, None),
+        ({"completion_token_ids": tokens(9)}, {"max_tokens": 10}, "too_long"),
+        ({"completion_token_ids": tokens(8)}, {"max_tokens": 10}, None),
+        ({"policy_iteration": 1}, {"max_policy_age": 1}, "stale"),
+        ({"policy_iteration": 2}, {"max_policy_age": 1}, None),
+        ({"policy_iteration": None}, {"max_policy_age": 1}, "stale"),
+        ({"loss_mask": [False, False]}, {}, "no_trainable_token"),
+    ],
+)
+def test_each_rule_drops_with_its_reason(
+    completion: dict[str, Any], config: dict[str, Any], reason: str | None
+) -> None:
+    assert reasons(make([{}, {"policy_iteration": 3, **completion}], **config))["c1"] == reason
+
+
+def test_a_completion_without_advantage_is_unscored() -> None:
+    rows = completion_rows({}, {})
+    given = advantage_rows({}).select("completion_id", "advantage", "drop_reason")
+    assert reasons(batch_rows(rows, given, BatchConfig(), seed=0, iteration=0))["c1"] == "unscored"
+
+
+def test_groups_are_dealt_to_optimizer_steps_whole() -> None:
+    completions = [{"group_id": f"g{i // 4}", "completion_id": f"c{i:02d}"} for i in range(32)]
+    advantages = [{"group_id": c["group_id"], "completion_id": c["completion_id"]} for c in completions]
+    frame = make(completions, advantages, optimizer_steps=4)
+    per_step = frame.group_by("optimizer_step").agg(pl.col("group_id").n_unique(), pl.len()).sort("optimizer_step")
+    assert per_step.rows() == [(0, 2, 8), (1, 2, 8), (2, 2, 8), (3, 2, 8)]
+
+
+def test_every_epoch_trains_every_row_in_steps_of_its_own() -> None:
+    frame = make([{}, {"group_id": "h"}], epochs=2, optimizer_steps=2)
+    assert sorted(frame["completion_id"]) == ["c0", "c0", "c1", "c1"]
+    assert frame["optimizer_step"].to_list() == [0, 1, 2, 3]
+
+
+def test_more_steps_than_groups_leave_no_empty_step() -> None:
+    assert make([{}, {}], optimizer_steps=3)["optimizer_step"].to_list() == [0, 0]
+
+
+def test_nothing_to_train_is_a_batch_of_dropped_rows() -> None:
+    frame = make([{}], [{"drop_reason": "unscored"}])
+    assert frame["drop_reason"].to_list() == ["unscored"]
+
+
+def test_truncated_sampling_is_undone_in_the_sampling_logprobs() -> None:
+    frame = make([{"kept_mass": [0.5, 1.0], "sampling_logprobs": [-1.0, -2.0]}, {}])
+    assert frame.sort("completion_id")["sampling_logprobs"].to_list() == [
+        pytest.approx([-1.6931472, -2.0]),
+        [-1.0, -1.0],
+    ]
+
+
+def test_no_row_is_lost() -> None:
+    frame = make([{}, {"finish_reason": "length"}, {}], [{}, {}, {"drop_reason": "unscored"}], drop_truncated=True)
+    assert sorted(frame["completion_id"]) == ["c0", "c1", "c2"]

@@ -1,0 +1,54 @@
+"""The benchmark scripts: what they decide without starting a run."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    """Return a script as a module."""
+    specification = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["kill", "overhead"])
+def test_help_shows_what_is_measured(name: str) -> None:
+    result = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"python benchmarks/{name}.py" in result.stdout
+
+
+def test_look_finds_what_a_killed_run_left(tmp_path: Path) -> None:
+    kill = load("kill")
+    iteration = tmp_path / "run" / "iterations" / "000000"
+    for name in (".completions.partial", ".policy.doomed", "prompts"):
+        (iteration / name).mkdir(parents=True)
+    (tmp_path / "run" / ".metrics.parquet.tmp").touch()
+    state = kill.look(tmp_path)
+    assert list(state.partial) == ["run/iterations/000000/completions"]
+    assert state.doomed == {"run/iterations/000000/policy"}
+    assert state.temporary == {"metrics.parquet"}
+    assert len(kill.leftovers(tmp_path)) == 3
+
+
+def test_clock_counts_inner_times_once() -> None:
+    overhead = load("overhead")
+    ticks = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
+    clock = overhead.Clock(lambda: next(ticks))
+    with clock.during("artifacts", "score"), clock.during("fsync"):
+        pass
+    clock.end_iteration(5)
+    assert clock.iterations == [
+        {("between", "other"): 1.0 + 16.0, ("score", "artifacts"): 2.0 + 8.0, ("score", "fsync"): 4.0}
+    ]

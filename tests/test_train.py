@@ -1,0 +1,193 @@
+"""The train flow on real vLLM: equal configs give equal digests, an interrupted run ends like an undisturbed one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.artifact import open_artifact
+from pipeline.run_dir import RunDir
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+seed = 3
+iterations = 2
+
+[policy]
+model = "{policy}"
+
+[prompts]
+source = "rows.jsonl"
+prompts_per_iteration = 8
+
+[generate]
+max_tokens = 6
+num_threads = 1
+
+[[generate.members]]
+name = "now"
+count = 3
+
+[[generate.members]]
+name = "before"
+policy = "age:1"
+count = 3
+
+[[score.rewards]]
+name = "digits"
+function = "tests.rewards:share_of_digits"
+
+[update]
+learning_rate = 1e-3
+num_threads = 1
+
+[evaluate]
+every = 2
+num_prompts = 4
+num_samples = 2
+held_out_share = 0.3
+
+[resources]
+kv_cache_gib = 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Return the address of a Prefect server that all runs of this module use."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        from prefect.settings import PREFECT_API_URL
+
+        yield str(PREFECT_API_URL.value())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
+    """Return a folder with a config and its source."""
+    path = tmp_path_factory.mktemp("train")
+    (path / "rows.jsonl").write_text(
+        "".join(f'{{"question": "{i} + {i} =", "answer": "{2 * i}"}}\n' for i in range(40))
+    )
+    (path / "config.toml").write_text(CONFIG.format(policy=tiny_policy))
+    return path
+
+
+def start(folder: Path, server: str, run: str) -> subprocess.Popen[str]:
+    """Start `grpo run` as a user would, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run", "config.toml", "--run", run],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": server},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a run that must succeed; return what it printed."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Return the digest of every artifact by its place in the run."""
+    return {a.path.relative_to(run).as_posix(): a.digest for a in RunDir(run).artifacts()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, server: str) -> Path:
+    """Return a finished run."""
+    assert "last policy" in finish(start(folder, server, "runs/undisturbed"))
+    return folder / "runs" / "undisturbed"
+
+
+def test_every_stage_of_every_iteration_left_its_artifact(undisturbed: Path) -> None:
+    found = digests(undisturbed)
+    stages = (
+        "prompts",
+        "completions",
+        "rewards",
+        "advantages",
+        "batches",
+        "training_records",
+        "optimizer_steps",
+        "policy",
+    )
+    assert [
+        f"iterations/00000{i}/{s}" for i in range(2) for s in stages if f"iterations/00000{i}/{s}" not in found
+    ] == []
+    assert {"initial_policy", "held_out_prompts", "evaluations", "iterations/000001/evaluations"} <= set(found)
+    assert len(pl.read_parquet(undisturbed / "metrics.parquet")) == 2
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(
+    folder: Path, server: str, undisturbed: Path
+) -> None:
+    """The first start is ended by SIGTERM in mid-generation; its children end with it; the second start finishes."""
+    run = folder / "runs" / "interrupted"
+    process = start(folder, server, "runs/interrupted")
+    while not (run / "iterations" / "000000" / "prompts").exists():
+        assert process.poll() is None, process.stderr
+        time.sleep(0.02)
+    children = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+    finish(start(folder, server, "runs/interrupted"))
+    assert digests(run) == digests(undisturbed)
+    assert [p for p in run.rglob(".*") if p.name != ".lock"] == []
+
+
+def test_rows_carry_the_policy_that_wrote_them(undisturbed: Path) -> None:
+    rows = open_artifact(undisturbed / "iterations" / "000001" / "completions").read()
+    by_name = dict(rows.group_by("policy_name").agg(pl.col("policy_digest").unique().first()).iter_rows())
+    now = open_artifact(undisturbed / "iterations" / "000000" / "policy").digest
+    assert by_name == {"now": now, "before": open_artifact(undisturbed / "initial_policy").digest}
+
+
+def test_the_engine_and_the_trainer_agree_on_the_current_policy(undisturbed: Path) -> None:
+    """A reload that left old weights anywhere would show here."""
+    records = open_artifact(undisturbed / "iterations" / "000001" / "training_records").read()
+    rows = open_artifact(undisturbed / "iterations" / "000001" / "completions").read()
+    joined = records.join(rows, on="completion_id").group_by("policy_name").agg(pl.col("logprob_difference_max").max())
+    difference = dict(joined.iter_rows())
+    assert difference["now"] < 1e-4
+    assert difference["before"] > 1e-4  # other weights, and their own log probabilities
+
+
+def test_a_finished_run_is_found_and_not_run_again(folder: Path, server: str, undisturbed: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")}
+    finish(start(folder, server, "runs/undisturbed"))
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")} == before
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the ids of all processes below one."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
