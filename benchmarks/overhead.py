@@ -19,6 +19,7 @@ the shares the sum over the sum. With `--format json` the same as one JSON objec
 import argparse
 import functools
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -279,6 +280,7 @@ def main() -> None:
         parser.error("--iterations must be more than --warm-up")
     sys.path.insert(0, "")  # reward functions are found in the current directory, as with `grpo run`
     prepare()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that engine, server and scratch folder end with us
     with tempfile.TemporaryDirectory(prefix="grpo-overhead-") as scratch:
         figures = measure(arguments, Path(scratch))
     if arguments.format == "json":

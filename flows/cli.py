@@ -53,7 +53,7 @@ def run(
     settings = load_config(config, overrides)
     check_unchanged(RunDir(directory), settings)
     preflight(settings)
-    _end_on_sigterm()
+    _start_working()
     from flows.progress import TerminalReporter
 
     reporter = TerminalReporter()
@@ -90,7 +90,7 @@ def stage(
     if name not in names:
         raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(names)}")
     run_dir = open_run(run)
-    _end_on_sigterm()
+    _start_working()
     reporter = TerminalReporter()
     with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
         path = getattr(session, name)(iteration + 1 if name == "evaluate" else iteration)
@@ -115,7 +115,7 @@ def starter(
     settings = load_config(config, overrides)
     if settings.starter is None:
         raise UsageError(f"{config} has no [starter] table: add one, see configs/demo.toml")
-    _end_on_sigterm()
+    _start_working()
     reporter = TerminalReporter()
     with reporter.shown():
         root = session.starters_root(RunDir(runs / "any"))
@@ -227,9 +227,14 @@ def main() -> None:
         sys.exit(0)
 
 
-def _end_on_sigterm() -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that child processes end too; not under Prefect, which sees to it itself."""
-    from flows.environment import is_started_by_prefect
+def _start_working() -> None:
+    """Set the environment, and let SIGTERM unwind like Ctrl-C, so that child processes end too.
+
+    Under Prefect's own runner signals are left alone: it sees to them itself.
+    """
+    from flows.environment import is_started_by_prefect, set_defaults
+
+    set_defaults()
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

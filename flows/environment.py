@@ -1,4 +1,4 @@
-"""How Prefect is set up before it is imported: no telemetry, time for a slow machine, a quiet terminal.
+"""The process's environment, set before torch and Prefect are imported: no telemetry, time for a slow machine.
 
 Nothing here decides a result. What the user has set already is left alone.
 """
@@ -10,6 +10,8 @@ import urllib.request
 from pipeline.errors import UsageError
 
 DEFAULTS = {
+    # threads that spin while they wait take the core from the engine; torch reads this when it is imported
+    "OMP_WAIT_POLICY": "PASSIVE",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # the temporary server needs 17 to 36 seconds on a slow machine; Prefect's own limit is 20
@@ -29,11 +31,16 @@ def prepare() -> None:
     Raises:
         UsageError: when PREFECT_API_URL names a server that does not answer.
     """
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    set_defaults()
     url = os.environ.get("PREFECT_API_URL")
     if url:
         _probe(url)
+
+
+def set_defaults() -> None:
+    """Set what the user has not set."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 def is_started_by_prefect() -> bool:

@@ -78,7 +78,8 @@ def advantages(
     divisor = {
         "none": pl.lit(1.0),
         "group_std": pl.col("group_reward_std") + eps,
-        "batch_std": centred.filter(size >= 2).std(ddof) + eps,
+        # As one list, for the reason given at _statistics.
+        "batch_std": centred.filter(size >= 2).implode().list.std(ddof) + eps,
     }[scale]
     frame = frame.with_columns(drop_reason.alias("drop_reason"))
     advantage = pl.when(pl.col("drop_reason").is_null()).then(raw / divisor).otherwise(0.0)

@@ -139,6 +139,19 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
+def remove_artifact(place: Path) -> None:
+    """Remove an artifact such that a kill in between leaves no half one under its name."""
+    doomed = doomed_directory(place)
+    shutil.rmtree(doomed, ignore_errors=True)
+    place.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def doomed_directory(place: Path) -> Path:
+    """Return where an artifact goes that is being removed; debris unless a process is at it."""
+    return place.with_name(f".{place.name}.doomed")
+
+
 def is_finished(path: Path) -> bool:
     """Return whether a finished artifact stands at ``path``. Read-only."""
     return (path / MANIFEST).is_file()
@@ -195,6 +208,7 @@ class ArtifactWriter:
     def open(self) -> None:
         """Make the hidden directory; keep finished parts of the same recipe, remove all other debris."""
         note = self.directory / RECIPE_NOTE
+        shutil.rmtree(doomed_directory(self.place), ignore_errors=True)
         with explain_full_device(self.place):
             if not note.is_file() or note.read_text(encoding="utf-8") != self.recipe:
                 shutil.rmtree(self.directory, ignore_errors=True)
@@ -247,6 +261,7 @@ class ArtifactWriter:
             for name in names:
                 path = self.directory / name
                 path.chmod(0o644)  # safetensors makes its files private
+                sync_file(path)
                 rows = None
                 if name.endswith(".parquet"):
                     rows, reasons = _count(path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import Artifact, ArtifactWriter, canonical_json, is_finished, open_artifact
+from pipeline.artifact import Artifact, ArtifactWriter, canonical_json, is_finished, open_artifact, remove_artifact
 from pipeline.errors import RecipeMismatch
 from pipeline.provenance import environment
 from pipeline.storage import explain_full_device, sha256_text
@@ -161,16 +161,6 @@ def find_finished(call: StageCall) -> StageResult | None:
         else:
             artifact.check_sizes()
     return StageResult(outputs, reused=True)
-
-
-def remove_artifact(place: Path) -> None:
-    """Remove a directory such that a kill in between leaves no half artifact under its name."""
-    import shutil
-
-    doomed = place.with_name(f".{place.name}.doomed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    place.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _difference(call: StageCall, found: Artifact) -> str:

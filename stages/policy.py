@@ -5,7 +5,6 @@ The artifact holds what transformers and vLLM load as it stands: weights in floa
 
 import json
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,12 +120,18 @@ def _is_description(name: str) -> bool:
     return name in TOKENIZER_FILES or name in {"config.json", "generation_config.json"}
 
 
-@lru_cache(maxsize=4)
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a policy artifact. Never asks the network. Read-only."""
-    from transformers import AutoTokenizer
+    """Return the tokenizer of a policy artifact; the same object for equal files. Never asks the network. Read-only."""
+    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    key = tuple((file.name, sha256_file(file)) for file in files)
+    if key not in _tokenizers:
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        _tokenizers[key] = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return _tokenizers[key]
+
+
+_tokenizers: "dict[tuple[tuple[str, str], ...], PreTrainedTokenizerBase]" = {}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ with the teacher's mistakes in it.
 import fcntl
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import polars as pl
 from pydantic import Field, model_validator
@@ -28,11 +28,11 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 
 
 class StarterConfig(StrictModel):
-    """Config of the starter."""
+    """Config of the starter. It is a Llama: beside a Llama AutoTokenizer loads the tokenizer as it was saved, beside a
+    Qwen2 it would build a tokenizer of other rules from the same vocabulary."""
 
     seed: int = 0
     """Of the initial weights and of the teacher."""
-    architecture: Literal["qwen2", "llama"] = "qwen2"
     hidden_size: int = Field(128, ge=1)
     """Width of the model; divided by num_heads it must be a head size that the engine can do."""
     num_layers: int = Field(2, ge=1)
@@ -62,7 +62,7 @@ class StarterConfig(StrictModel):
     """Of Muon, for the matrices inside the layers; the same curve."""
     warmup_steps: int = Field(50, ge=1)
     """Steps over which both learning rates rise."""
-    num_threads: int = Field(2, ge=1)
+    num_threads: int = Field(1, ge=1)
     """CPU threads; they change the bits of the result."""
 
     @model_validator(mode="after")
@@ -125,7 +125,6 @@ def warm_up(
         )
     deterministic(config.num_threads)
     model = new_model(
-        config.architecture,
         seed=config.seed,
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

@@ -59,7 +59,7 @@ def make_policy(path: Path, *, seed: int, is_tied: bool) -> Path:
         eos_token_id=STOP,
         pad_token_id=0,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)  # type: ignore[no-untyped-call]
     return path
 
 

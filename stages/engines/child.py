@@ -123,7 +123,7 @@ class Child:
     def reap(self) -> int:
         """Give a child that is about to exit the time for it, and return its status, negative for a signal."""
         _wait_for_exit(self.process)
-        status = self.end()
+        status: int | None = self.end()
         assert status is not None, "the child was ended while somebody waited for it"
         return status
 

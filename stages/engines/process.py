@@ -72,14 +72,15 @@ class EngineProcess:
         self._begin_load(child, policy)
 
     def load(self, policy: Path) -> None:
-        """Start with this policy, or exchange the weights; a policy of another shape gets a new child."""
+        """Start with this policy, or exchange the weights; a policy of another shape gets a new child.
+
+        The directory of the policy that is loaded already is not read again: checkpoints do not change.
+        """
         policy = policy.absolute()
         child = self._child
         if child is None:
             self.start(policy)
-        elif child.is_loading and child.policy == policy:
-            pass  # start() asked for this very one
-        else:
+        elif child.policy != policy:
             self._loaded()
             if read_layout(policy) != child.layout:
                 self.start(policy)
