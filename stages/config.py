@@ -53,6 +53,14 @@ class RunConfig(StrictModel):
     starter: StarterConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, tables: Any) -> Any:
+        """Let the starter's seed follow the run's, unless it is set."""
+        if isinstance(tables, dict) and isinstance(tables.get("starter"), dict) and "seed" in tables:
+            return {**tables, "starter": {"seed": tables["seed"], **tables["starter"]}}
+        return tables
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.policy.model == STARTER and self.starter is None:

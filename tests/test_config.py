@@ -113,3 +113,9 @@ def test_a_run_refuses_settings_that_decide_results_and_names_them(tmp_path: Pat
     run.record_config("", load(tmp_path).model_dump(mode="json"))
     with pytest.raises(RecipeMismatch, match=r"update\.learning_rate was 1e-06, now 0\.1.*new run directory"):
         check_unchanged(run, load(tmp_path, MINIMAL, "update.learning_rate=0.1"))
+
+
+def test_the_starter_follows_the_seed_of_the_run_unless_it_has_its_own() -> None:
+    demo = ROOT / "configs" / "demo.toml"
+    assert load_config(demo, ["seed=7"]).starter.seed == 7  # type: ignore[union-attr]
+    assert load_config(demo, ["seed=7", "starter.seed=3"]).starter.seed == 3  # type: ignore[union-attr]
