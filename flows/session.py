@@ -10,7 +10,7 @@ from pipeline.artifact import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
 from stages.config import RunConfig
-from stages.engines.base import EngineSettings
+from stages.engines.base import Engine, EngineSettings
 from stages.engines.process import EngineProcess
 from stages.iteration import Wiring
 from stages.policy import check_policy, context_length, looks_local
@@ -58,7 +58,7 @@ class Session:
     config: RunConfig
     run: RunDir
     reporter: Reporter = field(default_factory=SilentReporter)
-    _engine: EngineProcess | None = None
+    _engine: Engine | None = None
     _trainer: Trainer | None = None
 
     @property
@@ -131,21 +131,20 @@ class Session:
         if not is_finished(self.run.place(iteration, "completions")):
             self.engine()
 
-    def ready_engine(self) -> EngineProcess:
+    def ready_engine(self) -> Engine:
         """Return the engine once it answers."""
         engine = self.engine()
         self.reporter.stage("engine start")
         engine.info  # noqa: B018 (waits for the start that is under way)
         return engine
 
-    def engine(self) -> EngineProcess:
+    def engine(self) -> Engine:
         """Return the engine, started when first asked for; it takes its time in a process of its own."""
         if self._engine is None:
             self.run.logs.mkdir(parents=True, exist_ok=True)
-            self._engine = EngineProcess(
-                engine_settings(self.config, self.run.initial_policy), self.run.logs / "engine.log"
-            )
-            self._engine.start(self.run.initial_policy)
+            engine = EngineProcess(engine_settings(self.config, self.run.initial_policy), self.run.logs / "engine.log")
+            engine.start(self.run.initial_policy)
+            self._engine = engine
         return self._engine
 
     def trainer(self) -> Trainer:

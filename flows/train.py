@@ -11,6 +11,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.session import Reporter, Session, SilentReporter, open_session
+from flows.watchdog import temporary_server_watched
 from pipeline.artifact import is_finished
 from pipeline.provenance import environment, git_state
 from pipeline.run_dir import RunDir
@@ -37,7 +38,7 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     run_dir = RunDir(Path(run))
     check_unchanged(run_dir, settings)
     preflight(settings)
-    with open_session(settings, run_dir, reporter_of_flow.get()) as session:
+    with temporary_server_watched(), open_session(settings, run_dir, reporter_of_flow.get()) as session:
         run_dir.record_config(Path(config).read_text(encoding="utf-8"), settings.model_dump(mode="json"))
         run_dir.record_environment({**environment(), "git_diff": git_state()["diff"]})
         token = session_of_flow.set(session)

@@ -1,0 +1,134 @@
+"""The commands that look, on a small run whose answers are scripted."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from flows import look
+from flows.session import Session
+from pipeline.run_dir import RunDir
+from pipeline.view import Format
+from stages.config import load_config
+from stages.engines.base import Request
+from stages.engines.scripted import ScriptedEngine
+from stages.metrics import append_metrics, iteration_metrics
+from tests.policies import EOS
+
+CONFIG = """
+iterations = 1
+[policy]
+model = "{policy}"
+[prompts]
+source = "{source}"
+prompts_per_iteration = 2
+[generate]
+group_size = 2
+max_tokens = 8
+[[score.rewards]]
+name = "exact"
+function = "stages.rewards.matching:exact_match"
+[update]
+num_threads = 1
+[evaluate]
+every = 0
+held_out_share = 0.0
+"""
+DIGIT_0 = 19
+
+
+def answer(request: Request) -> list[int]:
+    """Answer the first member of a group with 2, others with 3; the second prompt always with 3."""
+    answer.calls += 1  # type: ignore[attr-defined]
+    return [DIGIT_0 + (2 if answer.calls == 1 else 3), EOS]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
+    """Return a run of one iteration: one group with one right answer of two, one group without any."""
+    folder = tmp_path_factory.mktemp("look")
+    source = folder / "rows.jsonl"
+    source.write_text('{"question": "1 + 1 =", "answer": "2"}\n{"question": "[red]0 + 2 =", "answer": "2"}\n')
+    (folder / "config.toml").write_text(CONFIG.format(policy=tiny_policy, source=source))
+    config = load_config(folder / "config.toml")
+    run_dir = RunDir(folder / "runs" / "small")
+    run_dir.record_config("", config.model_dump(mode="json"))
+    answer.calls = 0  # type: ignore[attr-defined]
+    session = Session(config, run_dir, _engine=ScriptedEngine(answer))
+    session.initial_policy()
+    for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch, session.update):
+        stage(0)
+    append_metrics(run_dir, iteration_metrics(run_dir, 0, pass_threshold=1.0))
+    return run_dir.root
+
+
+def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_ls_lists_runs_and_then_the_artifacts_of_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look.list_runs(run.parent, Format.jsonl)
+    assert [(r["iterations"], r["finished"]) for r in rows_of(capsys)] == [(1, 1)]
+    look.list_runs(run, Format.jsonl)
+    listed = {r["artifact"]: (r["rows"], r["dropped"]) for r in rows_of(capsys)}
+    assert listed["iterations/000000/completions"] == (4, None)
+    assert listed["iterations/000000/batches"] == (4, "zero_variance:2")
+
+
+def test_groups_has_a_row_for_each_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look.print_groups(run, None, "-mean", 0, Format.jsonl)
+    found = [(r["members"], r["mean"], r["best"], r["drop_reason"]) for r in rows_of(capsys)]
+    assert found == [(2, 0.5, 1.0, None), (2, 0.0, 0.0, "zero_variance")]
+
+
+def test_show_prints_the_best_member_first_and_text_as_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look.show_group(run, 0, None, Format.table)
+    output = capsys.readouterr().out
+    lines = [line.split() for line in output.splitlines()]
+    members = [line[:4] for line in lines if line and line[0] in {"0.5", "-0.5"}]
+    assert members == [["0.5", "1", "1", "2"], ["-0.5", "0", "0", "3"]]
+    assert "reference answer: 2" in output
+    assert "mean 0.5, std 0.7071" in output
+
+
+def test_markup_in_a_prompt_is_shown_and_not_obeyed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look.print_groups(run, 0, None, 0, Format.table)
+    assert "[red]0 + 2 =" in capsys.readouterr().out
+
+
+def test_rows_takes_columns_a_condition_and_a_limit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look.print_dataset(run, "completions", 0, "completion,finish_reason", "completion = '3'", 2, Format.jsonl)
+    assert rows_of(capsys) == [{"completion": "3", "finish_reason": "stop"}] * 2
+
+
+def test_csv_can_be_read_back(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look.print_dataset(run, "completions", 0, "completion_id,completion_token_ids", None, 0, Format.csv)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 4
+    assert json.loads(rows[0]["completion_token_ids"]) == [DIGIT_0 + 2, EOS]
+
+
+def test_metrics_are_those_of_the_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look.print_metrics(run, Format.jsonl)
+    row = rows_of(capsys)[0]
+    expected = {
+        "reward_mean": 0.25,
+        "pass_rate": 0.25,
+        "completion_tokens_mean": 2.0,
+        "truncated_share": 0.0,
+        "zero_variance_share": 0.5,
+        "num_completions": 4,
+        "num_trained": 2,
+        "num_tokens": 4,
+        "rewards": [{"name": "exact", "mean": 0.25, "null_count": 0}],
+        "eval_pass_at_1": None,
+    }
+    assert {key: row[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("dataset", [None, "completions"])
+def test_schema_explains_datasets_and_columns(dataset: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    look.print_schema(dataset, Format.jsonl)
+    assert all(row["doc"] for row in rows_of(capsys))
