@@ -81,6 +81,13 @@ class TerminalReporter:
         times = " ".join(f"{seconds[name]:.2f}" for name in SECONDS_SHOWN if name in seconds)
         self.bar.console.print(f"{cells}  {times}", markup=False)
 
+    def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
+        """Print how the policy answers the held-out questions."""
+        known = {name: value for name, value in figures.items() if value is not None}
+        labels = {"eval_pass_at_1": "greedy", "eval_pass_rate": "sampled", "eval_pass_at_k": "best of k sampled"}
+        parts = [f"{labels[name]} {value:.3f}" for name, value in known.items()]
+        self.bar.console.print(f"held-out after {num_updates} updates: {', '.join(parts)}", style="bold", markup=False)
+
 
 def _cell(value: Any, width: int, format_: str) -> str:
     return " " * width if value is None else f"{value:>{width}{format_}}"

@@ -12,11 +12,12 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.session import Reporter, Session, SilentReporter, open_session
 from flows.watchdog import temporary_server_watched
-from pipeline.artifact import is_finished
+from pipeline.artifact import is_finished, open_artifact
 from pipeline.provenance import environment, git_state
 from pipeline.run_dir import RunDir
 from pipeline.stage import find_finished
 from stages.config import check_unchanged, load_config
+from stages.evaluate import summarize
 from stages.iteration import outside_members, preflight
 from stages.metrics import append_metrics, iteration_metrics
 
@@ -53,6 +54,8 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
                     evaluate_once(session, num_updates)
                 if num_updates:
                     report(session, num_updates - 1)
+                if num_updates in (0, settings.iterations) and session.wiring.is_evaluated(num_updates):
+                    session.reporter.evaluation(num_updates, summarize_evaluation(session, num_updates))
         finally:
             session_of_flow.reset(token)
     return str(run_dir.policy_before(settings.iterations))
@@ -82,6 +85,11 @@ def evaluate_once(session: Session, num_updates: int) -> None:
             return
     held_out_prompts()
     evaluate(num_updates)
+
+
+def summarize_evaluation(session: Session, num_updates: int) -> dict[str, float | None]:
+    """Return the figures of an evaluation."""
+    return summarize(open_artifact(session.run.evaluations_of(num_updates)).read())
 
 
 def report(session: Session, iteration: int) -> None:

@@ -213,7 +213,7 @@ class ArtifactWriter:
             if not note.is_file() or note.read_text(encoding="utf-8") != self.recipe:
                 shutil.rmtree(self.directory, ignore_errors=True)
                 self.directory.mkdir(parents=True)
-                write_text(note, self.recipe)
+                note.write_text(self.recipe, encoding="utf-8")
             for debris in self.directory.glob(".*.tmp"):
                 debris.unlink()
 
@@ -250,22 +250,21 @@ class ArtifactWriter:
         environment: dict[str, Any],
     ) -> Artifact:
         """Write the manifest, then give the directory its name: from here on the artifact exists."""
-        names = sorted(
-            p.relative_to(self.directory).as_posix()
-            for p in self.directory.rglob("*")
-            if p.is_file() and p != self.directory / RECIPE_NOTE
-        )
+        ours = {self.directory / RECIPE_NOTE, self.directory / MANIFEST}  # a killed process may have left a manifest
+        found = (path for path in self.directory.rglob("*") if path.is_file() and path not in ours)
+        names = sorted(path.relative_to(self.directory).as_posix() for path in found)
         drops = Counter(self.left_out)
         files: dict[str, dict[str, Any]] = {}
         with explain_full_device(self.place):
             for name in names:
                 path = self.directory / name
                 path.chmod(0o644)  # safetensors makes its files private
-                sync_file(path)
                 rows = None
-                if name.endswith(".parquet"):
+                if name.endswith(".parquet"):  # synced when the part was committed
                     rows, reasons = _count(path)
                     drops.update(reasons)
+                else:
+                    sync_file(path)
                 files[name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
             content = content_hash(self.dataset, files)
             manifest = Manifest(
@@ -289,9 +288,8 @@ class ArtifactWriter:
             )
             write_text(self.directory / MANIFEST, manifest.to_json())
             (self.directory / RECIPE_NOTE).unlink()
-            sync_file(self.directory)
+            # All bytes are on the device. The rename itself may be lost with the power; then the artifact is made again.
             self.directory.rename(self.place)
-            sync_file(self.place.parent)
         return Artifact(self.place, manifest)
 
 

@@ -136,3 +136,21 @@ def test_null_is_refused_where_none_may_stand(tmp_path: Path) -> None:
     writer.open()
     with pytest.raises(SchemaError, match=r"reward_recipe.*null"):
         writer.write_part(0, reward_rows(a=[1.0]).with_columns(reward_recipe=pl.lit(None, pl.String)))
+
+
+def test_a_kill_between_manifest_and_rename_changes_nothing(tmp_path: Path) -> None:
+    whole = write_artifact(tmp_path / "x" / "rewards", "rewards", reward_rows(a=[1.0]))
+    killed = ArtifactWriter(tmp_path / "y" / "rewards", "rewards", "recipe")
+    killed.open()
+    killed.write_part(0, reward_rows(a=[1.0]))
+    (killed.directory / "manifest.json").write_text("{}")
+    again = ArtifactWriter(tmp_path / "y" / "rewards", "rewards", "recipe")
+    again.open()
+    assert again.has_part(0)
+    assert again.seal(stage="test", stage_version=1, config={}, inputs={}, environment={}).digest == whole.digest
+
+
+def test_what_a_killed_removal_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".rewards.doomed").mkdir()
+    ArtifactWriter(tmp_path / "rewards", "rewards", "recipe").open()
+    assert not (tmp_path / ".rewards.doomed").exists()
