@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
 RECIPE_NOTE = "recipe"
+PARTS = "part-*.parquet"
 ROW_GROUP_ROWS = 65_536
 
 
@@ -214,8 +216,9 @@ class ArtifactWriter:
                 shutil.rmtree(self.directory, ignore_errors=True)
                 self.directory.mkdir(parents=True)
                 note.write_text(self.recipe, encoding="utf-8")
-            for debris in self.directory.glob(".*.tmp"):
-                debris.unlink()
+            for path in self.directory.iterdir():
+                if path.name != RECIPE_NOTE and not fnmatch(path.name, PARTS):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def part_path(self, index: int) -> Path:
         return self.directory / f"part-{index:05d}.parquet"
@@ -250,8 +253,7 @@ class ArtifactWriter:
         environment: dict[str, Any],
     ) -> Artifact:
         """Write the manifest, then give the directory its name: from here on the artifact exists."""
-        ours = {self.directory / RECIPE_NOTE, self.directory / MANIFEST}  # a killed process may have left a manifest
-        found = (path for path in self.directory.rglob("*") if path.is_file() and path not in ours)
+        found = (path for path in self.directory.rglob("*") if path.is_file() and path.name != RECIPE_NOTE)
         names = sorted(path.relative_to(self.directory).as_posix() for path in found)
         drops = Counter(self.left_out)
         files: dict[str, dict[str, Any]] = {}
@@ -288,7 +290,7 @@ class ArtifactWriter:
             )
             write_text(self.directory / MANIFEST, manifest.to_json())
             (self.directory / RECIPE_NOTE).unlink()
-            # All bytes are on the device. The rename itself may be lost with the power; then the artifact is made again.
+            # All bytes are on the device. The rename itself may go with the power; then the artifact is made again.
             self.directory.rename(self.place)
         return Artifact(self.place, manifest)
 

@@ -144,6 +144,8 @@ def test_a_kill_between_manifest_and_rename_changes_nothing(tmp_path: Path) -> N
     killed.open()
     killed.write_part(0, reward_rows(a=[1.0]))
     (killed.directory / "manifest.json").write_text("{}")
+    (killed.directory / "optimizer").mkdir()
+    (killed.directory / "optimizer" / "state.safetensors").write_bytes(b"half a state")
     again = ArtifactWriter(tmp_path / "y" / "rewards", "rewards", "recipe")
     again.open()
     assert again.has_part(0)
