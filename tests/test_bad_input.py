@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from flows.cli import main
 from tests.builders import reward_rows, write_artifact
 
 CONFIG = """
@@ -26,20 +29,36 @@ function = "stages.rewards.reasoning_gym:verify"
 """
 
 
-def grpo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a folder, as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@dataclass(frozen=True)
+class Result:
+    """What a command left on the terminal."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def expect_refusal(result: subprocess.CompletedProcess[str], *fragments: str) -> None:
+Grpo = Callable[..., Result]
+
+
+@pytest.fixture
+def grpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Grpo:
+    """Return a function that runs the command line in a folder."""
+
+    def run_command(folder: Path, *arguments: str) -> Result:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        printed = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), printed.out, printed.err)
+
+    return run_command
+
+
+def expect_refusal(result: Result, *fragments: str) -> None:
     """Check that the command said one thing, in which all fragments occur, and exited with 2."""
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
@@ -73,7 +92,7 @@ def folder(tmp_path: Path, tiny_policy: Path) -> Path:
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_written(
-    folder: Path, override: str, fragments: list[str]
+    grpo: Grpo, folder: Path, override: str, fragments: list[str]
 ) -> None:
     (folder / "empty.jsonl").touch()
     (folder / "encoder").mkdir()
@@ -83,12 +102,12 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_missing_config_is_refused(folder: Path) -> None:
+def test_a_missing_config_is_refused(grpo: Grpo, folder: Path) -> None:
     expect_refusal(grpo(folder, "run", "absent.toml"), "absent.toml does not exist")
 
 
 def test_a_dead_prefect_server_is_named_before_anything_is_written(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    grpo: Grpo, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     before = sorted(folder.rglob("*"))
@@ -117,7 +136,7 @@ def part_of(run: Path) -> Path:
     return run / "iterations" / "000000" / "prompts" / "part-00000.parquet"
 
 
-def test_a_truncated_part_is_refused(run: Path) -> None:
+def test_a_truncated_part_is_refused(grpo: Grpo, run: Path) -> None:
     part = part_of(run)
     part.write_bytes(part.read_bytes()[:-20])
     expect_refusal(
@@ -126,7 +145,7 @@ def test_a_truncated_part_is_refused(run: Path) -> None:
     assert not (run / "iterations" / "000000" / "completions").exists()
 
 
-def test_a_part_with_a_flipped_byte_is_refused(run: Path) -> None:
+def test_a_part_with_a_flipped_byte_is_refused(grpo: Grpo, run: Path) -> None:
     part = part_of(run)
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 4
@@ -135,7 +154,7 @@ def test_a_part_with_a_flipped_byte_is_refused(run: Path) -> None:
         expect_refusal(grpo(run.parent.parent, *command), "part-00000.parquet has SHA-256", "restore")
 
 
-def test_an_artifact_of_another_recipe_is_refused_and_kept(run: Path) -> None:
+def test_an_artifact_of_another_recipe_is_refused_and_kept(grpo: Grpo, run: Path) -> None:
     place = run / "iterations" / "000000" / "rewards"
     foreign = write_artifact(place, "rewards", reward_rows(a=[1.0]))
     shutil.rmtree(run / "iterations" / "000000" / "prompts")
@@ -146,14 +165,14 @@ def test_an_artifact_of_another_recipe_is_refused_and_kept(run: Path) -> None:
     assert foreign.digest
 
 
-def test_another_config_for_the_same_run_is_refused(run: Path) -> None:
+def test_another_config_for_the_same_run_is_refused(grpo: Grpo, run: Path) -> None:
     before = (run / "config.resolved.json").read_bytes()
     result = grpo(run.parent.parent, "run", "config.toml", "--set", "update.learning_rate=0.5")
     expect_refusal(result, "update.learning_rate was 1e-06, now 0.5", "new run directory")
     assert (run / "config.resolved.json").read_bytes() == before
 
 
-def test_a_run_that_another_process_writes_is_refused(run: Path) -> None:
+def test_a_run_that_another_process_writes_is_refused(grpo: Grpo, run: Path) -> None:
     from pipeline.run_dir import RunDir
 
     with RunDir(run).lock():
@@ -176,7 +195,7 @@ def test_a_run_that_another_process_writes_is_refused(run: Path) -> None:
         (["metrics", "{run}"], "has no finished iteration yet"),
     ],
 )
-def test_a_wrong_argument_is_one_message(run: Path, arguments: list[str], fragment: str) -> None:
+def test_a_wrong_argument_is_one_message(grpo: Grpo, run: Path, arguments: list[str], fragment: str) -> None:
     expect_refusal(grpo(run.parent.parent, *(a.replace("{run}", str(run)) for a in arguments)), fragment)
 
 
@@ -200,9 +219,10 @@ def test_a_full_device_is_one_message_and_nothing_half_written_stays(run: Path, 
     root = str(Path(__file__).parent.parent)
     variables = {"DISK": str(disk), "RUN": str(run), "LEFT": str(left), "PYTHON": sys.executable, "PYTHONPATH": root}
     shell = ["unshare", "--map-root-user", "--user", "--mount", "bash", "-c", FULL_DEVICE]
-    result = subprocess.run(
+    done = subprocess.run(
         shell, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120, check=False
     )
+    result = Result(done.returncode, done.stdout, done.stderr)
     expect_refusal(result, "no space left on the device", "run the same command again")
     assert "part-00000.parquet" not in left.read_text()
     assert "iterations/000001/prompts" in result.stdout
