@@ -82,22 +82,28 @@ def print_dataset(
     path: Path, dataset: str, iteration: int | None, columns: str | None, where: str | None, limit: int, format_: Format
 ) -> None:
     """Print rows of a dataset; ``where`` is an SQL condition over its columns. Read-only."""
-    import polars as pl
 
     frame = open_dataset(path, dataset, iteration).scan()
-    names = columns.split(",") if columns else frame.collect_schema().names()
+    names = list(dict.fromkeys(columns.split(","))) if columns else frame.collect_schema().names()
     unknown = [name for name in names if name not in frame.collect_schema()]
     if unknown:
         raise UsageError(f"{dataset} has no columns {unknown}: see `grpo schema {dataset}`")
     if where:
-        try:
-            frame = frame.filter(pl.sql_expr(where))
-            frame.collect_schema()
-        except pl.exceptions.PolarsError as error:
-            raise UsageError(f"--where {where!r} is not an SQL condition over {dataset}: {error}") from error
+        frame = _filtered(frame, where, dataset)
     if limit > 0:
         frame = frame.head(limit)
     print_rows(frame.select(names).collect().to_dicts(), format_, columns=names)
+
+
+def _filtered(frame: "pl.LazyFrame", where: str, dataset: str) -> "pl.LazyFrame":
+    import polars as pl
+
+    try:
+        filtered = frame.filter(pl.sql_expr(where))
+        filtered.head(1).collect()
+    except pl.exceptions.PolarsError as error:
+        raise UsageError(f"--where {where!r} is not an SQL condition over {dataset}: {error}") from error
+    return filtered
 
 
 def print_metrics(path: Path, format_: Format) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -56,7 +57,7 @@ class Manifest:
     """Name -> rows (null for files that hold no rows), bytes, sha256."""
     rows: int | None
     drops: dict[str, int]
-    """Rows that stand in the data with a drop_reason, and rows left out, counted by reason."""
+    """Rows that stand in the data with a drop_reason, counted by reason."""
     environment: dict[str, Any]
     started_at: str
     seconds: float
@@ -103,6 +104,19 @@ class Artifact:
         """
         _verify(self.path, self.manifest.digest)
 
+    def check_schema(self) -> None:
+        """Compare the columns of the rows, if it holds rows, with the documented schema. Read-only.
+
+        Raises:
+            SchemaError: when another version of the program has written them.
+        """
+        import pyarrow.parquet as pq
+
+        from pipeline.schema import check_schema
+
+        for path in self.files():
+            check_schema(pq.read_schema(path), self.manifest.dataset, path)
+
     def check_sizes(self) -> None:
         """Compare every file's size with the manifest: the cheap part of `verify`. Read-only."""
         for name, facts in self.manifest.files.items():
@@ -124,19 +138,22 @@ def open_artifact(path: Path) -> Artifact:
         ArtifactDamaged: when its manifest cannot be read or does not match its own digest.
     """
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        data = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactMissing(
             f"{path} has no {MANIFEST}: the stage that writes it has not finished; run it (again)"
         ) from None
     try:
-        manifest = Manifest(**json.loads(text))
+        manifest = Manifest(**json.loads(data))
         if manifest.manifest_version != MANIFEST_VERSION:
             raise ValueError(f"manifest_version is {manifest.manifest_version}, this program reads {MANIFEST_VERSION}")
         content = content_hash(manifest.dataset, manifest.files)
         if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
             raise ValueError("its file hashes do not add up to its digest")
-    except (ValueError, TypeError) as error:
+        inputs = {name: found["digest"] for name, found in manifest.inputs.items()}
+        if recipe_hash(manifest.stage, manifest.stage_version, manifest.config, inputs) != manifest.recipe:
+            raise ValueError("its config and inputs do not add up to its recipe")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactDamaged(f"{path / MANIFEST} is not a valid manifest ({error}): {_remedy(path)}") from error
     return Artifact(path, manifest)
 
@@ -157,6 +174,12 @@ def doomed_directory(place: Path) -> Path:
 def is_finished(path: Path) -> bool:
     """Return whether a finished artifact stands at ``path``. Read-only."""
     return (path / MANIFEST).is_file()
+
+
+def recipe_hash(stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Return the hash of what should be computed; ``inputs`` are names and digests."""
+    parts = {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs)}
+    return sha256_text(canonical_json(parts))
 
 
 def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
@@ -199,8 +222,6 @@ class ArtifactWriter:
     dataset: str
     recipe: str
     started: float = field(default_factory=time.time)
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Rows that are not in the data at all, by reason."""
 
     @property
     def directory(self) -> Path:
@@ -208,9 +229,14 @@ class ArtifactWriter:
         return self.place.with_name(f".{self.place.name}.partial")
 
     def open(self) -> None:
-        """Make the hidden directory; keep finished parts of the same recipe, remove all other debris."""
+        """Make the hidden directory; keep finished parts of the same recipe, remove all other debris.
+
+        A directory without manifest in the artifact's place is debris too, such as an interrupted copy leaves.
+        """
         note = self.directory / RECIPE_NOTE
         shutil.rmtree(doomed_directory(self.place), ignore_errors=True)
+        if self.place.exists() and not is_finished(self.place):
+            remove_artifact(self.place)
         with explain_full_device(self.place):
             if not note.is_file() or note.read_text(encoding="utf-8") != self.recipe:
                 shutil.rmtree(self.directory, ignore_errors=True)
@@ -239,10 +265,6 @@ class ArtifactWriter:
                 table, temporary, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
             )
 
-    def discard(self) -> None:
-        """Remove everything that is not finished."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def seal(
         self,
         *,
@@ -255,7 +277,7 @@ class ArtifactWriter:
         """Write the manifest, then give the directory its name: from here on the artifact exists."""
         found = (path for path in self.directory.rglob("*") if path.is_file() and path.name != RECIPE_NOTE)
         names = sorted(path.relative_to(self.directory).as_posix() for path in found)
-        drops = Counter(self.left_out)
+        drops: Counter[str] = Counter()
         files: dict[str, dict[str, Any]] = {}
         with explain_full_device(self.place):
             for name in names:

@@ -3,7 +3,7 @@
 Conventions: ids are opaque strings; null means unknown, never 0; one value per row has a singular name; per-token
 numbers are float32 lists, group statistics float64; JSON columns hold one compact object. Each field carries its
 documentation as Arrow metadata (key ``doc``), which Parquet files keep, so that a file explains itself.
-`docs/datasets.md` is generated from this module by `grpo schema --format markdown`.
+`docs/datasets.md` is generated from this module by `grpo schema --markdown`.
 """
 
 from collections.abc import Iterable

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import Artifact, ArtifactWriter, canonical_json, is_finished, open_artifact, remove_artifact
+from pipeline.artifact import (
+    Artifact,
+    ArtifactWriter,
+    canonical_json,
+    is_finished,
+    open_artifact,
+    recipe_hash,
+    remove_artifact,
+)
 from pipeline.errors import RecipeMismatch
 from pipeline.provenance import environment
 from pipeline.storage import explain_full_device, sha256_text
@@ -100,7 +108,9 @@ class StageCall:
         }
 
     def recipe(self) -> str:
-        return sha256_text(canonical_json(self.recipe_parts()))
+        """Return the hash of everything that decides the result."""
+        parts = self.recipe_parts()
+        return recipe_hash(parts["stage"], parts["version"], parts["config"], parts["inputs"])
 
 
 def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = silent) -> StageResult:
@@ -119,6 +129,7 @@ def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = si
     writers = {name: ArtifactWriter(call.places[name], name, recipe) for name in call.stage.outputs}
     for artifact in call.inputs.values():
         artifact.check_sizes()
+        artifact.check_schema()
     for writer in writers.values():
         if is_finished(writer.place):
             remove_artifact(writer.place)

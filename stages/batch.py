@@ -39,7 +39,8 @@ class BatchConfig(StrictModel):
     zero_variance: Literal["drop", "keep_in_denominator"] = "drop"
     """What happens to groups that tell nothing: out of the loss, or their tokens count in its denominator."""
     max_policy_age: int | None = Field(None, ge=0)
-    """Rows written by a policy more than this many updates old are dropped as ``stale``; null = none are."""
+    """Rows written by a policy more than this many updates old, or from outside the run, are dropped as ``stale``; null
+    = none are."""
 
 
 def batch_rows(
@@ -66,8 +67,8 @@ def batch_rows(
         for epoch in range(config.epochs)
         for index, part in enumerate(_deal(kept, config.optimizer_steps, seed, iteration, epoch))
     ]
-    uninformative = rows.filter(pl.col("drop_reason") == "zero_variance")["loss_tokens"].sum()
-    extra = uninformative / config.optimizer_steps if config.zero_variance == "keep_in_denominator" else 0.0
+    uninformative = rows.filter(pl.col("drop_reason") == "zero_variance")["loss_tokens"].sum() * config.epochs
+    extra = uninformative / max(len(steps), 1) if config.zero_variance == "keep_in_denominator" else 0.0
     ordered = [
         step.with_columns(loss_denominator=pl.col("loss_tokens").sum().cast(pl.Float64) + extra) for step in steps
     ]
@@ -109,13 +110,10 @@ def _full_vocabulary_logprobs(rows: pl.DataFrame) -> pl.Expr | pl.Series:
 
 def _drop_reason(config: BatchConfig, iteration: int) -> pl.Expr:
     """First reason that applies, in this order; null = the row trains."""
-    reason = (
-        pl.when(pl.col("advantage").is_null())
-        .then(pl.lit("unscored"))
-        .when(pl.col("drop_reason").is_not_null())
-        .then(pl.col("drop_reason"))
-    )
-    reason = reason.when(pl.col("loss_tokens") == 0).then(pl.lit("no_trainable_token"))
+    is_unscored = pl.col("advantage").is_null() | (pl.col("drop_reason") == "unscored")
+    has_nothing = pl.col("loss_tokens") == 0
+    reason = pl.when(is_unscored).then(pl.lit("unscored")).when(has_nothing).then(pl.lit("no_trainable_token"))
+    reason = reason.when(pl.col("finish_reason") == "abort").then(pl.lit("aborted"))
     if config.drop_truncated:
         reason = reason.when(pl.col("finish_reason") == "length").then(pl.lit("truncated"))
     if config.max_tokens is not None:
@@ -123,7 +121,7 @@ def _drop_reason(config: BatchConfig, iteration: int) -> pl.Expr:
     if config.max_policy_age is not None:
         age = iteration - pl.col("policy_iteration")
         reason = reason.when(age.is_null() | (age > config.max_policy_age)).then(pl.lit("stale"))
-    return reason.otherwise(None)
+    return reason.otherwise(pl.col("drop_reason"))
 
 
 def _deal(kept: pl.DataFrame, steps: int, seed: int, iteration: int, epoch: int) -> list[pl.DataFrame]:

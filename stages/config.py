@@ -99,6 +99,7 @@ class RunConfig(StrictModel):
             max_num_seqs=generate.max_num_seqs,
             max_num_batched_tokens=generate.max_num_batched_tokens,
             num_threads=generate.num_threads,
+            prefix_caching=generate.prefix_caching,
             score=self.score,
             normalize=self.normalize,
         )
@@ -127,7 +128,7 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
     """
     if not run.resolved_config.is_file():
         return
-    recorded = json.loads(run.resolved_config.read_text(encoding="utf-8"))
+    recorded = recorded_config(run).model_dump(mode="json")
     changes = list(_changes(recorded, config.model_dump(mode="json")))
     if changes:
         raise RecipeMismatch(

@@ -1,7 +1,5 @@
 """evaluate: held-out prompts and a policy -> answers with their rewards, for pass@1 (greedy) and pass@k (sampled)."""
 
-import math
-
 import polars as pl
 from pydantic import Field
 
@@ -45,6 +43,7 @@ class EvaluateTaskConfig(StrictModel):
     max_num_seqs: int
     max_num_batched_tokens: int | None
     num_threads: int
+    prefix_caching: bool
     score: ScoreConfig
     normalize: NormalizeConfig
 
@@ -64,7 +63,8 @@ def evaluation_rows(
     """Return one row per answer, not yet scored: the same number of consecutive answers for each prompt."""
     per_prompt = len(generated) // len(prompts)
     repeated = prompts[[row for row in range(len(prompts)) for _ in range(per_prompt)]]
-    group_ids = [identity(recipe, decoding, p) for p in repeated["prompt_id"]]
+    groups = [identity(recipe, decoding, *row) for row in prompts.select("position", "prompt_id").iter_rows()]
+    group_ids = [group for group in groups for _ in range(per_prompt)]
     indices = [i % per_prompt for i in range(len(generated))]
     return repeated.select("prompt_id", "messages", "reference_answer").with_columns(
         pl.Series("completion_id", [f"{g}-{i:03d}" for g, i in zip(group_ids, indices, strict=True)]),
@@ -82,25 +82,18 @@ def evaluation_rows(
     )
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Return the unbiased estimate of the chance that one of k samples is correct (arXiv:2107.03374, eq. 1)."""
-    if num_samples - num_correct < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / n for n in range(num_samples - num_correct + 1, num_samples + 1))
-
-
 def summarize(evaluations: pl.DataFrame) -> dict[str, float | None]:
-    """Return pass_at_1 (greedy), pass_rate (share of sampled answers that are correct) and pass_at_k. Read-only."""
+    """Return pass@1 (greedy), the share of correct sampled answers, and pass@k with k = all samples. Read-only.
+
+    Unscored answers count neither way.
+    """
     greedy = evaluations.filter(pl.col("decoding") == "greedy")["is_correct"]
     sampled = evaluations.filter(pl.col("decoding") == "sampled")
-    groups = sampled.group_by("group_id", maintain_order=True).agg(
-        pl.col("is_correct").sum().alias("c"), pl.len().alias("n")
-    )
-    at_k = [pass_at_k(n, c, n) for c, n in groups.select("c", "n").iter_rows()]
+    groups = sampled.drop_nulls("is_correct").group_by("group_id").agg(pl.col("is_correct").any())
     return {
         "eval_pass_at_1": _mean(greedy),
         "eval_pass_rate": _mean(sampled["is_correct"]),
-        "eval_pass_at_k": sum(at_k) / len(at_k) if at_k else None,
+        "eval_pass_at_k": _mean(groups["is_correct"]),
     }
 
 
@@ -112,7 +105,7 @@ def _mean(values: pl.Series) -> float | None:
 def compute(task: StageTask) -> None:
     """Answer and score. ``task.resources`` is the engine."""
     config: EvaluateTaskConfig = task.config
-    prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null())
+    prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null()).with_row_index("position")
     rewards = find_rewards(config.score)
     total = len(prompts) * (1 + config.num_samples)
     done = 0

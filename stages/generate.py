@@ -29,18 +29,19 @@ DEFAULT_GROUP_SIZE = 8
 class MemberConfig(StrictModel):
     """Some members of every group, written by one policy."""
 
-    name: str = Field(min_length=1)
-    """Name of this policy in the column policy_name."""
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    """Name of this policy in the column policy_name: letters, digits, dots, dashes."""
     policy: str = CURRENT
-    """``current``; ``initial``; ``iteration:N``, the policy after N updates; ``age:N``, the one N updates ago (the
-    initial one while there is no older); or the path of a checkpoint, such as a sibling trained on other data."""
+    """``current``; ``initial``; ``iteration:N``, the policy after N updates (until then the current); ``age:N``, the
+    one N updates ago (the initial one while there is no older); or the path of a checkpoint, such as a sibling trained
+    on other data."""
     count: int = Field(ge=1)
     """Answers per group."""
 
     @model_validator(mode="after")
     def _known_form(self) -> Self:
         head, colon, number = self.policy.partition(":")
-        if colon and head in {"iteration", "age"} and not number.isdigit():
+        if colon and head in {"iteration", "age"} and not number.isdecimal():
             raise ValueError(f"policy {self.policy!r}: expected {head}:N with a whole number N")
         return self
 
@@ -54,7 +55,7 @@ class GenerateConfig(StrictModel):
     """Which policies write the answers of a group; empty = the current policy writes all."""
     max_tokens: int = Field(256, ge=1)
     """Longest answer, in tokens."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     """0 = off."""

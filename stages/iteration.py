@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PolicyError
 from pipeline.run_dir import RunDir
 from pipeline.stage import StageCall
 from stages import batch, evaluate, generate, normalize, policy, prompts, score, update
 from stages.config import RunConfig
 from stages.generate import CURRENT, MemberConfig, check_room
 from stages.policy import check_policy, context_length, hub_config, looks_local
-from stages.score import find_rewards
+from stages.score import check_parameters, find_rewards
 from stages.sources import SourceConfig, source_identity
-from stages.update import resolve_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,9 @@ class Wiring:
         """Return the policy that writes a member in this iteration, and how many updates of this run it has seen."""
         num_updates = member_updates(member, iteration)
         if num_updates is None:
-            return open_artifact(self.run.member(member.name)), None
+            artifact = open_artifact(self.run.member(member.name))
+            check_same_tokenizer(artifact, open_artifact(self.run.initial_policy), member.name)
+            return artifact, None
         return open_artifact(self.run.policy_before(num_updates)), num_updates
 
     def score(self, iteration: int) -> StageCall:
@@ -135,7 +136,6 @@ class Wiring:
                 "policy": open_artifact(self.run.policy_before(iteration)),
             },
             {name: self.run.place(iteration, name) for name in update.STAGE.outputs},
-            {"device": resolve_device(self.config.resources.device)},
         )
 
     def evaluate(self, num_updates: int) -> StageCall:
@@ -162,11 +162,7 @@ class Wiring:
 
 
 def member_updates(member: MemberConfig, iteration: int) -> int | None:
-    """Return how many updates the member's policy has behind it, None for one from outside the run.
-
-    Raises:
-        ConfigError: when that policy does not exist yet.
-    """
+    """Return how many updates the member's policy has behind it, None for one from outside the run."""
     if member.policy == CURRENT:
         return iteration
     if member.policy == "initial":
@@ -176,12 +172,28 @@ def member_updates(member: MemberConfig, iteration: int) -> int | None:
         return max(iteration - int(number), 0)
     if head != "iteration":
         return None
-    if int(number) > iteration:
-        raise ConfigError(
-            f"generate.members names {member.policy} for {member.name!r}, but iteration {iteration} only has policies "
-            f"up to iteration:{iteration}: use age:N or initial"
+    return min(int(number), iteration)
+
+
+def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None:
+    """Check that a policy from outside reads token ids as the run's policy does.
+
+    Raises:
+        PolicyError: when their tokenizers differ: ratios between them would mean nothing.
+    """
+    ours, theirs = (
+        {
+            n: a.manifest.files[n]["sha256"]
+            for n in ("tokenizer.json", "vocab.json", "tokenizer.model")
+            if n in a.manifest.files
+        }
+        for a in (initial, member)
+    )
+    if ours != theirs:
+        raise PolicyError(
+            f"the group member {name!r} has another tokenizer than the run's policy: token ids would mean different "
+            "texts, and importance ratios nothing; use a checkpoint trained from the same model"
         )
-    return int(number)
 
 
 def outside_members(config: RunConfig) -> list[MemberConfig]:
@@ -204,8 +216,8 @@ def preflight(config: RunConfig) -> None:
                 f"{key}.num_threads is {threads}, but this process may use {cores} cores: set it to {cores} or less "
                 "(another number of threads gives other bits)"
             )
-    find_rewards(config.score)
-    first_row(config.prompts)
+    rewards = find_rewards(config.score)
+    check_parameters(rewards, first_row(config.prompts).metadata)
     if config.evaluate.source is not None:
         first_row(config.evaluate.source)
     if config.starter is not None:
@@ -216,5 +228,3 @@ def preflight(config: RunConfig) -> None:
         check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
     for member in outside_members(config):
         check_policy(member.policy)
-    for member in config.generate.plan():
-        member_updates(member, 0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from pydantic import Field
 
+from pipeline.errors import SourceError
 from pipeline.stage import Stage, StageTask
 from stages.policy import load_tokenizer
 from stages.sources import SourceConfig, SourceRow, draw
@@ -34,7 +35,7 @@ def prompt_rows(
             "prompt_token_ids": token_ids,
             "reference_answer": [row.reference_answer for row in rows],
             "task": [row.task for row in rows],
-            "metadata": [json.dumps(row.metadata, sort_keys=True, default=str) for row in rows],
+            "metadata": [json.dumps(row.metadata, sort_keys=True, separators=(",", ":"), default=str) for row in rows],
             "drop_reason": ["too_long" if len(ids) > max_prompt_tokens else None for ids in token_ids],
         },
         schema_overrides={
@@ -63,8 +64,14 @@ def compute(task: StageTask) -> None:
         seed=task.parameters["seed"],
         turn=task.parameters["iteration"],
     )
-    tokenizer = load_tokenizer(task.inputs["policy"].path)
-    task.writer.write_part(0, prompt_rows(rows, tokenizer, task.parameters["max_prompt_tokens"]))
+    longest = task.parameters["max_prompt_tokens"]
+    frame = prompt_rows(rows, load_tokenizer(task.inputs["policy"].path), longest)
+    if frame["drop_reason"].null_count() == 0:
+        raise SourceError(
+            f"all {len(frame)} prompts have more than {longest} tokens, which is what generate.max_tokens leaves of "
+            "the model's context: lower it, shorten the prompts, or use a model with a longer context"
+        )
+    task.writer.write_part(0, frame)
 
 
 STAGE = Stage("prompts", version=1, outputs=("prompts",), compute=compute)

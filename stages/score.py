@@ -15,7 +15,7 @@ error beside it, never a 0.
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def find_rewards(config: ScoreConfig) -> list[RewardFunction]:
     """Return the functions that the config names, imported.
 
     Raises:
-        RewardError: when one cannot be imported or takes none of the known arguments.
+        RewardError: when one cannot be imported, or has no parameter for one of its arguments.
     """
     return [_find(reward) for reward in config.rewards]
 
@@ -104,6 +104,27 @@ def _find(config: RewardConfig) -> RewardFunction:
         )
     recipe = sha256_text(canonical_json([config.function, dict(config.arguments), source]))
     return RewardFunction(config.name, function, tuple(signature), config.arguments, recipe)
+
+
+def check_parameters(rewards: list[RewardFunction], metadata: Mapping[str, Any]) -> None:
+    """Check that every parameter without default has something to be filled with, for rows with this metadata.
+
+    Raises:
+        RewardError: naming the parameter, most likely misspelt, and what there is.
+    """
+    for reward in rewards:
+        needed = [
+            name
+            for name, parameter in inspect.signature(reward.call).parameters.items()
+            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+        given = [*GIVEN, *reward.arguments, *metadata]
+        missing = [name for name in needed if name not in given]
+        if missing:
+            raise RewardError(
+                f"the reward {reward.name!r} wants {missing}, but there is only {sorted(set(given))}: correct the "
+                "parameter, or give it in score.rewards.arguments"
+            )
 
 
 def score_rows(completions: pl.DataFrame, prompts: pl.DataFrame, rewards: list[RewardFunction]) -> pl.DataFrame:
@@ -151,7 +172,7 @@ def _score(
 ) -> tuple[float | None, str | None, str | None]:
     """Return reward, error and detail; exactly one of reward and error is null unless the function returned None."""
     known = {**context, **reward.arguments, "completion": text}
-    arguments = {name: known[name] for name in reward.parameters if name in known}
+    arguments = {name: known[name] for name in reward.parameters if name in known} | dict(reward.arguments)
     try:
         result = reward.call(**arguments)
         score = result if isinstance(result, Score) else Score(result)
@@ -187,16 +208,12 @@ def compute(task: StageTask) -> None:
     rewards = find_rewards(config)
     prompts = task.inputs["prompts"].read()
     completions = task.inputs["completions"].read()
-    for part, rows in enumerate(_slices(completions)):
+    for part, rows in enumerate(completions.iter_slices(ROWS_PER_PART)):
         if not task.writer.has_part(part):
-            scored = score_rows(rows, prompts, rewards)
-            check_failures(scored, config.max_failed_share)
-            task.writer.write_part(part, scored)
+            task.writer.write_part(part, score_rows(rows, prompts, rewards))
+        scored = pl.scan_parquet([task.writer.part_path(i) for i in range(part + 1)])
+        check_failures(scored.select("reward_name", "reward", "error").collect(), config.max_failed_share)
         task.progress(min((part + 1) * ROWS_PER_PART, len(completions)), len(completions))
-
-
-def _slices(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    return frame.iter_slices(ROWS_PER_PART)
 
 
 STAGE = Stage("score", version=1, outputs=("rewards",), compute=compute)

@@ -82,10 +82,10 @@ def source_identity(config: SourceConfig) -> dict[str, str]:
 def draw(
     config: SourceConfig, *, split: Split, held_out_share: float, count_: int, seed: int, turn: int
 ) -> list[SourceRow]:
-    """Return the ``count_`` different rows of one turn (iteration) of a split, a pure function of its arguments.
+    """Return the ``count_`` rows of one turn (iteration) of a split, a pure function of its arguments.
 
-    A generated task gives new rows each turn. A finite source is shuffled anew each epoch, and turn ``t`` takes the
-    rows ``t * count_ ... (t + 1) * count_`` of the endless sequence of epochs.
+    A generated task gives new rows each turn. Of a finite source equal rows count once; it is shuffled anew each epoch,
+    and turn ``t`` takes the rows ``t * count_ ... (t + 1) * count_`` of the endless sequence of epochs.
 
     Raises:
         SourceError: when the source does not exist, is empty, or holds too few rows of this split.
@@ -99,14 +99,17 @@ def draw(
                 f"{count_ * ATTEMPTS_PER_ROW} tries, {count_} are wanted: ask for fewer, or make the task larger"
             )
         return chosen
-    pool = [r for r in _finite(config) if is_held_out(r, held_out_share) == (split == "held_out")]
+    pool = list(
+        {r.prompt_id: r for r in _finite(config) if is_held_out(r, held_out_share) == (split == "held_out")}.values()
+    )
     if len(pool) < count_:
         raise SourceError(
-            f"{config.source} has {len(pool)} {split} rows, {count_} are wanted: ask for fewer rows or give a larger "
-            "source (evaluate.held_out_share decides how many are kept for evaluation)"
+            f"{config.source} has {len(pool)} different {split} rows, {count_} are wanted: give a larger source or ask "
+            "for fewer (prompts.prompts_per_iteration, evaluate.num_prompts; evaluate.held_out_share divides the rows)"
         )
-    first = turn * count_
-    return [_shuffled(pool, seed, i // len(pool))[i % len(pool)] for i in range(first, first + count_)]
+    wanted = range(turn * count_, (turn + 1) * count_)
+    epochs = {epoch: _shuffled(pool, seed, epoch) for epoch in {i // len(pool) for i in wanted}}
+    return [epochs[i // len(pool)][i % len(pool)] for i in wanted]
 
 
 def _shuffled(pool: list[SourceRow], seed: int, epoch: int) -> list[SourceRow]:
@@ -137,7 +140,11 @@ def _generated(config: SourceConfig, seed: int) -> Iterator[SourceRow]:
         except (TypeError, ValueError, AssertionError) as error:
             raise SourceError(f"prompts.options do not fit the reasoning-gym task {task}: {error}") from error
         for entry in dataset:
-            yield _row(config, entry, {"entry": {k: entry[k] for k in ("question", "answer", "metadata")}})
+            yield _row(
+                config,
+                entry,
+                {"entry": {k: entry[k] for k in ("question", "answer", "metadata")}, "options": config.options},
+            )
 
 
 def _finite(config: SourceConfig) -> list[SourceRow]:
@@ -155,18 +162,18 @@ def _file_records(path: Path) -> list[dict[str, Any]]:
             return pl.read_parquet(path).to_dicts()
         if path.suffix == ".csv":
             return pl.read_csv(path, infer_schema=False, raise_if_empty=False).to_dicts()
-    except (pl.exceptions.PolarsError, OSError) as error:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as {path.suffix} ({error}): repair or convert it") from error
     records = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                raise SourceError(f"line {number} of {path} is not JSON ({error}): repair it") from error
-            if record is not None and not isinstance(record, dict):
-                raise SourceError(f"line {number} of {path} is not a JSON object: expected one row a line")
-            records += [record] if record else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise SourceError(f"line {number} of {path} is not JSON ({error}): repair it") from error
+        if record is not None and not isinstance(record, dict):
+            raise SourceError(f"line {number} of {path} is not a JSON object: expected one row a line")
+        records += [record] if record else []
     return records
 
 
@@ -213,10 +220,15 @@ def _row(config: SourceConfig, record: Mapping[str, Any], metadata: dict[str, An
         question = record.get(config.question_column)
         if question is None:
             raise SourceError(
-                f"a row of {config.source} has the columns {sorted(record)}, but neither messages nor "
-                f"{config.question_column}: set prompts.question_column"
+                f"a row of {config.source} with the columns {sorted(record)} has neither messages nor a value in "
+                f"{config.question_column}: set prompts.question_column, or fill in the row"
             )
         messages = [{"role": "user", "content": str(question)}]
+    if not _are_messages(messages):
+        raise SourceError(
+            f"a row of {config.source} has the messages {str(messages)[:200]}: expected a list of objects with a role "
+            "and a content, both text; convert the row"
+        )
     if config.system_prompt is not None:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     answer = record.get(config.answer_column) if config.answer_column else None
@@ -226,6 +238,14 @@ def _row(config: SourceConfig, record: Mapping[str, Any], metadata: dict[str, An
         task=config.source,
         metadata=metadata,
     )
+
+
+def _are_messages(messages: Any) -> bool:
+    if not isinstance(messages, list) or not messages:
+        return False
+    turns = [message for message in messages if isinstance(message, dict)]
+    texts = [turn.get(key) for turn in turns for key in ("role", "content")]
+    return len(turns) == len(messages) and all(isinstance(text, str) for text in texts)
 
 
 def first_row(config: SourceConfig) -> SourceRow:

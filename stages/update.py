@@ -41,8 +41,8 @@ class UpdateConfig(StrictModel):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Of matrices; biases and norms have none."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients of a larger norm are scaled down to it."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it; null = never."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low."""
     clip_high: float = Field(0.28, gt=0)
@@ -80,9 +80,23 @@ class UpdateConfig(StrictModel):
     """CPU threads; they change the bits of the result."""
 
     @model_validator(mode="after")
-    def _schedule_has_an_end(self) -> Self:
+    def _consistent(self) -> Self:
         if self.schedule != "constant" and self.total_steps is None:
             raise ValueError(f"schedule {self.schedule} falls to 0 at total_steps: set update.total_steps")
+        if self.schedule != "constant" and (self.total_steps or 0) <= self.warmup_steps:
+            raise ValueError(
+                f"total_steps is {self.total_steps}, warmup_steps {self.warmup_steps}: the schedule must end after the "
+                "warm-up"
+            )
+        if self.correction_low > self.correction_high:
+            raise ValueError(
+                f"correction_low is {self.correction_low}, correction_high {self.correction_high}: swap or change them"
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"dual_clip is {self.dual_clip}, inside of the clip at 1 + clip_high = {1 + self.clip_high}: raise it, "
+                "or leave dual clipping off with null"
+            )
         return self
 
     def settings(self) -> "UpdateSettings":

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.artifact import Artifact, ArtifactWriter
+from pipeline.artifact import Artifact, ArtifactWriter, recipe_hash
 from pipeline.config import StrictModel
 from pipeline.schema import SCHEMAS
 
@@ -88,7 +88,18 @@ def fill(dataset: str, rows: Sequence[dict[str, Any]], **defaults: Any) -> pl.Da
 
 def write_artifact(place: Path, dataset: str, frame: pl.DataFrame, recipe: str = "recipe") -> Artifact:
     """Write a finished artifact with one part."""
-    writer = ArtifactWriter(place, dataset, recipe)
-    writer.open()
+    writer = new_writer(place, dataset, recipe)
     writer.write_part(0, frame)
-    return writer.seal(stage="test", stage_version=1, config={}, inputs={}, environment={})
+    return seal(writer, recipe)
+
+
+def new_writer(place: Path, dataset: str, recipe: str = "recipe") -> ArtifactWriter:
+    """Return an open writer; ``recipe`` is any text that tells recipes apart."""
+    writer = ArtifactWriter(place, dataset, recipe_hash("test", 1, {"recipe": recipe}, {}))
+    writer.open()
+    return writer
+
+
+def seal(writer: ArtifactWriter, recipe: str = "recipe") -> Artifact:
+    """Finish the artifact of a writer that `new_writer` made with this recipe."""
+    return writer.seal(stage="test", stage_version=1, config={"recipe": recipe}, inputs={}, environment={})

@@ -8,9 +8,9 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifact import ArtifactWriter, is_finished, open_artifact
+from pipeline.artifact import is_finished, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, SchemaError
-from tests.builders import reward_rows, write_artifact
+from tests.builders import new_writer, prompt_rows, reward_rows, seal, write_artifact
 
 
 def test_an_artifact_reads_back_the_rows_it_was_given(tmp_path: Path) -> None:
@@ -41,30 +41,25 @@ def test_a_directory_without_manifest_is_no_artifact(tmp_path: Path) -> None:
 
 
 def test_nothing_has_the_final_name_before_the_seal(tmp_path: Path) -> None:
-    writer = ArtifactWriter(tmp_path / "rewards", "rewards", "recipe")
-    writer.open()
+    writer = new_writer(tmp_path / "rewards", "rewards", "recipe")
     writer.write_part(0, reward_rows(a=[1.0]))
     assert not (tmp_path / "rewards").exists()
 
 
 def test_a_killed_writers_parts_are_kept_for_the_same_recipe(tmp_path: Path) -> None:
-    killed = ArtifactWriter(tmp_path / "rewards", "rewards", "recipe")
-    killed.open()
+    killed = new_writer(tmp_path / "rewards", "rewards", "recipe")
     killed.write_part(0, reward_rows(a=[1.0]))
     (killed.directory / ".part-00001.parquet.tmp").write_bytes(b"half a part")
-    again = ArtifactWriter(tmp_path / "rewards", "rewards", "recipe")
-    again.open()
+    again = new_writer(tmp_path / "rewards", "rewards", "recipe")
     assert again.has_part(0)
     assert not again.has_part(1)
     assert [p.name for p in again.directory.iterdir() if p.name.endswith(".tmp")] == []
 
 
 def test_a_killed_writers_parts_are_removed_for_another_recipe(tmp_path: Path) -> None:
-    killed = ArtifactWriter(tmp_path / "rewards", "rewards", "recipe")
-    killed.open()
+    killed = new_writer(tmp_path / "rewards", "rewards", "recipe")
     killed.write_part(0, reward_rows(a=[1.0]))
-    other = ArtifactWriter(tmp_path / "rewards", "rewards", "other")
-    other.open()
+    other = new_writer(tmp_path / "rewards", "rewards", "other")
     assert not other.has_part(0)
 
 
@@ -100,15 +95,11 @@ def test_a_manifest_with_a_changed_hash_is_refused(tmp_path: Path) -> None:
 
 
 def test_dropped_rows_are_counted_by_reason_also_in_parts_of_an_earlier_process(tmp_path: Path) -> None:
-    from tests.builders import prompt_rows
-
-    first = ArtifactWriter(tmp_path / "prompts", "prompts", "recipe")
-    first.open()
+    first = new_writer(tmp_path / "prompts", "prompts", "recipe")
     first.write_part(0, prompt_rows({"drop_reason": "too_long"}, {}))
-    second = ArtifactWriter(tmp_path / "prompts", "prompts", "recipe")
-    second.open()
+    second = new_writer(tmp_path / "prompts", "prompts", "recipe")
     second.write_part(1, prompt_rows({"drop_reason": "too_long"}))
-    sealed = second.seal(stage="prompts", stage_version=1, config={}, inputs={}, environment={})
+    sealed = seal(second)
     assert sealed.manifest.drops == {"too_long": 2}
     assert sealed.manifest.rows == 3
 
@@ -125,34 +116,54 @@ def test_a_file_explains_its_columns(tmp_path: Path) -> None:
 
 
 def test_wrong_columns_are_refused_on_write(tmp_path: Path) -> None:
-    writer = ArtifactWriter(tmp_path / "rewards", "rewards", "recipe")
-    writer.open()
+    writer = new_writer(tmp_path / "rewards", "rewards", "recipe")
     with pytest.raises(SchemaError, match=r"lack the columns \['detail'\].*unknown columns \['extra'\]"):
         writer.write_part(0, reward_rows(a=[1.0]).drop("detail").with_columns(extra=pl.lit(1)))
 
 
 def test_null_is_refused_where_none_may_stand(tmp_path: Path) -> None:
-    writer = ArtifactWriter(tmp_path / "rewards", "rewards", "recipe")
-    writer.open()
+    writer = new_writer(tmp_path / "rewards", "rewards", "recipe")
     with pytest.raises(SchemaError, match=r"reward_recipe.*null"):
         writer.write_part(0, reward_rows(a=[1.0]).with_columns(reward_recipe=pl.lit(None, pl.String)))
 
 
 def test_a_kill_between_manifest_and_rename_changes_nothing(tmp_path: Path) -> None:
     whole = write_artifact(tmp_path / "x" / "rewards", "rewards", reward_rows(a=[1.0]))
-    killed = ArtifactWriter(tmp_path / "y" / "rewards", "rewards", "recipe")
-    killed.open()
+    killed = new_writer(tmp_path / "y" / "rewards", "rewards", "recipe")
     killed.write_part(0, reward_rows(a=[1.0]))
     (killed.directory / "manifest.json").write_text("{}")
     (killed.directory / "optimizer").mkdir()
     (killed.directory / "optimizer" / "state.safetensors").write_bytes(b"half a state")
-    again = ArtifactWriter(tmp_path / "y" / "rewards", "rewards", "recipe")
-    again.open()
+    again = new_writer(tmp_path / "y" / "rewards", "rewards", "recipe")
     assert again.has_part(0)
-    assert again.seal(stage="test", stage_version=1, config={}, inputs={}, environment={}).digest == whole.digest
+    assert seal(again).digest == whole.digest
 
 
 def test_what_a_killed_removal_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".rewards.doomed").mkdir()
-    ArtifactWriter(tmp_path / "rewards", "rewards", "recipe").open()
+    new_writer(tmp_path / "rewards", "rewards", "recipe")
     assert not (tmp_path / ".rewards.doomed").exists()
+
+
+def test_a_manifest_with_another_input_or_setting_is_refused(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0, 0.0]))
+    path = tmp_path / "rewards" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "config": {"recipe": "forged"}}))
+    with pytest.raises(ArtifactDamaged, match="do not add up to its recipe"):
+        open_artifact(tmp_path / "rewards")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"{}", b"[]", b"{"])
+def test_a_manifest_that_is_none_is_damage(tmp_path: Path, data: bytes) -> None:
+    write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0, 0.0]))
+    (tmp_path / "rewards" / "manifest.json").write_bytes(data)
+    with pytest.raises(ArtifactDamaged, match=r"is not a valid manifest"):
+        open_artifact(tmp_path / "rewards")
+
+
+def test_a_directory_without_manifest_in_the_artifacts_place_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "half").write_text("a copy that was interrupted")
+    write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0]))
+    assert sorted(p.name for p in (tmp_path / "rewards").iterdir()) == ["manifest.json", "part-00000.parquet"]

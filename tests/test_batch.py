@@ -116,3 +116,17 @@ def test_truncated_sampling_is_undone_in_the_sampling_logprobs() -> None:
 def test_no_row_is_lost() -> None:
     frame = make([{}, {"finish_reason": "length"}, {}], [{}, {}, {"drop_reason": "unscored"}], drop_truncated=True)
     assert sorted(frame["completion_id"]) == ["c0", "c1", "c2"]
+
+
+def test_tokens_that_another_rule_drops_do_not_count_in_the_denominator() -> None:
+    flat = {"advantage": 0.0, "drop_reason": "zero_variance"}
+    cut = {"group_id": "h", "finish_reason": "length"}
+    frame = make([{}, cut], [{}, flat], zero_variance="keep_in_denominator", drop_truncated=True)
+    assert frame["loss_denominator"].to_list() == [2.0, None]
+    assert reasons(frame)["c1"] == "truncated"
+
+
+def test_the_denominator_is_shared_by_the_steps_that_exist() -> None:
+    flat = {"advantage": 0.0, "drop_reason": "zero_variance"}
+    frame = make([{}, {"group_id": "h"}], [{}, flat], zero_variance="keep_in_denominator", optimizer_steps=4)
+    assert frame["loss_denominator"].to_list() == [4.0, None]

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RewardError
-from stages.score import RewardConfig, Score, ScoreConfig, check_failures, find_rewards, score_rows
+from stages.score import RewardConfig, Score, ScoreConfig, check_failures, check_parameters, find_rewards, score_rows
 from tests.builders import completion_rows, prompt_rows
 
 
@@ -110,3 +110,21 @@ def test_reasoning_gym_verifies_with_the_tasks_own_rule() -> None:
 
 def test_exact_match_without_a_reference_is_unknown() -> None:
     assert score(rewards("stages.rewards.matching:exact_match"), "7")["reward"].to_list() == [None]
+
+
+def anything(completion: str, **rest: Any) -> float:
+    return float(rest.get("scale", 1.0))
+
+
+def test_arguments_reach_a_function_that_takes_anything() -> None:
+    assert score(rewards("tests.test_score:anything", scale=5.0), "x")["reward"].to_list() == [5.0]
+
+
+def misspelt(completion: str, refernce: str) -> float:
+    return 1.0
+
+
+def test_a_parameter_that_nothing_fills_is_named_before_anything_is_scored() -> None:
+    with pytest.raises(RewardError, match=r"wants \['refernce'\], but there is only .*'reference'"):
+        check_parameters(find_rewards(rewards("tests.test_score:misspelt")), {})
+    check_parameters(find_rewards(rewards("tests.test_score:misspelt")), {"refernce": "x"})

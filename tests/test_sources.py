@@ -114,7 +114,7 @@ def test_an_empty_source_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_too_few_rows_are_refused_with_both_numbers(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="has 20 train rows, 21 are wanted"):
+    with pytest.raises(SourceError, match="has 20 different train rows, 21 are wanted"):
         take(file_source(tmp_path), count=21)
 
 
@@ -128,3 +128,34 @@ def test_a_row_without_its_question_is_named_with_its_columns(tmp_path: Path) ->
     path.write_text('{"prompt": "q"}\n')
     with pytest.raises(SourceError, match=r"columns \['prompt'\].*set prompts\.question_column"):
         take(SourceConfig(source=str(path)))
+
+
+def test_equal_rows_of_a_file_count_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "1"}\n' * 3 + '{"question": "b", "answer": "2"}\n')
+    assert sorted(questions(take(SourceConfig(source=str(path)), count=2))) == ["a", "b"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "1"}\n', encoding="utf-8-sig")
+    assert questions(take(SourceConfig(source=str(path)), count=1)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('{"question": "caf\u00e9"}'.encode("latin-1"), "cannot be read as .jsonl"),
+        (b'{"messages": "hi"}', "expected a list of objects with a role and a content"),
+        (b'{"messages": []}', "expected a list of objects"),
+        (b'{"messages": [{"from": "human", "value": "hi"}]}', "expected a list of objects"),
+        (b'{"messages": [{"role": "user", "content": ["hi"]}]}', "expected a list of objects"),
+        (b'["q"]', "line 1 of .* is not a JSON object"),
+        (b'{"question": "q"}\n{', "line 2 of .* is not JSON"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=message):
+        take(SourceConfig(source=str(path)), count=1)
