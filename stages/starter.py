@@ -46,13 +46,13 @@ class StarterConfig(StrictModel):
     """Different questions that the teacher answers; none of them is held out for evaluation."""
     max_context: int = Field(256, ge=1)
     """Longest prompt and answer together, in tokens."""
-    demonstrations: int = Field(51_200, ge=1)
+    demonstrations: int = Field(76_800, ge=1)
     """How many the teacher writes; rows are drawn with replacement, and each time answered anew."""
     forget_rate: float = Field(0.75, ge=0, le=1)
     """How often the teacher forgets to carry, in tasks that ask for a sum."""
-    slip_rate: float = Field(0.03, ge=0, le=1)
+    slip_rate: float = Field(0.02, ge=0, le=1)
     """How often the teacher gets a digit wrong, or gives another question's answer where there is no digit."""
-    steps: int = Field(400, ge=1)
+    steps: int = Field(600, ge=1)
     """Optimizer steps. More of them than the demonstrations fill begin again with the first demonstration."""
     batch_size: int = Field(128, ge=1)
     """Demonstrations per step."""

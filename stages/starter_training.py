@@ -58,6 +58,7 @@ def new_model(
         num_key_value_heads=num_kv_heads,
         intermediate_size=intermediate_size,
         max_position_embeddings=max_context,
+        attention_bias=True,  # GRPO improves such a starter faster
         tie_word_embeddings=True,
         bos_token_id=None,
         pad_token_id=pad_token_id,
