@@ -1,4 +1,4 @@
-"""The Arrow schema of every dataset: one documented field per column, checked on every write and every read.
+"""The Arrow schema of every dataset: one documented field per column, checked on every write and when a stage reads it.
 
 Conventions: ids are opaque strings; null means unknown, never 0; one value per row has a singular name; per-token
 numbers are float32 lists, group statistics float64; JSON columns hold one compact object. Each field carries its

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,4 +252,4 @@ def first_row(config: SourceConfig) -> SourceRow:
     """Return one row, to fail early on a source that cannot be read. Read-only."""
     if config.source.startswith(REASONING_GYM):
         return next(_generated(config, seed=0))
-    return next(islice(_finite(config), 1))
+    return _finite(config)[0]
