@@ -1,0 +1,62 @@
+"""What a reward function is. Every module of this folder holds some; users write theirs in modules of their own.
+
+A reward is a plain function ``module:function`` in one of three shapes, told apart by its signature:
+
+1. **Over one completion**, sync or async; called in a worker process, once per completion:
+
+       def cites_the_city(completion: str, city: str, bonus: float = 0.0) -> float | Score | None: ...
+
+2. **Over a frame**: it has a parameter named ``completions``; called in a worker process of its own with up to 50,000
+   rows at a time, always the same rows in the same order:
+
+       def shortness(completions: pl.DataFrame, most: int) -> pl.Series: ...
+
+3. **A polars expression**: its return annotation is ``pl.Expr``; called once, evaluated in this process as the rows
+   stream by, the fastest of the three:
+
+       def has_answer_tag() -> pl.Expr:
+           return pl.col("completion").str.contains("<answer>").cast(pl.Float64)
+
+All know the same facts, as parameters (1) or columns (2, 3), see `FACTS`. Shape 1 may also name any key of the source
+row's metadata; shapes 2 and 3 find them as JSON in the column ``metadata``. Every other parameter is filled from
+``arguments`` in the config.
+
+Shape 1 returns a number, `Score`, or None (it cannot say). Shapes 2 and 3 give a Series (an expression) of numbers, or a
+DataFrame (struct) with ``reward`` and, if wanted, ``detail`` (JSON text, or a struct) and ``error`` (text of a row whose
+reward is null). Null, NaN, infinity, an exception, a wrong type or length, a crash, too much time or memory: each gives a
+null reward with its error, never a 0.
+
+A function whose result depends on more than its source and arguments (a file, a model) has beside it, in the same
+module, a function ``<name>_identity`` that takes the same arguments and returns what decides the result, as JSON-like
+values: digests of the files, the hash of a judge's prompt. What it returns takes the arguments' place in the reward's
+identity, so that arguments that decide nothing (where a file lies, how many requests at once) can be left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+FACTS = {
+    "completion": "the answer as text",
+    "prompt": "the last user message",
+    "reference": "the reference answer, or null",
+    "messages": "the whole conversation: a list of role and content",
+    "metadata": "the rest of the source row; for shapes 2 and 3 as JSON text",
+    "task": "the source of the prompt",
+    "completion_id": "identity of the answer",
+    "group_id": "identity of its group",
+    "prompt_id": "identity of the question",
+    "num_tokens": "tokens of the answer, its end-of-sequence token included",
+    "finish_reason": "stop, length (cut at max_tokens) or abort",
+    "policy_name": "name of the policy that wrote it",
+}
+"""What a reward function may ask for, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A reward with what the function saw, for the auditor."""
+
+    reward: float | None
+    """Null = cannot say."""
+    detail: Any = None
+    """JSON-like: the extracted answer, the facts found, the judge's words."""
