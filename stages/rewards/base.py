@@ -21,10 +21,10 @@ All know the same facts, as parameters (1) or columns (2, 3), see `FACTS`. Shape
 row's metadata; shapes 2 and 3 find them as JSON in the column ``metadata``. Every other parameter is filled from
 ``arguments`` in the config.
 
-Shape 1 returns a number, `Score`, or None (it cannot say). Shapes 2 and 3 give a Series (an expression) of numbers, or a
-DataFrame (struct) with ``reward`` and, if wanted, ``detail`` (JSON text, or a struct) and ``error`` (text of a row whose
-reward is null). Null, NaN, infinity, an exception, a wrong type or length, a crash, too much time or memory: each gives a
-null reward with its error, never a 0.
+Shape 1 returns a number, `Score`, or None (it cannot say). Shapes 2 and 3 give a Series (an expression) of numbers, or
+a DataFrame (struct) with ``reward`` and, if wanted, ``detail`` (JSON text, or a struct) and ``error`` (text of a row
+whose reward is null). Null, NaN, infinity, an exception, a wrong type or length, a crash, too much time or memory: each
+gives a null reward with its error, never a 0.
 
 A function whose result depends on more than its source and arguments (a file, a model) has beside it, in the same
 module, a function ``<name>_identity`` that takes the same arguments and returns what decides the result, as JSON-like
