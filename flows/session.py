@@ -1,4 +1,4 @@
-"""What a run keeps alive between its stages: the inference engine, the trainer, and somebody who watches."""
+"""What a run keeps alive between its stages: engine, trainer, reward processes, and somebody who watches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,11 @@ from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_
 from stages.config import RunConfig
 from stages.engines.base import Engine, EngineSettings
 from stages.engines.process import EngineProcess
+from stages.evaluate import EvaluateResources
 from stages.iteration import Wiring
 from stages.policy import check_policy, context_length, looks_local
+from stages.rewards.scorer import Scorer
+from stages.score import find_rewards
 from stages.starter import make_starter
 from stages.update import Trainer, resolve_device
 
@@ -66,6 +69,7 @@ class Session:
     reporter: Reporter = field(default_factory=SilentReporter)
     _engine: Engine | None = None
     _trainer: Trainer | None = None
+    _scorer: Scorer | None = None
 
     @property
     def wiring(self) -> Wiring:
@@ -107,7 +111,8 @@ class Session:
 
     def score(self, iteration: int) -> str:
         """Score the answers; return the rewards' path."""
-        return self._path("score", self.wiring.score(iteration))
+        call = self.wiring.score(iteration)
+        return self._path("score", call, None if find_finished(call) else self.scorer())
 
     def normalize(self, iteration: int) -> str:
         """Turn rewards into advantages; return their path."""
@@ -127,7 +132,8 @@ class Session:
     def evaluate(self, num_updates: int) -> str:
         """Answer the held-out questions; return the answers' path."""
         call = self.wiring.evaluate(num_updates)
-        return self._path("evaluate", call, None if find_finished(call) else self.ready_engine())
+        resources = None if find_finished(call) else EvaluateResources(self.ready_engine(), self.scorer())
+        return self._path("evaluate", call, resources)
 
     def _path(self, label: str, call: StageCall, resources: Any = None) -> str:
         return str(self.perform(label, call, resources).main.path)
@@ -136,6 +142,7 @@ class Session:
         """Start the engine early, beside other work, when this iteration's completions are still to be generated."""
         if not is_finished(self.run.place(iteration, "completions")):
             self.engine()
+            self.scorer().start(find_rewards(self.config.score))
 
     def ready_engine(self) -> Engine:
         """Return the engine once it answers."""
@@ -153,6 +160,13 @@ class Session:
             self._engine = engine
         return self._engine
 
+    def scorer(self) -> Scorer:
+        """Return the scorer, which keeps the processes of the reward functions between iterations."""
+        if self._scorer is None:
+            self.run.logs.mkdir(parents=True, exist_ok=True)
+            self._scorer = Scorer(self.config.resources.reward_workers, self.run.logs / "rewards.log")
+        return self._scorer
+
     def trainer(self) -> Trainer:
         """Return the trainer, which keeps model and optimizer between iterations."""
         if self._trainer is None:
@@ -164,6 +178,9 @@ class Session:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None
 
 
 def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:

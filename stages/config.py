@@ -33,6 +33,8 @@ class ResourcesConfig(StrictModel):
     """Share of the GPU's memory that vLLM may take; the update needs the rest."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory for vLLM's key-value cache on CPU, GiB."""
+    reward_workers: int = Field(2, ge=1)
+    """Processes for each reward function that is called once per completion."""
 
 
 class RunConfig(StrictModel):

@@ -1,5 +1,7 @@
 """evaluate: held-out prompts and a policy -> answers with their rewards, for pass@1 (greedy) and pass@k (sampled)."""
 
+from dataclasses import dataclass
+
 import polars as pl
 from pydantic import Field
 
@@ -7,10 +9,11 @@ from pipeline.config import StrictModel
 from pipeline.run_dir import identity
 from pipeline.stage import Stage, StageTask
 from stages.engines.base import Engine, Generated, Request, Sampling
-from stages.generate import request_seed
+from stages.generate import CURRENT, request_seed
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.policy import load_tokenizer, stop_token_ids
-from stages.score import ScoreConfig, find_rewards, score_rows
+from stages.rewards.scorer import Scorer
+from stages.score import ScoreConfig, score_frame
 from stages.sources import SourceConfig
 
 
@@ -29,6 +32,14 @@ class EvaluateConfig(StrictModel):
     """Combined reward from which an answer counts as correct."""
     source: SourceConfig | None = None
     """Another source to take the questions from; null = the held-out share of [prompts]."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateResources:
+    """What answers and what scores."""
+
+    engine: Engine
+    scorer: Scorer
 
 
 class EvaluateTaskConfig(StrictModel):
@@ -103,16 +114,18 @@ def _mean(values: pl.Series) -> float | None:
 
 
 def compute(task: StageTask) -> None:
-    """Answer and score. ``task.resources`` is the engine."""
+    """Answer and score. ``task.resources`` are `EvaluateResources`."""
+    resources: EvaluateResources = task.resources
     config: EvaluateTaskConfig = task.config
     prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null()).with_row_index("position")
-    rewards = find_rewards(config.score)
     total = len(prompts) * (1 + config.num_samples)
     done = 0
     for part, (decoding, per_prompt) in enumerate({"greedy": 1, "sampled": config.num_samples}.items()):
         if not task.writer.has_part(part):
             rows = _answer(task, prompts, decoding, per_prompt)
-            scored = score_rows(rows, prompts, rewards)
+            # a reward may ask who wrote the answer
+            named = rows.with_columns(pl.lit(CURRENT).alias("policy_name"))
+            scored = score_frame(named, prompts, config.score, resources.scorer)
             task.writer.write_part(part, _with_rewards(rows, scored, config))
         done += len(prompts) * per_prompt
         task.progress(done, total)
@@ -120,7 +133,7 @@ def compute(task: StageTask) -> None:
 
 def _answer(task: StageTask, prompts: pl.DataFrame, decoding: str, per_prompt: int) -> pl.DataFrame:
     config: EvaluateTaskConfig = task.config
-    engine: Engine = task.resources
+    engine = task.resources.engine
     policy = task.inputs["policy"]
     temperature = 0.0 if decoding == "greedy" else config.temperature
     sampling = Sampling(

@@ -15,7 +15,7 @@ from stages import batch, evaluate, generate, normalize, policy, prompts, score,
 from stages.config import RunConfig
 from stages.generate import CURRENT, MemberConfig, check_room
 from stages.policy import check_policy, context_length, hub_config, looks_local
-from stages.score import check_parameters, find_rewards
+from stages.score import check_rewards, find_rewards
 from stages.sources import SourceConfig, source_identity
 
 
@@ -216,8 +216,7 @@ def preflight(config: RunConfig) -> None:
                 f"{key}.num_threads is {threads}, but this process may use {cores} cores: set it to {cores} or less "
                 "(another number of threads gives other bits)"
             )
-    rewards = find_rewards(config.score)
-    check_parameters(rewards, first_row(config.prompts).metadata)
+    check_rewards(config.score, first_row(config.prompts).metadata)
     if config.evaluate.source is not None:
         first_row(config.evaluate.source)
     if config.starter is not None:

@@ -1,46 +1,25 @@
 """score: completions -> rewards, in long format: one row per completion and reward function.
 
-A reward function is any function ``module:function``. It is called once per completion with the arguments that its
-signature names:
-
-    completion   the answer as text             prompt      the last user message
-    reference    the reference answer or None   messages    the whole conversation
-    metadata     the rest of the source row     task        the source of the prompt
-
-and with the arguments of the config; a parameter that none of those names is looked up in the metadata. It returns a
-number, None (it cannot say), or a `Score` with a detail for the auditor. What it raises becomes a null reward with the
-error beside it, never a 0.
+What a reward function is stands in `stages.rewards.base`; where it runs, in `stages.rewards.scorer`. Rows stream by in
+parts of fixed size, each committed when it is scored: a killed process loses one part, and memory does not grow with
+the number of completions.
 """
 
-import inspect
-import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
 from pydantic import Field, model_validator
 
-from pipeline.artifact import canonical_json
+from pipeline.artifact import Artifact
 from pipeline.config import StrictModel
 from pipeline.errors import RewardError
-from pipeline.stage import Stage, StageTask, import_function
-from pipeline.storage import sha256_text
+from pipeline.stage import Stage, StageTask
+from stages.rewards.functions import RewardConfig, RewardFunction, check_parameters, find_reward
+from stages.rewards.scorer import Scorer, completion_columns, needs_prompts, open_scorer
 
-GIVEN = ("completion", "prompt", "reference", "messages", "metadata", "task")
 ROWS_PER_PART = 50_000
-
-
-class RewardConfig(StrictModel):
-    """One reward function."""
-
-    name: str = Field(min_length=1)
-    """Value of the column reward_name; normalize.weights refers to it."""
-    function: str
-    """``module:function``."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments."""
 
 
 class ScoreConfig(StrictModel):
@@ -59,161 +38,122 @@ class ScoreConfig(StrictModel):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A reward with what the function saw, for the auditor; the detail must be JSON."""
-
-    reward: float | None
-    detail: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class RewardFunction:
-    """A reward function, found and checked."""
-
-    name: str
-    call: Callable[..., Any]
-    parameters: tuple[str, ...]
-    arguments: Mapping[str, Any]
-    recipe: str
-
-
 def find_rewards(config: ScoreConfig) -> list[RewardFunction]:
     """Return the functions that the config names, imported.
 
     Raises:
         RewardError: when one cannot be imported, or has no parameter for one of its arguments.
     """
-    return [_find(reward) for reward in config.rewards]
+    return [find_reward(reward) for reward in config.rewards]
 
 
-def _find(config: RewardConfig) -> RewardFunction:
-    try:
-        function, source = import_function(config.function)
-    except Exception as error:  # importing a user's module may raise anything
-        raise RewardError(
-            f"the reward {config.name!r} names {config.function!r}, which cannot be imported "
-            f"({type(error).__name__}: {error}): give module:function, importable from the current directory"
-        ) from error
-    signature = inspect.signature(function).parameters
-    unknown = sorted(set(config.arguments) - set(signature))
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
-        raise RewardError(
-            f"the reward {config.name!r} ({config.function}) has no parameters {unknown}; it has {list(signature)}: "
-            "correct score.rewards.arguments"
-        )
-    recipe = sha256_text(canonical_json([config.function, dict(config.arguments), source]))
-    return RewardFunction(config.name, function, tuple(signature), config.arguments, recipe)
-
-
-def check_parameters(rewards: list[RewardFunction], metadata: Mapping[str, Any]) -> None:
-    """Check that every parameter without default has something to be filled with, for rows with this metadata.
+def check_rewards(config: ScoreConfig, metadata: Mapping[str, Any]) -> None:
+    """Check that the functions exist and that rows with this metadata have what they ask for.
 
     Raises:
-        RewardError: naming the parameter, most likely misspelt, and what there is.
+        RewardError: naming the function and what is wrong.
     """
-    for reward in rewards:
-        needed = [
-            name
-            for name, parameter in inspect.signature(reward.call).parameters.items()
-            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-        given = [*GIVEN, *reward.arguments, *metadata]
-        missing = [name for name in needed if name not in given]
-        if missing:
-            raise RewardError(
-                f"the reward {reward.name!r} wants {missing}, but there is only {sorted(set(given))}: correct the "
-                "parameter, or give it in score.rewards.arguments"
-            )
+    for reward in find_rewards(config):
+        check_parameters(reward, metadata)
 
 
-def score_rows(completions: pl.DataFrame, prompts: pl.DataFrame, rewards: list[RewardFunction]) -> pl.DataFrame:
+class FailureCounter:
+    """Counts the completions that each function could not score, and stops the stage above the limit."""
+
+    def __init__(self, rewards: Sequence[RewardFunction], num_completions: int, max_failed_share: float) -> None:
+        self.num_completions = num_completions
+        self.max_failed_share = max_failed_share
+        self.failed = dict.fromkeys((reward.name for reward in rewards), 0)
+        self.examples: dict[str, str] = {}
+
+    def add(self, rewards: pl.DataFrame) -> None:
+        """Count rows of the rewards dataset.
+
+        Raises:
+            RewardError: when a function has failed for more than the allowed share of all completions.
+        """
+        failures = rewards.filter(pl.col("reward").is_null()).group_by("reward_name", maintain_order=True)
+        for name, count, example in failures.agg(pl.len(), pl.col("error").first()).iter_rows():
+            self.failed[name] += count
+            self.examples.setdefault(name, example)
+            if self.failed[name] > self.max_failed_share * self.num_completions:
+                raise RewardError(
+                    f"the reward {name!r} could not score {self.failed[name]:,} of {self.num_completions:,} "
+                    f"completions, score.max_failed_share allows {self.max_failed_share:.0%}; first error: "
+                    f"{self.examples[name]}. Correct the function, or raise the limit"
+                )
+
+    def __str__(self) -> str:
+        """Return how many failed; empty when none has."""
+        return "".join(f", {name}: {count:,} failed" for name, count in self.failed.items() if count)
+
+
+def slices(completions: Artifact, columns: Sequence[str], num_rows: int) -> Iterator[pl.DataFrame]:
+    """Yield all rows in order, ``num_rows`` at a time, reading little more than that at once."""
+    import pyarrow.parquet as pq
+
+    waiting: list[pl.DataFrame] = []
+    count = 0
+    for path in completions.files():
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=num_rows, columns=list(columns)):
+            waiting.append(pl.DataFrame(batch))
+            count += batch.num_rows
+            while count >= num_rows:
+                rows = pl.concat(waiting)
+                yield rows.head(num_rows)
+                waiting, count = [rows.slice(num_rows)], count - num_rows
+    if count:
+        yield pl.concat(waiting)
+
+
+def score_frame(
+    completions: pl.DataFrame, prompts: pl.DataFrame, config: ScoreConfig, scorer: Scorer | None = None
+) -> pl.DataFrame:
     """Return one row per completion and reward function, in the order of the completions.
 
-    ``completions`` has completion_id, group_id, prompt_id and completion; ``prompts`` the columns of that dataset.
+    ``completions`` has completion_id, group_id, prompt_id and what the functions ask for; ``prompts`` the columns of
+    that dataset.
     """
-    context = {row["prompt_id"]: _context(row) for row in prompts.iter_rows(named=True)}
-    needed = completions.select("completion_id", "group_id", "prompt_id", "completion")
-    rows = [
-        (completion_id, group_id, reward.name, reward.recipe, *_score(reward, context[prompt_id], text))
-        for completion_id, group_id, prompt_id, text in needed.iter_rows()
-        for reward in rewards
-    ]
-    return pl.DataFrame(
-        rows,
-        schema={
-            "completion_id": pl.String,
-            "group_id": pl.String,
-            "reward_name": pl.String,
-            "reward_recipe": pl.String,
-            "reward": pl.Float64,
-            "error": pl.String,
-            "detail": pl.String,
-        },
-        orient="row",
-    )
-
-
-def _context(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    metadata = json.loads(prompt["metadata"])
-    users = [m["content"] for m in prompt["messages"] if m["role"] == "user"]
-    return {
-        **metadata,
-        "prompt": users[-1] if users else "",
-        "reference": prompt["reference_answer"],
-        "messages": prompt["messages"],
-        "metadata": metadata,
-        "task": prompt["task"],
-    }
-
-
-def _score(
-    reward: RewardFunction, context: Mapping[str, Any], text: str
-) -> tuple[float | None, str | None, str | None]:
-    """Return reward, error and detail; exactly one of reward and error is null unless the function returned None."""
-    known = {**context, **reward.arguments, "completion": text}
-    arguments = {name: known[name] for name in reward.parameters if name in known} | dict(reward.arguments)
-    try:
-        result = reward.call(**arguments)
-        score = result if isinstance(result, Score) else Score(result)
-        if score.reward is None:
-            return None, "the function returned None", _detail(score)
-        value = float(score.reward)
-        if not math.isfinite(value):
-            return None, f"the function returned {value}", _detail(score)
-        return value, None, _detail(score)
-    except Exception as error:  # a user's function may raise anything; the error is data
-        return None, f"{type(error).__name__}: {error}", None
-
-
-def _detail(score: Score) -> str | None:
-    return None if score.detail is None else json.dumps(score.detail, sort_keys=True)
-
-
-def check_failures(rewards: pl.DataFrame, max_failed_share: float) -> None:
-    """Raise RewardError when a function failed for more than the allowed share of the completions."""
-    counts = rewards.group_by("reward_name", maintain_order=True).agg(
-        pl.col("reward").is_null().mean().alias("share"), pl.col("error").drop_nulls().first().alias("example")
-    )
-    for name, share, example in counts.filter(pl.col("share") > max_failed_share).iter_rows():
-        raise RewardError(
-            f"the reward {name!r} could not score {share:.0%} of the completions, score.max_failed_share allows "
-            f"{max_failed_share:.0%}; first error: {example}. Correct the function, or raise the limit"
-        )
+    rewards = find_rewards(config)
+    if scorer is not None:
+        return scorer.score(completions, prompts, rewards)
+    with open_scorer() as own:
+        return own.score(completions, prompts, rewards)
 
 
 def compute(task: StageTask) -> None:
-    """Score the missing parts."""
+    """Score the missing parts. ``task.resources`` is a `Scorer`; without one the stage makes its own."""
+    if isinstance(task.resources, Scorer):
+        _score_parts(task, task.resources)
+        return
+    with open_scorer() as scorer:
+        _score_parts(task, scorer)
+
+
+def _score_parts(task: StageTask, scorer: Scorer) -> None:
     config: ScoreConfig = task.config
     rewards = find_rewards(config)
-    prompts = task.inputs["prompts"].read()
-    completions = task.inputs["completions"].read()
-    for part, rows in enumerate(completions.iter_slices(ROWS_PER_PART)):
-        if not task.writer.has_part(part):
-            task.writer.write_part(part, score_rows(rows, prompts, rewards))
-        scored = pl.scan_parquet([task.writer.part_path(i) for i in range(part + 1)])
-        check_failures(scored.select("reward_name", "reward", "error").collect(), config.max_failed_share)
-        task.progress(min((part + 1) * ROWS_PER_PART, len(completions)), len(completions))
+    completions = task.inputs["completions"]
+    completions.verify()
+    prompts = task.inputs["prompts"].read() if needs_prompts(rewards) else None
+    num_completions = completions.manifest.rows or 0
+    failures = FailureCounter(rewards, num_completions, config.max_failed_share)
+    started, done, reused = time.monotonic(), 0, 0
+
+    def report(more: int) -> None:
+        rate = (done + more - reused) / max(time.monotonic() - started, 1e-9)
+        task.progress(done + more, num_completions * len(rewards), f"{rate:,.0f} rows/s{failures}")
+
+    for part, rows in enumerate(slices(completions, completion_columns(rewards), ROWS_PER_PART)):
+        if task.writer.has_part(part):
+            scored = pl.read_parquet(task.writer.part_path(part), columns=["reward_name", "reward", "error"])
+            reused += len(scored)
+        else:
+            scored = scorer.score(rows, prompts, rewards, report)
+            task.writer.write_part(part, scored)
+        failures.add(scored)
+        done += len(scored)
+        report(0)
 
 
-STAGE = Stage("score", version=1, outputs=("rewards",), compute=compute)
+STAGE = Stage("score", version=2, outputs=("rewards",), compute=compute)

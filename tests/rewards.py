@@ -1,6 +1,109 @@
-"""Reward functions for tests of whole runs."""
+"""Reward functions for tests: good ones, and ones that do everything a reward function must not do."""
+
+import asyncio
+import ctypes
+import math
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import polars as pl
+
+from stages.rewards.base import Score
 
 
 def share_of_digits(completion: str) -> float:
     """Return the share of characters that are digits: a random policy gets some of it."""
     return sum(c.isdigit() for c in completion) / max(len(completion), 1)
+
+
+def misbehave(completion: str) -> Any:
+    """Do what the completion says; the length of any other text is its reward."""
+    match completion:
+        case "hang":
+            time.sleep(3600)
+        case "exit":
+            os._exit(3)
+        case "crash":
+            ctypes.string_at(0)
+        case "raise":
+            raise ValueError("no number in it")
+        case "quit":
+            sys.exit("enough")
+        case "nan":
+            return math.nan
+        case "infinity":
+            return -math.inf
+        case "text":
+            return "high"
+        case "none":
+            return None
+        case "memory":
+            return float(len(bytearray(1 << 40)))
+        case "recursion":
+            return misbehave(completion)
+        case "detail":
+            return Score(1.0, object())
+        case "surrogate":
+            return Score(1.0, "\ud800")
+    return float(len(completion))
+
+
+async def misbehave_async(completion: str) -> Any:
+    """The same with others waiting in the same process; ``sleep`` waits without blocking them."""
+    if completion == "sleep":
+        await asyncio.sleep(3600)
+    await asyncio.sleep(0.001)
+    return misbehave(completion)
+
+
+def leave_a_process(completion: str) -> float:
+    """Start a process that would outlive everything, write its id to the file that the completion names, and die."""
+    child = subprocess.Popen(["sleep", "3600"])
+    with open(completion, "w") as file:  # noqa: PTH123
+        file.write(str(child.pid))
+    os._exit(1)
+
+
+def length_in_frame(completions: pl.DataFrame, scale: float = 1.0) -> pl.Series:
+    return completions["completion"].str.len_chars() * scale
+
+
+def frame_with_details(completions: pl.DataFrame) -> pl.DataFrame:
+    is_known = completions["completion"] != ""
+    return completions.select(
+        reward=pl.when(is_known).then(1.0),
+        detail=pl.struct("prompt", "reference", "city_of_metadata")
+        if "city_of_metadata" in completions.columns
+        else pl.struct("prompt", "reference", tokens="num_tokens"),
+        error=pl.when(~is_known).then(pl.lit("nothing was said")),
+    )
+
+
+def frame_too_short(completions: pl.DataFrame) -> pl.Series:
+    return pl.Series([1.0])
+
+
+def frame_that_dies(completions: pl.DataFrame) -> pl.Series:
+    os._exit(4)
+
+
+def frame_that_hangs(completions: pl.DataFrame) -> pl.Series:
+    time.sleep(3600)
+    return pl.Series([1.0])
+
+
+def has_seven() -> pl.Expr:
+    return pl.col("completion").str.contains("7").cast(pl.Float64)
+
+
+def seven_with_detail(word: str) -> pl.Expr:
+    return pl.struct(
+        reward=pl.col("completion").str.count_matches(word, literal=True), detail=pl.struct("completion", "task")
+    )
+
+
+def no_such_column() -> pl.Expr:
+    return pl.col("absent") * 1.0

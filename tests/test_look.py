@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
     run_dir = RunDir(folder / "runs" / "small")
     run_dir.record_config("", config.model_dump(mode="json"))
     answer.calls = 0  # type: ignore[attr-defined]
-    session = Session(config, run_dir, _engine=ScriptedEngine(answer))
-    session.initial_policy()
-    for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch, session.update):
-        stage(0)
+    with closing(Session(config, run_dir, _engine=ScriptedEngine(answer))) as session:
+        session.initial_policy()
+        for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch):
+            stage(0)
+        session.update(0)
     append_metrics(run_dir, iteration_metrics(run_dir, 0, pass_threshold=1.0))
     return run_dir.root
 

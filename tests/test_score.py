@@ -8,7 +8,9 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RewardError
-from stages.score import RewardConfig, Score, ScoreConfig, check_failures, check_parameters, find_rewards, score_rows
+from stages.rewards.base import Score
+from stages.rewards.functions import RewardConfig
+from stages.score import FailureCounter, ScoreConfig, check_rewards, find_rewards, score_frame
 from tests.builders import completion_rows, prompt_rows
 
 
@@ -32,7 +34,7 @@ def rewards(function: str, **arguments: Any) -> ScoreConfig:
 
 def score(config: ScoreConfig, *texts: str, **prompt: Any) -> pl.DataFrame:
     completions = completion_rows(*({"completion": text} for text in texts))
-    return score_rows(completions, prompt_rows(prompt), find_rewards(config))
+    return score_frame(completions, prompt_rows(prompt), config)
 
 
 def test_a_function_gets_what_its_signature_names() -> None:
@@ -56,11 +58,11 @@ def test_several_functions_give_a_row_each() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("raise", "ValueError: no number in it"),
+        ("raise", "ValueError: no number in it (test_score.py:27)"),
         ("nan", "the function returned nan"),
         ("infinite", "the function returned inf"),
         ("none", "the function returned None"),
-        ("text", "ValueError: could not convert string to float: 'not a number'"),
+        ("text", "the function returned a str, expected a number, None or Score"),
     ],
 )
 def test_a_failure_is_a_null_reward_with_its_error_and_never_zero(text: str, error: str) -> None:
@@ -70,10 +72,11 @@ def test_a_failure_is_a_null_reward_with_its_error_and_never_zero(text: str, err
 
 
 def test_too_many_failures_stop_the_stage_with_an_example() -> None:
-    rows = score(rewards("tests.test_score:troublesome"), "fine", "raise")
-    check_failures(rows, max_failed_share=0.5)
-    with pytest.raises(RewardError, match=r"'r' could not score 50% .* first error: ValueError: no number in it"):
-        check_failures(rows, max_failed_share=0.49)
+    config = rewards("tests.test_score:troublesome")
+    rows = score(config, "fine", "raise")
+    FailureCounter(find_rewards(config), num_completions=2, max_failed_share=0.5).add(rows)
+    with pytest.raises(RewardError, match=r"'r' could not score 1 of 2 .* first error: ValueError: no number in it"):
+        FailureCounter(find_rewards(config), num_completions=2, max_failed_share=0.49).add(rows)
 
 
 @pytest.mark.parametrize(
@@ -126,5 +129,5 @@ def misspelt(completion: str, refernce: str) -> float:
 
 def test_a_parameter_that_nothing_fills_is_named_before_anything_is_scored() -> None:
     with pytest.raises(RewardError, match=r"wants \['refernce'\], but there is only .*'reference'"):
-        check_parameters(find_rewards(rewards("tests.test_score:misspelt")), {})
-    check_parameters(find_rewards(rewards("tests.test_score:misspelt")), {"refernce": "x"})
+        check_rewards(rewards("tests.test_score:misspelt"), {})
+    check_rewards(rewards("tests.test_score:misspelt"), {"refernce": "x"})

@@ -1,0 +1,230 @@
+"""Finding reward functions: importing one, telling its shape, checking what it asks for, and its identity."""
+
+import ast
+import importlib.util
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.artifact import canonical_json
+from pipeline.config import StrictModel
+from pipeline.errors import GrpoError, RewardError
+from pipeline.stage import import_function
+from pipeline.storage import sha256_text
+from stages.rewards.base import FACTS
+
+OWN_PACKAGES = ("pipeline", "grpo", "stages", "flows")
+LIBRARY = "stages.rewards"
+
+
+class RewardConfig(StrictModel):
+    """One reward function."""
+
+    name: str = Field(min_length=1)
+    """Value of the column reward_name; normalize.weights refers to it."""
+    function: str
+    """``module:function``."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments."""
+    time_limit: float | None = Field(None, gt=0)
+    """Seconds for one completion, or for a function over a frame for one call; null = 10, or 3600."""
+    memory_limit_gib: float | None = Field(None, gt=0)
+    """Of a worker process; null = 4, and none for a function over a frame."""
+    concurrency: int = Field(32, ge=1)
+    """Calls of an async function under way at once in a worker."""
+
+
+class Shape(StrEnum):
+    """How a reward function is called, see `stages.rewards.base`."""
+
+    completion = "completion"
+    frame = "frame"
+    expression = "expression"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFunction:
+    """A reward function, found and checked."""
+
+    config: RewardConfig
+    call: Callable[..., Any]
+    shape: Shape
+    is_async: bool
+    parameters: tuple[str, ...]
+    """Names in its signature; a ``**rest`` is not among them."""
+    takes_anything: bool
+    """It has a ``**rest`` parameter."""
+    required: tuple[str, ...]
+    """Parameters without default."""
+    recipe: str
+    """Its identity: what stands in the column reward_recipe."""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.config.arguments
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the facts that it wants to see."""
+        if self.shape is Shape.frame or self.takes_anything:
+            return tuple(FACTS)
+        if self.shape is Shape.expression:
+            return tuple(name for name in self.call(**self.arguments).meta.root_names() if name in FACTS)
+        facts = [name for name in self.parameters if name in FACTS]
+        if self.metadata_keys() and "metadata" not in facts:
+            facts.append("metadata")
+        return tuple(facts)
+
+    def metadata_keys(self) -> tuple[str, ...]:
+        """Return the parameters that only the source row's metadata can fill."""
+        return tuple(name for name in self.parameters if name not in FACTS and name not in self.arguments)
+
+
+def find_reward(config: RewardConfig) -> RewardFunction:
+    """Return the function of the config, imported and checked.
+
+    Raises:
+        RewardError: when it cannot be imported, has no parameter for one of its arguments, or its identity cannot be
+            determined, for example because a file that it reads does not exist.
+    """
+    name, function, arguments = config.name, config.function, config.arguments
+    try:
+        call, _ = import_function(function)
+    except Exception as error:  # importing a user's module may raise anything
+        raise RewardError(
+            f"the reward {name!r} names {function!r}, which cannot be imported "
+            f"({type(error).__name__}: {error}): give module:function, importable from the current directory"
+        ) from error
+    signature = inspect.signature(call)
+    takes_anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    named = {n: p for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    unknown = sorted(set(arguments) - set(named))
+    if unknown and not takes_anything:
+        raise RewardError(
+            f"the reward {name!r} ({function}) has no parameters {unknown}; it has {list(named)}: "
+            "correct score.rewards.arguments"
+        )
+    return RewardFunction(
+        config=config,
+        call=call,
+        shape=_shape(signature),
+        is_async=inspect.iscoroutinefunction(call),
+        parameters=tuple(named),
+        takes_anything=takes_anything,
+        required=tuple(n for n, p in named.items() if p.default is p.empty),
+        recipe=_recipe(name, function, call, arguments),
+    )
+
+
+def _shape(signature: inspect.Signature) -> Shape:
+    if "completions" in signature.parameters:
+        return Shape.frame
+    returned = signature.return_annotation
+    if "Expr" in (returned.rpartition(".")[2] if isinstance(returned, str) else getattr(returned, "__name__", "")):
+        return Shape.expression
+    return Shape.completion
+
+
+def check_parameters(reward: RewardFunction, metadata: Mapping[str, Any]) -> None:
+    """Check that every parameter without default has something to be filled with, for rows with this metadata.
+
+    Raises:
+        RewardError: naming the parameter, most likely misspelt, and what there is.
+    """
+    given = {
+        Shape.completion: [*FACTS, *reward.arguments, *metadata],
+        Shape.frame: ["completions", *reward.arguments],
+        Shape.expression: list(reward.arguments),
+    }[reward.shape]
+    missing = [name for name in reward.required if name not in given]
+    if missing:
+        raise RewardError(
+            f"the reward {reward.name!r} wants {missing}, but there is only {sorted(set(given))}: correct the "
+            "parameter, or give it in score.rewards.arguments"
+        )
+
+
+def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[str, Any]) -> str:
+    """Return the hash of everything that decides the reward: the function, its sources, its arguments or identity."""
+    module = inspect.getmodule(call)
+    assert module is not None
+    decided_by: Any = arguments
+    identity = getattr(module, f"{getattr(call, '__name__', '')}_identity", None)
+    if callable(identity):
+        try:
+            decided_by = identity(**arguments)
+        except Exception as error:  # a user's function may raise anything
+            text = str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}"
+            raise RewardError(
+                f"the identity of the reward {name!r} ({function}) cannot be determined: {text}; correct "
+                "score.rewards.arguments"
+            ) from error
+    return sha256_text(canonical_json([function, decided_by, source_hashes(module)]))
+
+
+def source_hashes(module: ModuleType) -> dict[str, str]:
+    """Return the hash of the source of a reward's module and of every module of the user's that it imports.
+
+    Left out are the standard library, installed packages and the pipeline itself, whose own rewards count.
+    """
+    package = module.__name__.partition(".")[0]
+    found: dict[str, str] = {}
+    waiting = [module.__name__]
+    while waiting:
+        name = waiting.pop()
+        path = _source_file(name)
+        if name in found or path is None or not (name == module.__name__ or _is_users(name, path, package)):
+            continue
+        source = path.read_text(encoding="utf-8")
+        found[name] = sha256_text(source)
+        is_package = path.name == "__init__.py"
+        waiting += _imported(source, name if is_package else name.rpartition(".")[0])
+    return dict(sorted(found.items()))
+
+
+def _source_file(name: str) -> Path | None:
+    module = sys.modules.get(name)
+    origin = getattr(module, "__file__", None)
+    if module is None:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError, AttributeError):
+            return None
+        origin = spec.origin if spec else None
+    return Path(origin) if origin and origin.endswith(".py") and Path(origin).is_file() else None
+
+
+def _is_users(name: str, path: Path, package: str) -> bool:
+    top = name.partition(".")[0]
+    if top in OWN_PACKAGES:
+        return name.startswith(f"{LIBRARY}.") and name != f"{LIBRARY}.base"
+    if top == package:
+        return True
+    installed = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return not any(path.resolve().is_relative_to(folder) for folder in installed)
+
+
+def _imported(source: str, package: str) -> Iterator[str]:
+    """Yield the names that a module imports; of ``from a import b`` both a and a.b, which may be a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -1,0 +1,292 @@
+"""The process that runs a user's reward function, and the keeper that starts it again when it dies.
+
+    python -m stages.rewards.worker <control descriptor>
+
+The keeper imports the function's module once, forks a worker, waits for its end, says on the control socket how it
+ended, and forks the next one: a worker that crashed or was killed is replaced within milliseconds, however long its
+imports took. Worker and supervisor (`stages.rewards.pool`) talk over a socket that is made anew for each worker, so
+that a message cut off by a kill harms nobody, and share 16 bytes in which the worker notes what it is doing.
+"""
+
+import asyncio
+import ctypes
+import importlib
+import io
+import json
+import mmap
+import os
+import pickle
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from stages.rewards.results import Result, failed, no_reward_within, of_error, of_frame, of_value, result_frame
+
+NOTE = struct.Struct("=qd")
+"""Row that is being scored, and since when (time.monotonic, which processes of one machine share)."""
+IDLE = -1
+SEVERAL = -2
+"""An async function has several rows under way: the note's time is then a heartbeat."""
+HEARTBEAT_SECONDS = 0.1
+FLUSH_SECONDS = 0.05
+LENGTH = struct.Struct("=q")
+MAX_JOB_BYTES = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker is for; sent to the keeper as its first message."""
+
+    function: str
+    is_frame: bool
+    is_async: bool
+    parameters: tuple[str, ...]
+    takes_anything: bool
+    arguments: dict[str, Any]
+    time_limit: float
+    memory_limit: int | None
+    concurrency: int
+    """Calls of an async function under way at once."""
+    search_path: list[str]
+    """Where modules are looked for, as in the supervisor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Completions to score: lists of equal length by fact, and what their prompts say, once for each prompt."""
+
+    numbers: list[int]
+    prompt_ids: list[str]
+    facts: dict[str, list[Any]]
+    contexts: dict[str, dict[str, Any]]
+
+
+def write_message(connection: socket.socket, message: object) -> None:
+    """Send bytes as they are, or any other value pickled."""
+    data = message if isinstance(message, bytes) else pickle.dumps(message, protocol=5)
+    connection.sendall(LENGTH.pack(len(data)))
+    connection.sendall(data)
+
+
+def read_message(connection: socket.socket) -> bytes | None:
+    """Return the next message, or None when the other side has gone."""
+    head = _receive(connection, LENGTH.size)
+    return None if head is None else _receive(connection, LENGTH.unpack(head)[0])
+
+
+def _receive(connection: socket.socket, size: int) -> bytes | None:
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        got = connection.recv_into(view[done:])
+        if not got:
+            return None
+        done += got
+    return bytes(data)
+
+
+def keep(control: socket.socket) -> None:
+    """Fork workers until the supervisor has gone."""
+    job: Job = pickle.loads(control.recv(MAX_JOB_BYTES))
+    sys.path[:] = job.search_path
+    if not job.is_frame:  # polars' threads, which a module might start, do not survive a fork
+        importlib.import_module(job.function.partition(":")[0])
+    while True:
+        ours, theirs = socket.socketpair()
+        note = os.memfd_create("note")
+        os.ftruncate(note, NOTE.size)
+        keeper = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            theirs.close()
+            status = 1
+            try:
+                _become_worker(job, keeper)
+                work(job, ours, mmap.mmap(note, NOTE.size))
+                status = 0
+            finally:
+                os._exit(status)
+        ours.close()
+        try:
+            socket.send_fds(control, [b"started"], [theirs.fileno(), note])
+            theirs.close()
+            os.close(note)
+            ended = _wait(control, pid)
+            if ended is None:
+                return
+            control.send(f"ended {ended}".encode())
+        except OSError:  # the supervisor has gone
+            return
+        finally:
+            _end_group(pid)
+
+
+def _wait(control: socket.socket, pid: int) -> int | None:
+    """Return the exit code of the worker once it has ended; end it when the supervisor says so or has gone (None)."""
+    descriptor = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.register(control, select.POLLIN)
+    try:
+        while True:
+            ready = [found for found, _ in poll.poll()]
+            if descriptor in ready:
+                return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if not control.recv(16):
+                return None
+            _end_group(pid)
+    finally:
+        os.close(descriptor)
+
+
+def _end_group(pid: int) -> None:
+    """End what a worker left behind."""
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _become_worker(job: Job, keeper: int) -> None:
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != keeper:
+        os._exit(1)
+    if job.memory_limit is not None:
+        # private memory: an address space limit would count what libraries merely reserve
+        resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, job.memory_limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def work(job: Job, connection: socket.socket, note: mmap.mmap) -> None:
+    """Score what arrives until the supervisor closes the connection."""
+    module, _, name = job.function.partition(":")
+    call = getattr(importlib.import_module(module), name)
+    NOTE.pack_into(note, 0, IDLE, time.monotonic())
+    write_message(connection, "ready")
+    with asyncio.Runner() as runner:  # one loop for the worker's life: functions keep connections open
+        while (data := read_message(connection)) is not None:
+            if job.is_frame:
+                NOTE.pack_into(note, 0, SEVERAL, time.monotonic())
+                write_message(connection, frame_bytes(score_frame(call, job.arguments, read_frame(data))))
+            else:
+                rows: Rows = pickle.loads(data)
+                if job.is_async and len(rows.numbers) > 1:
+                    runner.run(_score_together(job, call, rows, note, _Outbox(connection)))
+                else:
+                    _score_one_by_one(job, call, rows, note, _Outbox(connection), runner)
+            NOTE.pack_into(note, 0, IDLE, time.monotonic())
+
+
+class _Outbox:
+    """Sends results in small parcels, so that a crash loses little."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.numbers: list[int] = []
+        self.results: list[tuple[Any, ...]] = []
+        self.sent = time.monotonic()
+
+    def add(self, number: int, result: Result, now: float) -> None:
+        self.numbers.append(number)
+        self.results.append(tuple(result))
+        if now - self.sent > FLUSH_SECONDS:
+            self.flush(now)
+
+    def flush(self, now: float) -> None:
+        if not self.numbers:
+            return
+        write_message(self.connection, (self.numbers, self.results))
+        self.numbers, self.results, self.sent = [], [], now
+
+
+def _score_one_by_one(
+    job: Job, call: Callable[..., Any], rows: Rows, note: mmap.mmap, outbox: _Outbox, runner: asyncio.Runner
+) -> None:
+    now = time.monotonic()
+    for number, arguments in _arguments(job, rows):
+        NOTE.pack_into(note, 0, number, now)
+        try:
+            value = call(**arguments)
+            result = of_value(runner.run(value) if job.is_async else value)
+        except Exception as error:  # a user's function may raise anything; the error is data
+            result = of_error(error)
+        except SystemExit as error:
+            result = failed(f"the function called sys.exit({error.code!r})")
+        now = time.monotonic()
+        outbox.add(number, result, now)
+    outbox.flush(now)
+
+
+async def _score_together(job: Job, call: Callable[..., Any], rows: Rows, note: mmap.mmap, outbox: _Outbox) -> None:
+    async def heartbeat() -> None:
+        while True:
+            NOTE.pack_into(note, 0, SEVERAL, time.monotonic())
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def one(number: int, arguments: dict[str, Any]) -> None:
+        async with free:
+            try:
+                result = of_value(await asyncio.wait_for(call(**arguments), job.time_limit))
+            except TimeoutError:
+                result = failed(no_reward_within(job.time_limit))
+            except Exception as error:  # a user's function may raise anything; the error is data
+                result = of_error(error)
+        outbox.add(number, result, time.monotonic())
+
+    free = asyncio.Semaphore(job.concurrency)
+    beating = asyncio.create_task(heartbeat())
+    await asyncio.gather(*(one(number, arguments) for number, arguments in _arguments(job, rows)))
+    beating.cancel()
+    outbox.flush(time.monotonic())
+
+
+def _arguments(job: Job, rows: Rows) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each row's number and keyword arguments."""
+    contexts = {prompt_id: _context(job, given) for prompt_id, given in rows.contexts.items()}
+    names, columns = list(rows.facts), list(rows.facts.values())
+    for number, prompt_id, *values in zip(rows.numbers, rows.prompt_ids, *columns, strict=True):
+        yield number, {**contexts.get(prompt_id, {}), **dict(zip(names, values, strict=True)), **job.arguments}
+
+
+def _context(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the signature asks of a prompt; ``metadata`` comes as JSON."""
+    known = dict(given)
+    if "metadata" in known:
+        metadata = json.loads(known["metadata"])
+        known = {**metadata, **known, "metadata": metadata}
+    return known if job.takes_anything else {name: known[name] for name in job.parameters if name in known}
+
+
+def score_frame(call: Callable[..., Any], arguments: Mapping[str, Any], completions: Any) -> Any:
+    """Return reward, error and detail for every row: what the function says, or the error that took all rows."""
+    try:
+        return of_frame(call(completions=completions, **arguments), len(completions))
+    except Exception as error:  # a user's function may raise anything; the error is data
+        return result_frame([of_error(error)] * len(completions))
+
+
+def frame_bytes(frame: Any) -> bytes:
+    """Return a frame as Arrow IPC."""
+    buffer = io.BytesIO()
+    frame.write_ipc(buffer)
+    return buffer.getvalue()
+
+
+def read_frame(data: bytes) -> Any:
+    """Return the frame of `frame_bytes`."""
+    import polars as pl
+
+    return pl.read_ipc(io.BytesIO(data))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor ends its workers itself
+    keep(socket.socket(fileno=int(sys.argv[1])))

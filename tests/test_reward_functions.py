@@ -1,0 +1,92 @@
+"""Finding reward functions: their shape, what they ask for, and their identity."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import RewardError
+from stages.rewards.functions import RewardConfig, RewardFunction, Shape, find_reward
+
+
+def find(function: str, **arguments: Any) -> RewardFunction:
+    return find_reward(RewardConfig(name="r", function=function, arguments=arguments))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "shape", "columns"),
+    [
+        ("share_of_digits", {}, Shape.completion, {"completion"}),
+        ("misbehave_async", {}, Shape.completion, {"completion"}),
+        ("has_seven", {}, Shape.expression, {"completion"}),
+        ("seven_with_detail", {"word": "7"}, Shape.expression, {"completion", "task"}),
+    ],
+)
+def test_the_signature_tells_the_shape_and_what_it_wants_to_see(
+    function: str, arguments: dict[str, Any], shape: Shape, columns: set[str]
+) -> None:
+    found = find(f"tests.rewards:{function}", **arguments)
+    assert found.shape is shape
+    assert set(found.columns()) == columns
+
+
+def test_a_function_over_a_frame_sees_every_fact() -> None:
+    found = find("tests.rewards:length_in_frame")
+    assert found.shape is Shape.frame
+    assert {"completion", "metadata", "num_tokens", "policy_name"} <= set(found.columns())
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's reward module that imports another one of the user's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "helping.py").write_text("FACTOR = 2.0\n")
+    (tmp_path / "unrelated.py").write_text("X = 1\n")
+    (tmp_path / "my_reward.py").write_text(
+        "import json\nimport polars\nfrom helping import FACTOR\n\ndef f(completion, file=''):\n    return FACTOR\n"
+    )
+    return tmp_path / "my_reward.py"
+
+
+def recipe(**arguments: Any) -> str:
+    for name in ("my_reward", "helping"):
+        sys.modules.pop(name, None)
+    return find("my_reward:f", **arguments).recipe
+
+
+def test_the_identity_covers_what_the_function_imports_from_the_users_own_modules(module: Path) -> None:
+    before = recipe()
+    (module.parent / "unrelated.py").write_text("X = 2\n")
+    assert recipe() == before
+    (module.parent / "helping.py").write_text("FACTOR = 3.0\n")
+    assert recipe() != before
+
+
+def test_the_identity_covers_the_functions_own_module_and_arguments(module: Path) -> None:
+    before = recipe()
+    assert recipe(file="a") != before
+    module.write_text(module.read_text() + "# another comment\n")
+    assert recipe() != before
+
+
+def test_an_identity_function_takes_the_arguments_place(module: Path) -> None:
+    module.write_text(
+        "from pathlib import Path\n\n"
+        "def f(completion, file):\n    return 1.0\n\n"
+        "def f_identity(file):\n    return {'content': Path(file).read_text()}\n"
+    )
+    for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        (module.parent / name).write_text(text)
+    one, same, other = (recipe(file=str(module.parent / name)) for name in "abc")
+    assert one == same != other
+
+
+def test_an_identity_that_cannot_be_determined_says_why(module: Path) -> None:
+    module.write_text(
+        "from pathlib import Path\n\n"
+        "def f(completion, file):\n    return 1.0\n\n"
+        "def f_identity(file):\n    return Path(file).read_text()\n"
+    )
+    with pytest.raises(RewardError, match=r"identity of the reward 'r' .* FileNotFoundError"):
+        recipe(file="absent")
