@@ -5,10 +5,12 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from grpo.advantage import advantages, combine
+from grpo.advantage import advantages, combine, normalize_each
 from pipeline.config import StrictModel
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RewardError
 from pipeline.stage import Stage, StageTask
+
+COLUMNS = ("completion_id", "group_id", "reward_name", "reward_recipe", "reward")
 
 
 class NormalizeConfig(StrictModel):
@@ -23,6 +25,9 @@ class NormalizeConfig(StrictModel):
     """Added to the standard deviation."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Reward name -> weight in the sum; a reward that is not named has weight 1."""
+    combine: Literal["sum", "normalize_each"] = "sum"
+    """sum = the weighted sum of the rewards is normalized; normalize_each = each reward is normalized in its group by
+    its own mean and std, then the weighted sum is (GDPO, with scale = "batch_std")."""
 
 
 def normalize_rows(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFrame:
@@ -30,18 +35,47 @@ def normalize_rows(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFra
 
     Raises:
         ConfigError: when a weight names a reward that does not exist, or all weights are 0.
+        RewardError: when a group was scored by several versions of a reward function.
     """
-    names = rewards.select(pl.col("reward_name").unique(maintain_order=True)).collect()["reward_name"].to_list()
+    rows = rewards.select(COLUMNS).collect()
+    names = rows["reward_name"].unique(maintain_order=True).to_list()
+    check_recipes(rows, names)
     unknown = sorted(set(config.weights) - set(names))
     if unknown:
         raise ConfigError(f"normalize.weights names {unknown}, the rewards are {names}: correct the names")
+    weights = {name: config.weights.get(name, 1.0) for name in names}
     try:
-        combined = combine(rewards, {name: config.weights.get(name, 1.0) for name in names})
+        if config.combine == "sum":
+            combined = combine(rows, weights)
+        else:
+            combined = normalize_each(rows, weights, ddof=config.ddof, eps=config.eps)
     except ValueError as error:
         raise ConfigError(f"normalize.weights: {error}") from error
-    return advantages(
-        combined, baseline=config.baseline, scale=config.scale, ddof=config.ddof, eps=config.eps
-    ).collect()
+    return advantages(combined, baseline=config.baseline, scale=config.scale, ddof=config.ddof, eps=config.eps)
+
+
+def check_recipes(rewards: pl.DataFrame, names: list[str]) -> None:
+    """Check that within a group every reward comes from one version of its function.
+
+    Raises:
+        RewardError: naming a group that mixes them: its members would be compared by different measures.
+    """
+    recipe = rewards["reward_recipe"]
+    by_name = (recipe.filter(rewards["reward_name"] == name) for name in names)
+    if all((found == found[0]).all() for found in by_name):
+        return
+    mixed = (
+        rewards.group_by("group_id", "reward_name", maintain_order=True)
+        .agg(pl.col("reward_recipe").n_unique().alias("versions"), pl.col("reward_recipe").unique().str.head(12))
+        .filter(pl.col("versions") > 1)
+    )
+    if len(mixed):
+        group, name, _, recipes = mixed.row(0)
+        raise RewardError(
+            f"{len(mixed):,} groups mix versions of a reward, the first is group {group} with the versions "
+            f"{sorted(recipes)} of {name!r}: its answers would be compared by different measures; score all of the "
+            "group with one version (grpo rescore)"
+        )
 
 
 def compute(task: StageTask) -> None:
@@ -49,4 +83,4 @@ def compute(task: StageTask) -> None:
     task.writer.write_part(0, normalize_rows(task.inputs["rewards"].scan(), task.config))
 
 
-STAGE = Stage("normalize", version=1, outputs=("advantages",), compute=compute)
+STAGE = Stage("normalize", version=2, outputs=("advantages",), compute=compute)

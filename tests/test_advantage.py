@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantage import ADVANTAGE_COLUMNS, advantages, combine
+from grpo.advantage import ADVANTAGE_COLUMNS, advantages, combine, normalize_each
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())["advantages"]
 
@@ -45,20 +45,20 @@ def by_group(frame: pl.DataFrame, column: str = "advantage") -> dict[str, list[A
 
 @pytest.mark.parametrize("case", GOLDEN_OPTIONS)
 def test_advantages_equal_the_golden_values(case: str) -> None:
-    result = by_group(advantages(reward_rows(**GOLDEN["groups"]), **GOLDEN_OPTIONS[case]).collect())
+    result = by_group(advantages(reward_rows(**GOLDEN["groups"]), **GOLDEN_OPTIONS[case]))
     for group, expected in GOLDEN["cases"][case].items():
         assert result[group] == pytest.approx(expected, rel=1e-10, abs=1e-12), group
 
 
 def test_batch_scale_divides_by_the_std_of_centred_rewards_of_comparable_groups() -> None:
-    frame = advantages(reward_rows(**GOLDEN["groups"]), scale="batch_std", ddof=1, eps=0.0).collect()
+    frame = advantages(reward_rows(**GOLDEN["groups"]), scale="batch_std", ddof=1, eps=0.0)
     std = GOLDEN["batch_scaling_constants"]["sample_std_of_centred_rewards_of_groups_with_at_least_2_scored"]
     for group, expected in GOLDEN["cases"]["mean_only"].items():
         assert by_group(frame)[group] == pytest.approx([value / std for value in expected], rel=1e-10, abs=1e-12)
 
 
 def test_statistics_are_those_of_the_scored_members() -> None:
-    frame = advantages(reward_rows(a=[1.0, 0.0, None]), ddof=0).collect()
+    frame = advantages(reward_rows(a=[1.0, 0.0, None]), ddof=0)
     assert frame.columns == list(ADVANTAGE_COLUMNS)
     assert frame["group_reward_mean"].to_list() == [0.5, 0.5, 0.5]
     assert frame["group_reward_std"].to_list() == [0.5, 0.5, 0.5]
@@ -68,7 +68,7 @@ def test_statistics_are_those_of_the_scored_members() -> None:
 
 
 def test_each_dropped_row_says_why() -> None:
-    frame = advantages(reward_rows(a=[1.0, 0.0, None], b=[0.7], c=[0.7, 0.7], d=[None], e=[0.7, None])).collect()
+    frame = advantages(reward_rows(a=[1.0, 0.0, None], b=[0.7], c=[0.7, 0.7], d=[None], e=[0.7, None]))
     assert by_group(frame, "drop_reason") == {
         "a": [None, None, "unscored"],
         "b": ["singleton"],
@@ -81,7 +81,7 @@ def test_each_dropped_row_says_why() -> None:
 
 @pytest.mark.parametrize("unknown", [float("nan"), float("inf"), float("-inf")])
 def test_a_reward_that_is_no_number_does_not_move_the_baseline(unknown: float) -> None:
-    frame = advantages(reward_rows(a=[1.0, 0.0, unknown])).collect()
+    frame = advantages(reward_rows(a=[1.0, 0.0, unknown]))
     assert frame["advantage"].to_list() == [0.5, -0.5, 0.0]
     assert frame["reward"].to_list() == [1.0, 0.0, None]
 
@@ -90,17 +90,17 @@ def test_a_reward_that_is_no_number_does_not_move_the_baseline(unknown: float) -
 @pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
 def test_equal_rewards_give_exactly_zero(reward: float, scale: Any) -> None:
     groups: dict[str, list[float | None]] = {f"n{size}": [reward] * size for size in range(2, 65)}
-    frame = advantages(reward_rows(**groups, other=[0.0, 1.0]), scale=scale, eps=1e-8).collect()
+    frame = advantages(reward_rows(**groups, other=[0.0, 1.0]), scale=scale, eps=1e-8)
     assert set(frame.filter(pl.col("group_id") != "other")["advantage"]) == {0.0}
 
 
 def test_equal_rewards_in_float32_give_exactly_zero() -> None:
     rows = reward_rows(a=[0.7] * 12).cast({"reward": pl.Float32})
-    assert set(advantages(rows, scale="group_std", eps=1e-8).collect()["advantage"]) == {0.0}
+    assert set(advantages(rows, scale="group_std", eps=1e-8)["advantage"]) == {0.0}
 
 
 def test_the_spread_that_counts_as_equal_is_relative() -> None:
-    frame = advantages(reward_rows(large=[1e12, 1e12 + 1], unit=[1.0, 1.0 + 1e-8], low=[-1e12, -1e12 - 1])).collect()
+    frame = advantages(reward_rows(large=[1e12, 1e12 + 1], unit=[1.0, 1.0 + 1e-8], low=[-1e12, -1e12 - 1]))
     assert by_group(frame, "drop_reason") == {
         "large": ["zero_variance"] * 2,
         "unit": [None] * 2,
@@ -109,26 +109,25 @@ def test_the_spread_that_counts_as_equal_is_relative() -> None:
 
 
 def test_without_baseline_and_scale_every_scored_reward_is_its_advantage() -> None:
-    frame = advantages(reward_rows(a=[1.0, 1.0], b=[0.7], c=[None]), baseline="none").collect()
+    frame = advantages(reward_rows(a=[1.0, 1.0], b=[0.7], c=[None]), baseline="none")
     assert frame["advantage"].to_list() == [1.0, 1.0, 0.7, 0.0]
     assert frame["drop_reason"].to_list() == [None, None, None, "unscored"]
 
 
 def test_a_scale_drops_groups_without_spread_even_without_baseline() -> None:
-    frame = advantages(reward_rows(a=[1.0, 1.0], b=[2.0]), baseline="none", scale="batch_std").collect()
+    frame = advantages(reward_rows(a=[1.0, 1.0], b=[2.0]), baseline="none", scale="batch_std")
     assert frame["advantage"].to_list() == [0.0, 0.0, 0.0]
 
 
 def test_rows_come_back_in_input_order_when_groups_are_scattered() -> None:
     rows = reward_rows(a=[1.0, 0.0], b=[3.0, 1.0])[[2, 0, 3, 1]]
-    for engine in ("in-memory", "streaming"):
-        frame = advantages(rows.lazy()).collect(engine=engine)
-        assert frame["completion_id"].to_list() == ["b0", "a0", "b1", "a1"]
-        assert frame["advantage"].to_list() == [1.0, 0.5, -1.0, -0.5]
+    frame = advantages(rows)
+    assert frame["completion_id"].to_list() == ["b0", "a0", "b1", "a1"]
+    assert frame["advantage"].to_list() == [1.0, 0.5, -1.0, -0.5]
 
 
 @pytest.mark.parametrize("scale", ["group_std", "batch_std"])
-def test_every_engine_and_chunking_gives_the_same_bits(scale: Any) -> None:
+def test_every_chunking_gives_the_same_bits(scale: Any) -> None:
     generator = random.Random(3)
     count = 60_000
     rows = pl.DataFrame(
@@ -139,9 +138,8 @@ def test_every_engine_and_chunking_gives_the_same_bits(scale: Any) -> None:
         }
     )
     chunked = pl.concat([rows[:999], rows[999:40_000], rows[40_000:]], rechunk=False)
-    expected = advantages(rows, scale=scale).collect()
-    assert advantages(chunked, scale=scale).collect().equals(expected)
-    assert advantages(rows, scale=scale).collect(engine="streaming").equals(expected)
+    expected = advantages(rows, scale=scale)
+    assert advantages(chunked, scale=scale).equals(expected)
 
 
 @given(rewards=REWARD_LISTS, seed=st.integers(0, 1000))
@@ -150,8 +148,8 @@ def test_permuted_rows_give_permuted_advantages(rewards: list[float], seed: int)
     rows = reward_rows(a=list(rewards), b=[1.0, 0.0, None])
     order = list(range(rows.height))
     random.Random(seed).shuffle(order)
-    expected = advantages(rows, scale="batch_std").collect()["advantage"].gather(order)
-    found = advantages(rows[order], scale="batch_std").collect()["advantage"]
+    expected = advantages(rows, scale="batch_std")["advantage"].gather(order)
+    found = advantages(rows[order], scale="batch_std")["advantage"]
     assert found.to_list() == pytest.approx(expected.to_list(), rel=1e-9, abs=1e-9)
 
 
@@ -163,15 +161,15 @@ def test_a_shift_changes_nothing_and_a_factor_only_what_is_not_divided(
     moved: list[float | None] = [reward * factor + shift for reward in rewards]
     for scale, expected_factor in (("none", factor), ("group_std", 1.0)):
         options: dict[str, Any] = {"scale": scale, "eps": 0.0}
-        plain = advantages(reward_rows(a=list(rewards)), **options).collect()["advantage"]
-        found = advantages(reward_rows(a=moved), **options).collect()["advantage"]
+        plain = advantages(reward_rows(a=list(rewards)), **options)["advantage"]
+        found = advantages(reward_rows(a=moved), **options)["advantage"]
         assert found.to_list() == pytest.approx((plain * expected_factor).to_list(), rel=1e-6, abs=1e-6)
 
 
 @given(rewards=REWARD_LISTS)
 @settings(derandomize=True, deadline=None, max_examples=40)
 def test_advantages_of_a_group_sum_to_zero(rewards: list[float]) -> None:
-    frame = advantages(reward_rows(a=list(rewards)), baseline="leave_one_out", scale="group_std").collect()
+    frame = advantages(reward_rows(a=list(rewards)), baseline="leave_one_out", scale="group_std")
     assert frame["advantage"].sum() == pytest.approx(0.0, abs=1e-8)
 
 
@@ -206,7 +204,7 @@ def test_combine_then_normalise_equals_the_golden_values() -> None:
         )
     )
     combined = combine(rows, {"r0": golden["weights"][0], "r1": golden["weights"][1]})
-    result = by_group(advantages(combined, scale="group_std", ddof=1, eps=1e-4).collect())
+    result = by_group(advantages(combined, scale="group_std", ddof=1, eps=1e-4))
     expected = golden["sum_then_normalise_sample_std_eps1e-4"]
     assert result["1"] == pytest.approx(expected["g1"], rel=1e-10, abs=1e-12)
     assert result["2"] == pytest.approx(expected["g2"], rel=1e-10, abs=1e-12)
@@ -222,19 +220,19 @@ def test_combine_is_null_when_a_weighted_reward_is_unknown_or_absent() -> None:
         ("a2", "correct", float("nan")),
         ("a2", "format", 1.0),
     )
-    combined = combine(rows, {"correct": 1.0, "format": 0.2}).collect()
+    combined = combine(rows, {"correct": 1.0, "format": 0.2})
     assert combined.rows() == [("b0", "b", 2.1), ("a0", "a", None), ("a1", "a", None), ("a2", "a", None)]
 
 
 def test_combine_keeps_the_order_of_first_appearance() -> None:
     ids = [f"a{number * 37 % 1009}" for number in range(1009)]
     rows = long_rows(*((completion, name, 1.0) for name in ("x", "y") for completion in ids))
-    assert combine(rows, {"x": 1.0, "y": 1.0}).collect()["completion_id"].to_list() == ids
+    assert combine(rows, {"x": 1.0, "y": 1.0})["completion_id"].to_list() == ids
 
 
 def test_combine_ignores_a_reward_of_weight_zero_or_without_weight() -> None:
     rows = long_rows(("a0", "correct", 1.0), ("a0", "length", None), ("a0", "other", 5.0))
-    assert combine(rows, {"correct": 2.0, "length": 0.0}).collect().rows() == [("a0", "a", 2.0)]
+    assert combine(rows, {"correct": 2.0, "length": 0.0}).rows() == [("a0", "a", 2.0)]
 
 
 def test_combine_refuses_weights_that_select_nothing() -> None:
@@ -247,5 +245,45 @@ def test_the_same_rewards_give_the_same_bits_every_time() -> None:
     rewards = [(i * 37 % 101) / 101 for i in range(2_000)]
     groups = [f"g{i * 13 % 250}" for i in range(2_000)]
     frame = pl.DataFrame({"completion_id": [str(i) for i in range(2_000)], "group_id": groups, "reward": rewards})
-    bits = {advantages(frame, scale="group_std").collect().hash_rows().sum() for _ in range(50)}
+    bits = {advantages(frame, scale="group_std").hash_rows().sum() for _ in range(50)}
     assert len(bits) == 1
+
+
+def test_rewards_normalized_one_by_one_equal_the_golden_values() -> None:
+    golden = GOLDEN["multi_reward"]
+    rows = long_rows(
+        *(
+            (f"{group[1]}{member}", f"r{index}", reward)
+            for group, members in golden["rewards_member_by_component"].items()
+            for member, rewards in enumerate(members)
+            for index, reward in enumerate(rewards)
+        )
+    )
+    combined = normalize_each(rows, {"r0": golden["weights"][0], "r1": golden["weights"][1]}, ddof=1, eps=1e-4)
+    assert combined["reward"].to_list() == pytest.approx([1.0, 0.25, 1.5, 0.1, 1.1])
+    undivided = by_group(advantages(combined))
+    whole = by_group(advantages(combined, scale="batch_std", ddof=1, eps=1e-4))
+    for group in ("1", "2"):
+        step = golden["gdpo_step1_2_per_component_sample_std_eps1e-4_weighted_sum"][f"g{group}"]
+        assert undivided[group] == pytest.approx(step, rel=1e-10, abs=1e-12)
+        final = golden["gdpo_final_sequence_level_batch_norm_sample_std_eps1e-4"][f"g{group}"]
+        assert whole[group] == pytest.approx(final, rel=1e-10, abs=1e-12)
+
+
+def test_a_member_without_one_of_the_rewards_is_unscored_and_leaves_the_others_comparable() -> None:
+    rows = long_rows(("a0", "x", 1.0), ("a0", "y", 5.0), ("a1", "x", 0.0), ("a1", "y", None), ("a2", "x", 0.0))
+    rows = rows.vstack(long_rows(("a2", "y", 5.0)))
+    frame = advantages(normalize_each(rows, {"x": 1.0, "y": 1.0}, ddof=0, eps=0.0))
+    # x has mean 1/3 and std sqrt(2)/3, so 1 becomes sqrt(2) and 0 becomes -1/sqrt(2); y says nothing
+    assert frame["drop_reason"].to_list() == [None, "unscored", None]
+    mean = (2**0.5 - 0.5**0.5) / 2
+    assert frame["advantage"].to_list() == pytest.approx([2**0.5 - mean, 0.0, -(0.5**0.5) - mean])
+
+
+def test_rows_in_any_order_combine_to_the_same_rewards() -> None:
+    rows = [(f"{g}{m}", name, m + scale) for g in "ab" for m in range(3) for name, scale in (("x", 0.5), ("y", 2.0))]
+    combined = combine(long_rows(*rows), {"x": 1.0, "y": 10.0})
+    random.Random(0).shuffle(rows)
+    shuffled = combine(long_rows(*rows), {"x": 1.0, "y": 10.0}).sort("completion_id")
+    assert combined.equals(shuffled)
+    assert combined["reward"].to_list() == [20.5, 31.5, 42.5] * 2
