@@ -1,5 +1,6 @@
 """The commands that only look: they read artifacts and print. None of them imports torch, vllm or prefect."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def _run_row(run: RunDir) -> dict[str, Any]:
 def _artifact_row(root: Path, artifact: Artifact) -> dict[str, Any]:
     manifest = artifact.manifest
     return {
-        "artifact": artifact.path.relative_to(root).as_posix(),
+        "artifact": Path(os.path.relpath(artifact.path, root)).as_posix(),
         "stage": manifest.stage,
         "rows": manifest.rows,
         "dropped": " ".join(f"{reason}:{count}" for reason, count in manifest.drops.items()) or None,
@@ -58,7 +59,7 @@ def last_iteration(run: RunDir, dataset: str) -> int:
         ArtifactMissing: when none has.
     """
     for iteration in reversed(run.iterations()):
-        if is_finished(run.place(iteration, dataset)):
+        if run.has(iteration, dataset):
             return iteration
     raise ArtifactMissing(
         f"{run.root} has no finished {dataset} yet: run it, or look at another dataset with `grpo ls`"

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
-from pipeline.errors import ArtifactMissing, UsageError
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, UsageError
 from pipeline.storage import sha256_text, write_text
 
 ITERATION_DATASETS = (
@@ -37,7 +38,8 @@ class RunDir:
         held_out_prompts/               the questions of every evaluation
         evaluations/                    of the initial policy
         iterations/000000/              one folder per dataset: prompts, completions, rewards, advantages, batches,
-                                        training_records, optimizer_steps, policy (after the update), evaluations
+                                        training_records, optimizer_steps, policy (after the update), evaluations;
+                                        <dataset>.reference.json stands for one that lies in another run
         logs/                           what the inference engine printed
     """
 
@@ -102,19 +104,67 @@ class RunDir:
         return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Yield every finished artifact in the order in which it was made. Read-only."""
+        """Yield every finished artifact, referred ones too, in the order in which it was made. Read-only."""
         members = sorted((self.root / "members").glob("*")) if (self.root / "members").is_dir() else []
         for path in (self.initial_policy, *members, self.held_out_prompts, self.initial_evaluations):
             if is_finished(path):
                 yield open_artifact(path)
         for index in self.iterations():
             for dataset in ITERATION_DATASETS:
-                if is_finished(self.place(index, dataset)):
-                    yield open_artifact(self.place(index, dataset))
+                if self.has(index, dataset):
+                    yield self.open(index, dataset)
+
+    def has(self, index: int, dataset: str) -> bool:
+        """Return whether an iteration has a dataset, its own or another run's. Read-only."""
+        return is_finished(self.place(index, dataset)) or self._reference(index, dataset).is_file()
 
     def open(self, index: int, dataset: str) -> Artifact:
-        """Return a finished artifact of an iteration. Read-only."""
-        return open_artifact(self.place(index, dataset))
+        """Return a finished artifact of an iteration; it may lie in another run, see `refer`. Read-only.
+
+        Raises:
+            ArtifactMissing: when it is not there, or no longer where the reference says.
+            ArtifactDamaged: when another artifact lies there by now.
+        """
+        place, reference = self.place(index, dataset), self._reference(index, dataset)
+        if is_finished(place) or not reference.is_file():
+            return open_artifact(place)
+        noted = json.loads(reference.read_text(encoding="utf-8"))
+        target = Path(os.path.normpath(reference.parent / noted["path"]))
+        if not is_finished(target):
+            raise ArtifactMissing(
+                f"{reference} says that the {dataset} of iteration {index} lie in {target}, where no finished artifact "
+                f"is: put the run with the digest {noted['digest'][:16]}... back there, or correct the path in the file"
+            )
+        artifact = open_artifact(target)
+        if artifact.digest != noted["digest"]:
+            raise ArtifactDamaged(
+                f"{reference} wants the digest {noted['digest'][:16]}..., but {target} has {artifact.digest[:16]}...: "
+                "another artifact lies there by now; correct the path in the file"
+            )
+        return artifact
+
+    def refer(self, index: int, dataset: str, artifact: Artifact) -> None:
+        """Make another run's artifact a dataset of this iteration: a small file names it by relative path and digest.
+
+        Raises:
+            RecipeMismatch: when the iteration has another one.
+        """
+        if self.has(index, dataset):
+            found = self.open(index, dataset)
+            if found.digest != artifact.digest:
+                raise RecipeMismatch(
+                    f"iteration {index} of {self.root} has other {dataset} ({found.path}) than {artifact.path}: use a "
+                    "new run directory"
+                )
+            return
+        path = self._reference(index, dataset)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        relative = os.path.relpath(artifact.path.resolve(), path.parent.resolve())
+        note = {"path": Path(relative).as_posix(), "digest": artifact.digest}
+        write_text(path, json.dumps(note, indent=2) + "\n")
+
+    def _reference(self, index: int, dataset: str) -> Path:
+        return self.iteration(index) / f"{dataset}.reference.json"
 
     def record_config(self, toml: str, resolved: dict[str, Any]) -> None:
         """Write the config as given and as resolved. JSON because TOML has no null."""

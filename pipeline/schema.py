@@ -253,6 +253,22 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("error", pa.string(), "why there is no reward", nullable=True),
         ],
     ),
+    "judgements": dataset(
+        "What judges have answered, kept so that no question is paid for twice: one row per answer received. A cache, "
+        "no artifact: its bytes hold a clock, its parts come in any order, no digest covers it.",
+        [
+            column("request_hash", pa.string(), "hash of all that decides the answer: model, messages and sampling"),
+            column("model", pa.string(), "the model that was asked for"),
+            column("messages", MESSAGES, "the conversation as sent"),
+            column("sampling", pa.string(), "JSON: the rest of the request (temperature, max_tokens, seed, ...)"),
+            column("answer", pa.string(), "the judge's words, unparsed"),
+            column("finish_reason", pa.string(), "as the server says; null = it says none", nullable=True),
+            column("served_model", pa.string(), "the model that answered, as the server names it", nullable=True),
+            column("num_prompt_tokens", pa.int64(), "tokens read; null = the server does not say", nullable=True),
+            column("num_completion_tokens", pa.int64(), "tokens written; null = as above", nullable=True),
+            column("created", pa.string(), "when the answer came, UTC; of several to one request the first counts"),
+        ],
+    ),
     "metrics": dataset(
         "One row per iteration, derived from its artifacts.",
         [

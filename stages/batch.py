@@ -14,6 +14,8 @@ from pipeline.config import StrictModel
 from pipeline.run_dir import identity
 from pipeline.stage import Stage, StageTask
 
+IMPORTED = "import"
+"""Engine of completions that nobody knows the sampling probabilities of."""
 NO_PLACE = {
     "optimizer_step": pl.lit(None, pl.Int32),
     "microbatch": pl.lit(None, pl.Int32),
@@ -112,7 +114,9 @@ def _drop_reason(config: BatchConfig, iteration: int) -> pl.Expr:
     """First reason that applies, in this order; null = the row trains."""
     is_unscored = pl.col("advantage").is_null() | (pl.col("drop_reason") == "unscored")
     has_nothing = pl.col("loss_tokens") == 0
-    reason = pl.when(is_unscored).then(pl.lit("unscored")).when(has_nothing).then(pl.lit("no_trainable_token"))
+    is_imported = pl.col("engine") == IMPORTED
+    reason = pl.when(is_unscored).then(pl.lit("unscored")).when(is_imported).then(pl.lit("not_sampled"))
+    reason = reason.when(has_nothing).then(pl.lit("no_trainable_token"))
     reason = reason.when(pl.col("finish_reason") == "abort").then(pl.lit("aborted"))
     if config.drop_truncated:
         reason = reason.when(pl.col("finish_reason") == "length").then(pl.lit("truncated"))

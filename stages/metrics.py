@@ -4,7 +4,6 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.artifact import is_finished, open_artifact
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS, conform
 from pipeline.storage import atomic_write
@@ -23,11 +22,7 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
         truncated_share=(pl.col("finish_reason") == "length").mean(),
         num_completions=pl.len(),
     ).collect()
-    seconds = {
-        name: open_artifact(place).manifest.seconds
-        for name in STAGE_DATASETS
-        if is_finished(place := run.place(iteration, name))
-    }
+    seconds = {name: run.open(iteration, name).manifest.seconds for name in STAGE_DATASETS if run.has(iteration, name)}
     row = {
         **dict.fromkeys(SCHEMAS["metrics"].names),
         "iteration": iteration,

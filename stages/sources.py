@@ -100,7 +100,9 @@ def draw(
             )
         return chosen
     pool = list(
-        {r.prompt_id: r for r in _finite(config) if is_held_out(r, held_out_share) == (split == "held_out")}.values()
+        {
+            r.prompt_id: r for r in finite_rows(config) if is_held_out(r, held_out_share) == (split == "held_out")
+        }.values()
     )
     if len(pool) < count_:
         raise SourceError(
@@ -147,15 +149,16 @@ def _generated(config: SourceConfig, seed: int) -> Iterator[SourceRow]:
             )
 
 
-def _finite(config: SourceConfig) -> list[SourceRow]:
+def finite_rows(config: SourceConfig) -> list[SourceRow]:
+    """Return every row of a file or hub dataset in its order. Read-only."""
     path = _file(config)
-    records = _hub_records(config) if path is None else _file_records(path)
+    records = _hub_records(config) if path is None else file_records(path)
     if not records:
         raise SourceError(f"{config.source} is empty: expected at least one row with a column {config.question_column}")
     return [_row(config, record, record) for record in records]
 
 
-def _file_records(path: Path) -> list[dict[str, Any]]:
+def file_records(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a local file. CSV cells stay text: 007 is not 7."""
     try:
         if path.suffix == ".parquet":
@@ -252,4 +255,4 @@ def first_row(config: SourceConfig) -> SourceRow:
     """Return one row, to fail early on a source that cannot be read. Read-only."""
     if config.source.startswith(REASONING_GYM):
         return next(_generated(config, seed=0))
-    return _finite(config)[0]
+    return finite_rows(config)[0]
