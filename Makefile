@@ -14,7 +14,7 @@ else ifeq ($(EXTRA),cpu)
 TORCH = --torch-backend cpu
 endif
 
-.PHONY: demo test check fix setup requirements datasets-doc clean
+.PHONY: demo test check fix setup requirements docs clean
 
 demo: setup
 	$(BIN)/grpo run configs/demo.toml $(ARGS)
@@ -49,8 +49,9 @@ requirements: setup
 	$(COMPILE) --extra cpu --override requirements/overrides.txt -o requirements/cpu.txt
 	env -u UV_FIND_LINKS $(COMPILE) --extra gpu --python-platform x86_64-manylinux_2_28 -o requirements/gpu.txt
 
-datasets-doc: setup
+docs: setup
 	$(BIN)/python -m tests.datasets_doc
+	$(BIN)/python -m tests.rewards_doc
 
 clean:
 	rm -rf $(VENV) runs

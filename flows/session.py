@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
 from stages.config import RunConfig
@@ -104,6 +103,10 @@ class Session:
         """Draw the questions of an iteration; return their path."""
         return self._path("prompts", self.wiring.prompts(iteration))
 
+    def refer_stored(self, iteration: int) -> str:
+        """Take completions that another run has stored as those of an iteration; return their path."""
+        return str(self.wiring.refer_stored(iteration).path)
+
     def generate(self, iteration: int) -> str:
         """Sample groups of answers; return their path."""
         call = self.wiring.generate(iteration)
@@ -139,9 +142,10 @@ class Session:
         return str(self.perform(label, call, resources).main.path)
 
     def warm_up(self, iteration: int) -> None:
-        """Start the engine early, beside other work, when this iteration's completions are still to be generated."""
-        if not is_finished(self.run.place(iteration, "completions")):
-            self.engine()
+        """Start engine and reward processes early, beside other work, when this iteration will need them."""
+        if not self.run.has(iteration, "completions"):
+            if self.config.stored(iteration) is None:
+                self.engine()
             self.scorer().start(find_rewards(self.config.score))
 
     def ready_engine(self) -> Engine:

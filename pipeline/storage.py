@@ -41,7 +41,9 @@ def explain_full_device(path: Path) -> Iterator[None]:
 
 
 def _is_full_device(error: BaseException | None) -> bool:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # a chain of causes can be a circle
+        seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         # safetensors (Rust) and Arrow (C++) give the system's words but not always its number

@@ -42,16 +42,23 @@ class BatchConfig(StrictModel):
     """What happens to groups that tell nothing: out of the loss, or their tokens count in its denominator."""
     max_policy_age: int | None = Field(None, ge=0)
     """Rows written by a policy more than this many updates old, or from outside the run, are dropped as ``stale``; null
-    = none are."""
+    = none are. Does not apply to offline iterations."""
 
 
 def batch_rows(
-    completions: pl.DataFrame, advantages: pl.DataFrame, config: BatchConfig, *, seed: int, iteration: int
+    completions: pl.DataFrame,
+    advantages: pl.DataFrame,
+    config: BatchConfig,
+    *,
+    seed: int,
+    iteration: int,
+    is_offline: bool = False,
 ) -> pl.DataFrame:
     """Return the rows in training order, then the dropped ones.
 
     Groups are shuffled by a hash of the seed and dealt to the optimizer steps whole; inside a step rows stand by
-    length, so that a microbatch pads little.
+    length, so that a microbatch pads little. Rows of an offline iteration come from another run and have no age here:
+    max_policy_age does not apply to them.
     """
     rows = completions.join(advantages, on="completion_id", how="left", validate="1:1", maintain_order="left")
     rows = (
@@ -60,7 +67,7 @@ def batch_rows(
             loss_tokens=_loss_tokens(),
             sampling_logprobs=_full_vocabulary_logprobs(rows),
         )
-        .with_columns(drop_reason=_drop_reason(config, iteration))
+        .with_columns(drop_reason=_drop_reason(config, None if is_offline else iteration))
         .with_columns(pl.col("advantage").fill_null(0.0))
     )
     kept = rows.filter(pl.col("drop_reason").is_null())
@@ -110,7 +117,7 @@ def _full_vocabulary_logprobs(rows: pl.DataFrame) -> pl.Expr | pl.Series:
     )
 
 
-def _drop_reason(config: BatchConfig, iteration: int) -> pl.Expr:
+def _drop_reason(config: BatchConfig, iteration: int | None) -> pl.Expr:
     """First reason that applies, in this order; null = the row trains."""
     is_unscored = pl.col("advantage").is_null() | (pl.col("drop_reason") == "unscored")
     has_nothing = pl.col("loss_tokens") == 0
@@ -122,7 +129,7 @@ def _drop_reason(config: BatchConfig, iteration: int) -> pl.Expr:
         reason = reason.when(pl.col("finish_reason") == "length").then(pl.lit("truncated"))
     if config.max_tokens is not None:
         reason = reason.when(pl.col("num_tokens") > config.max_tokens).then(pl.lit("too_long"))
-    if config.max_policy_age is not None:
+    if config.max_policy_age is not None and iteration is not None:
         age = iteration - pl.col("policy_iteration")
         reason = reason.when(age.is_null() | (age > config.max_policy_age)).then(pl.lit("stale"))
     return reason.otherwise(pl.col("drop_reason"))
@@ -155,6 +162,7 @@ def compute(task: StageTask) -> None:
         task.config,
         seed=task.parameters["seed"],
         iteration=task.parameters["iteration"],
+        is_offline=task.parameters.get("is_offline", False),
     )
     task.writer.write_part(0, frame)
 

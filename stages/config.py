@@ -37,6 +37,15 @@ class ResourcesConfig(StrictModel):
     """Processes for each reward function that is called once per completion."""
 
 
+class OfflineConfig(StrictModel):
+    """Stored completions that feed iterations of this run, instead of newly generated ones."""
+
+    run: str = Field(min_length=1)
+    """Directory of the run that has them."""
+    iterations: list[int] = Field(min_length=1)
+    """Its iterations; each feeds one iteration of this run, in this order."""
+
+
 class RunConfig(StrictModel):
     """A whole run."""
 
@@ -53,6 +62,8 @@ class RunConfig(StrictModel):
     update: UpdateConfig = UpdateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     starter: StarterConfig | None = None
+    offline: list[OfflineConfig] = Field(default_factory=list)
+    """What the first iterations train on; the iterations after them generate."""
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="before")
@@ -81,7 +92,17 @@ class RunConfig(StrictModel):
                 "no group member is written by the current policy, and update.correction is none: set it to "
                 "token_truncate, or add a member with policy = current"
             )
+        if self.offline and self.update.correction == "none":
+            raise ValueError(
+                "[[offline]] trains on answers of other policies, and update.correction is none, so nothing would "
+                "weigh what they are worth to this one: set it to token_truncate"
+            )
         return self
+
+    def stored(self, iteration: int) -> tuple[str, int] | None:
+        """Return the run and its iteration whose completions feed this iteration, None when it generates."""
+        plan = [(source.run, index) for source in self.offline for index in source.iterations]
+        return plan[iteration] if iteration < len(plan) else None
 
     @property
     def held_out_share(self) -> float:
@@ -114,6 +135,18 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         ConfigError: naming every wrong key, or that the path is no TOML file.
     """
     return validate(RunConfig, apply_overrides(load_toml(path), overrides or []), str(path))
+
+
+def derive_tables(run: RunDir, path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Return the tables of a run's config with those of a TOML file in place of its own. Read-only.
+
+    A table of the file replaces the run's table of that name as a whole; tables it does not have stay.
+
+    Raises:
+        ConfigError: when the path is no TOML file.
+    """
+    recorded = json.loads(run.resolved_config.read_text(encoding="utf-8"))
+    return apply_overrides({**recorded, **load_toml(path)}, overrides or [])
 
 
 def recorded_config(run: RunDir) -> RunConfig:

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import Artifact, open_artifact
+from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import ConfigError, PolicyError
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, open_run
 from pipeline.stage import StageCall
 from stages import batch, evaluate, generate, normalize, policy, prompts, score, update
 from stages.config import RunConfig
@@ -38,6 +38,10 @@ class Wiring:
     def _policy(self, config: policy.PolicyConfig, source: Path | None, place: Path) -> StageCall:
         if source is None:
             return StageCall(policy.STAGE, config, {}, {"policy": place})
+        if is_finished(source) and open_artifact(source).manifest.stage == update.STAGE.name:
+            # the policy of another run: its digest vouches for what that one was trained on
+            trained = config.model_copy(update={"model": "policy of a run"})
+            return StageCall(policy.STAGE, trained, {"policy": open_artifact(source)}, {"policy": place})
         # a checkpoint is what its files are, wherever they lie
         anonymous = config.model_copy(update={"model": "local files"})
         return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, policy.source_identity(str(source)))
@@ -91,9 +95,27 @@ class Wiring:
         num_updates = member_updates(member, iteration)
         if num_updates is None:
             artifact = open_artifact(self.run.member(member.name))
-            check_same_tokenizer(artifact, open_artifact(self.run.initial_policy), member.name)
+            check_same_tokenizer(artifact, open_artifact(self.run.initial_policy), f"group member {member.name!r}")
             return artifact, None
         return open_artifact(self.run.policy_before(num_updates)), num_updates
+
+    def refer_stored(self, iteration: int) -> Artifact:
+        """Make the stored completions that feed this iteration, and their prompts, datasets of it; return them.
+
+        Raises:
+            ArtifactMissing: when the other run does not have them.
+            PolicyError: when they were written with another tokenizer.
+        """
+        stored = self.config.stored(iteration)
+        assert stored is not None
+        source = open_run(Path(stored[0]))
+        if is_finished(source.initial_policy):
+            ours = open_artifact(self.run.initial_policy)
+            check_same_tokenizer(open_artifact(source.initial_policy), ours, f"policy of {source.root}")
+        self.run.refer(iteration, "prompts", source.open(stored[1], "prompts"))
+        completions = source.open(stored[1], "completions")
+        self.run.refer(iteration, "completions", completions)
+        return completions
 
     def score(self, iteration: int) -> StageCall:
         """Return the call that scores an iteration's completions; the functions' identities stand in its recipe."""
@@ -123,7 +145,12 @@ class Wiring:
             self.config.batch,
             inputs,
             {"batches": self.run.place(iteration, "batches")},
-            {"seed": self.config.seed, "iteration": iteration},
+            {
+                "seed": self.config.seed,
+                "iteration": iteration,
+                # answers stored by another run have no age in this one
+                **({"is_offline": True} if self.config.stored(iteration) else {}),
+            },
         )
 
     def update(self, iteration: int) -> StageCall:
@@ -191,8 +218,8 @@ def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None
     )
     if ours != theirs:
         raise PolicyError(
-            f"the group member {name!r} has another tokenizer than the run's policy: token ids would mean different "
-            "texts, and importance ratios nothing; use a checkpoint trained from the same model"
+            f"the {name} has another tokenizer than the run's policy: token ids would mean different texts, and "
+            "importance ratios nothing; use one trained from the same model"
         )
 
 
@@ -227,3 +254,7 @@ def preflight(config: RunConfig) -> None:
         check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
     for member in outside_members(config):
         check_policy(member.policy)
+    for offline in config.offline:
+        source = open_run(Path(offline.run))
+        for iteration in offline.iterations:
+            source.open(iteration, "completions")

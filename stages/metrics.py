@@ -4,6 +4,7 @@ from typing import Any
 
 import polars as pl
 
+from pipeline.artifact import is_finished, open_artifact
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS, conform
 from pipeline.storage import atomic_write
@@ -22,14 +23,20 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
         truncated_share=(pl.col("finish_reason") == "length").mean(),
         num_completions=pl.len(),
     ).collect()
-    seconds = {name: run.open(iteration, name).manifest.seconds for name in STAGE_DATASETS if run.has(iteration, name)}
+    seconds = {
+        name: open_artifact(place).manifest.seconds
+        for name in STAGE_DATASETS
+        if is_finished(place := run.place(iteration, name))  # not what another run took
+    }
     row = {
         **dict.fromkeys(SCHEMAS["metrics"].names),
         "iteration": iteration,
         **sampled.drop("num_tokens").row(0, named=True),
         **_reward_metrics(run, iteration, pass_threshold),
         **_training_metrics(run, iteration),
-        "generate_tokens_per_second": sampled["num_tokens"].item() / max(seconds["completions"], 1e-9),
+        "generate_tokens_per_second": sampled["num_tokens"].item() / max(seconds["completions"], 1e-9)
+        if "completions" in seconds
+        else None,
         "seconds": [{"stage": _stage(name), "seconds": value} for name, value in seconds.items()],
     }
     if "evaluations" in seconds:

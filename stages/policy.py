@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STARTER = "starter"
+OPTIMIZER_FILE = "optimizer/state.safetensors"
+"""In a policy artifact: a folder of its own, where neither transformers nor vLLM looks for weights."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,6 +41,8 @@ class PolicyConfig(StrictModel):
     """A Hugging Face model name, the path of a checkpoint, or ``starter``: the one that [starter] describes."""
     revision: str | None = None
     """Commit of a hub model; a name alone can change its weights."""
+    keep_optimizer: bool = True
+    """When model is the policy of a run, go on with its optimizer's moments and step count."""
 
 
 def check_policy(model: str) -> dict[str, Any]:
@@ -162,6 +166,10 @@ def compute(task: StageTask) -> None:
 
     source, revision = task.resources or task.config.model, task.config.revision
     target = task.writer.directory
+    state = Path(source) / OPTIMIZER_FILE
+    if "policy" in task.inputs and task.config.keep_optimizer and state.is_file():
+        (target / OPTIMIZER_FILE).parent.mkdir(exist_ok=True)
+        shutil.copyfile(state, target / OPTIMIZER_FILE)
     try:
         save_policy(load_policy(str(source), revision=revision), target)
         if Path(source).is_dir():

@@ -16,14 +16,12 @@ from pydantic import Field, model_validator
 from pipeline.config import StrictModel
 from pipeline.errors import GrpoError, PolicyError
 from pipeline.stage import Stage, StageTask
-from stages.policy import copy_tokenizer
+from stages.policy import OPTIMIZER_FILE, copy_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from grpo.optimize import Optimizer, UpdateSettings
-
-OPTIMIZER_FILE = "optimizer/state.safetensors"
 
 
 class UpdateConfig(StrictModel):

@@ -5,7 +5,7 @@ from pathlib import Path
 from flows.look import schema_markdown
 
 TARGET = Path(__file__).parent.parent / "docs" / "datasets.md"
-MARK = "<!-- generated below by `make datasets-doc` from pipeline/schema.py -->"
+MARK = "<!-- generated below by `make docs` from pipeline/schema.py -->"
 
 if __name__ == "__main__":
     head = TARGET.read_text(encoding="utf-8").split(MARK)[0]

@@ -3,67 +3,20 @@
 import csv
 import io
 import json
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from flows import look
-from flows.session import Session
-from pipeline.run_dir import RunDir
 from pipeline.view import Format
-from stages.config import load_config
-from stages.engines.base import Request
-from stages.engines.scripted import ScriptedEngine
-from stages.metrics import append_metrics, iteration_metrics
 from tests.policies import EOS
-
-CONFIG = """
-iterations = 1
-[policy]
-model = "{policy}"
-[prompts]
-source = "{source}"
-prompts_per_iteration = 2
-[generate]
-group_size = 2
-max_tokens = 8
-[[score.rewards]]
-name = "exact"
-function = "stages.rewards.matching:exact_match"
-[update]
-num_threads = 1
-[evaluate]
-every = 0
-held_out_share = 0.0
-"""
-DIGIT_0 = 19
-
-
-def answer(request: Request) -> list[int]:
-    """Answer the first member of a group with 2, others with 3; the second prompt always with 3."""
-    answer.calls += 1  # type: ignore[attr-defined]
-    return [DIGIT_0 + (2 if answer.calls == 1 else 3), EOS]  # type: ignore[attr-defined]
+from tests.small_run import DIGIT_0, make_small_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
     """Return a run of one iteration: one group with one right answer of two, one group without any."""
-    folder = tmp_path_factory.mktemp("look")
-    source = folder / "rows.jsonl"
-    source.write_text('{"question": "1 + 1 =", "answer": "2"}\n{"question": "[red]0 + 2 =", "answer": "2"}\n')
-    (folder / "config.toml").write_text(CONFIG.format(policy=tiny_policy, source=source))
-    config = load_config(folder / "config.toml")
-    run_dir = RunDir(folder / "runs" / "small")
-    run_dir.record_config("", config.model_dump(mode="json"))
-    answer.calls = 0  # type: ignore[attr-defined]
-    with closing(Session(config, run_dir, _engine=ScriptedEngine(answer))) as session:
-        session.initial_policy()
-        for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch):
-            stage(0)
-        session.update(0)
-    append_metrics(run_dir, iteration_metrics(run_dir, 0, pass_threshold=1.0))
-    return run_dir.root
+    return make_small_run(tmp_path_factory.mktemp("look"), tiny_policy)
 
 
 def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:

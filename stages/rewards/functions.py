@@ -35,7 +35,7 @@ class RewardConfig(StrictModel):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments."""
     time_limit: float | None = Field(None, gt=0)
-    """Seconds for one completion, or for a function over a frame for one call; null = 10, or 3600."""
+    """Seconds for one completion, or for a function over a frame for one call; null = 60, or 3600."""
     memory_limit_gib: float | None = Field(None, gt=0)
     """Of a worker process; null = 4, and none for a function over a frame."""
     concurrency: int = Field(32, ge=1)

@@ -15,7 +15,7 @@ from stages.rewards.results import of_error, of_frame, result_frame
 from stages.rewards.worker import Job
 
 PROMPT_FACTS = ("prompt", "reference", "messages", "metadata", "task")
-TIME_LIMIT, FRAME_TIME_LIMIT = 10.0, 3600.0
+TIME_LIMIT, FRAME_TIME_LIMIT = 60.0, 3600.0
 MEMORY_LIMIT_GIB = 4.0
 
 

@@ -1,0 +1,42 @@
+"""What the commands share: the application, the types of their arguments, signals."""
+
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.view import Format
+
+app = typer.Typer(
+    help="Train language models with GRPO, with every step of it a dataset.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, for example configs/demo.toml.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example runs/demo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: update.learning_rate=2e-6.")
+]
+Iteration = Annotated[int | None, typer.Option("--iteration", "-i", help="Which iteration; default: the last one.")]
+Output = Annotated[Format, typer.Option("--format", "-f", help="How to print.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="Rows at most; 0 = all.")]
+
+
+def start_working() -> None:
+    """Set the environment, and let SIGTERM unwind like Ctrl-C, so that child processes end too.
+
+    Under Prefect's own runner signals are left alone: it sees to them itself.
+    """
+    from flows.environment import is_started_by_prefect, set_defaults
+
+    set_defaults()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if not is_started_by_prefect():
+        signal.signal(signal.SIGTERM, interrupt)

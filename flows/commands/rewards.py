@@ -1,0 +1,133 @@
+"""Commands around rewards: writing one, re-scoring stored completions, comparing two scorings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.common import Config, Iteration, Output, Overrides, Run, app, start_working
+from pipeline.view import Format
+
+reward_app = typer.Typer(help="Write and try reward functions.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(reward_app, name="reward")
+
+
+@reward_app.command("try")
+def try_(
+    function: Annotated[str, typer.Argument(metavar="FUNCTION", help="module:function.")],
+    run: Run,
+    arguments: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="Argument of the function, as TOML.")
+    ] = None,
+    iteration: Iteration = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Completions to score.")] = 8,
+    group: Annotated[str | None, typer.Option("--group", "-g", help="Only this group: its id or beginning.")] = None,
+    format_: Output = Format.table,
+) -> None:
+    """Score a handful of stored completions with a function and print what it says. Writes nothing.
+
+    Example: grpo reward try my_rewards:is_short runs/demo --arg most=4
+    """
+    from flows.try_reward import try_reward
+
+    try_reward(function, run, arguments or [], iteration, limit, group, format_)
+
+
+@app.command()
+def rescore(
+    run: Run,
+    config: Config,
+    new: Annotated[
+        Path | None, typer.Option("--run", help="New run directory; default: beside RUN, named after both.")
+    ] = None,
+    iterations: Annotated[
+        str | None, typer.Option("--iterations", "-i", help="Which, e.g. 0-9 or 3,5; default: all stored ones.")
+    ] = None,
+    overrides: Overrides = None,
+    format_: Output = Format.table,
+) -> None:
+    """Give stored completions new rewards and advantages, in a new run that refers to them. Generates nothing.
+
+    CONFIG has the tables that replace those of RUN: [score], [normalize]. The same command continues.
+
+    Example: grpo rescore runs/demo configs/terse.toml --iterations 0-9
+    """
+    from flows.progress import TerminalReporter
+    from flows.rescore import parse_iterations, summary
+    from flows.rescore import rescore as rescore_run
+    from pipeline.run_dir import RunDir, open_run
+    from pipeline.view import print_rows
+
+    source = open_run(run)
+    directory = new or run.parent / f"{run.name}-{config.stem}"
+    start_working()
+    reporter = TerminalReporter()
+    with reporter.shown():
+        chosen = parse_iterations(iterations)
+        done = rescore_run(source, config, RunDir(directory), chosen, overrides or [], reporter)
+    print_rows(summary(source, done), format_, columns=("reward_name", "completions", "mean", "std", "failed"))
+    if format_ is Format.table:
+        print(f"{done.num_completions:,} completions of {len(done.iterations)} iterations in {done.seconds:.1f} s")
+        print(
+            f"{directory}\ncompare: grpo diff {run} {directory} --rewards; train on it: grpo fork {run} {config} --at N"
+        )
+
+
+@app.command("reward-model")
+def reward_model(
+    config: Config,
+    runs: Annotated[
+        Path, typer.Option("--runs", help="Directory of the runs; the model lies in its reward_models/.")
+    ] = Path("runs"),
+    overrides: Overrides = None,
+) -> None:
+    """Train the reward model that a config's [reward_model] table describes, unless it exists; print where it is.
+
+    Example: grpo reward-model my_preferences.toml
+    """
+    from flows.progress import TerminalReporter
+    from stages.reward_model import load_reward_model_config, train_reward_model
+    from stages.update import resolve_device
+
+    settings = load_reward_model_config(config, overrides)
+    start_working()
+    reporter = TerminalReporter()
+    with reporter.shown():
+        progress, device = reporter.stage("reward_model"), resolve_device("auto")
+        result = train_reward_model(settings, runs / "reward_models", progress, device=device)
+    print(result.main.path)
+
+
+@app.command()
+def whatif(
+    run: Run,
+    overrides: Overrides = None,
+    format_: Output = Format.table,
+) -> None:
+    """Recompute the advantages of every stored iteration under another normalization; print what changes. Read-only.
+
+    Example: grpo whatif runs/demo --set normalize.scale=none --set normalize.baseline=leave_one_out
+    """
+    from flows.compare import what_if
+
+    what_if(run, overrides or [], format_)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Run directory.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    rewards: Annotated[bool, typer.Option("--rewards", help="Compare two scorings of the same completions.")] = False,
+    threshold: Annotated[
+        float,
+        typer.Option("--threshold", min=0, max=1, help="Exit code 1 above this share of changed advantage signs."),
+    ] = 0.0,
+    format_: Output = Format.table,
+) -> None:
+    """Compare two runs. Exit code 1 when they differ (--rewards: by more than the threshold). Read-only.
+
+    Example: grpo diff runs/demo runs/demo-terse --rewards --threshold 0.05
+    """
+    from flows.compare import diff_rewards
+
+    raise typer.Exit(diff_rewards(a, b, threshold, format_))

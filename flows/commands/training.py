@@ -1,0 +1,135 @@
+"""Commands that train. They import what they need when they are called."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.common import Config, Overrides, Run, app, start_working
+from pipeline.errors import UsageError
+
+
+@app.command()
+def run(
+    config: Config,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory; default: runs/<name of the config>.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train. The same command again continues where the last one stopped.
+
+    Example: grpo run configs/demo.toml --run runs/demo --set seed=1
+    """
+    _train(config, run or Path("runs") / config.stem, overrides)
+
+
+def _train(config: Path, directory: Path, overrides: list[str] | None) -> None:
+    from flows.environment import prepare
+
+    prepare()
+    from pipeline.run_dir import RunDir
+    from stages.config import check_unchanged, load_config
+    from stages.iteration import preflight
+
+    settings = load_config(config, overrides)
+    check_unchanged(RunDir(directory), settings)
+    preflight(settings)
+    start_working()
+    from flows.progress import TerminalReporter
+
+    reporter = TerminalReporter()
+    reporter.note(f"{config} -> {directory}")
+    from flows.train import reporter_of_flow, train
+
+    with reporter.shown():
+        token = reporter_of_flow.set(reporter)
+        try:
+            policy = train(config=str(config.resolve()), run=str(directory.resolve()), overrides=overrides)
+        finally:
+            reporter_of_flow.reset(token)
+    print(f"last policy: {os.path.relpath(policy)}\nlook at it: grpo metrics {directory}; grpo show {directory}")
+
+
+@app.command()
+def fork(
+    run: Run,
+    config: Config,
+    at: Annotated[int, typer.Option("--at", min=0, help="Start from the policy after so many updates.")],
+    new: Annotated[
+        Path | None, typer.Option("--run", help="New run directory; default: beside RUN, named after both.")
+    ] = None,
+    offline: Annotated[
+        int | None,
+        typer.Option("--offline", min=0, help="Stored iterations to train on first; default: all from --at on."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start a new run from a policy of another one: first on its stored completions, then generating.
+
+    CONFIG has the tables that replace those of RUN, for example new rewards. The same command continues.
+
+    Example: grpo fork runs/demo configs/terse.toml --at 20 --offline 5
+    """
+    from flows.rescore import fork_tables, write_fork
+    from pipeline.run_dir import RunDir, open_run
+
+    source = open_run(run)
+    directory = new or run.parent / f"{run.name}-{config.stem}-{at}"
+    path = write_fork(source, at, fork_tables(source, at, config, offline, overrides or []), RunDir(directory))
+    _train(path, directory, None)
+
+
+@app.command()
+def stage(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="prompts, generate, score, normalize, batch, update or evaluate.")
+    ],
+    run: Run,
+    iteration: Annotated[int, typer.Option("--iteration", "-i", min=0, help="Which iteration.")],
+) -> None:
+    """Run one stage of one iteration with the run's own config; a finished one is found, not made again.
+
+    Example: grpo stage score runs/demo --iteration 3
+    """
+    from flows.progress import TerminalReporter
+    from flows.session import open_session
+    from pipeline.run_dir import open_run
+    from stages.config import recorded_config
+
+    names = ("prompts", "generate", "score", "normalize", "batch", "update", "evaluate")
+    if name not in names:
+        raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(names)}")
+    run_dir = open_run(run)
+    start_working()
+    reporter = TerminalReporter()
+    with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
+        path = getattr(session, name)(iteration + 1 if name == "evaluate" else iteration)
+    print(os.path.relpath(path))
+
+
+@app.command()
+def starter(
+    config: Config,
+    runs: Annotated[Path, typer.Option("--runs", help="Directory of the runs that share the starter.")] = Path("runs"),
+    overrides: Overrides = None,
+) -> None:
+    """Make the small model that a config's [starter] table describes, unless it exists; print where it is.
+
+    Example: grpo starter configs/demo.toml
+    """
+    from flows import session
+    from flows.progress import TerminalReporter
+    from pipeline.run_dir import RunDir
+    from stages.config import load_config
+
+    settings = load_config(config, overrides)
+    if settings.starter is None:
+        raise UsageError(f"{config} has no [starter] table: add one, see configs/demo.toml")
+    start_working()
+    reporter = TerminalReporter()
+    with reporter.shown():
+        root = session.starters_root(RunDir(runs / "any"))
+        result = session.starter(settings, root, reporter.stage("starter"))
+    print(result.main.path)

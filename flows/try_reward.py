@@ -1,0 +1,85 @@
+"""`grpo reward try`: the loop in which a reward function is written. Writes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from flows.look import last_iteration
+from pipeline.config import apply_overrides
+from pipeline.errors import UsageError
+from pipeline.run_dir import open_run
+from pipeline.view import Format, console, print_rows
+from stages.rewards.functions import RewardConfig, check_parameters, find_reward
+from stages.rewards.scorer import completion_columns, needs_prompts, open_scorer, prompt_facts
+
+
+def try_reward(
+    function: str,
+    path: Path,
+    arguments: list[str],
+    iteration: int | None,
+    limit: int,
+    group: str | None,
+    format_: Format,
+) -> None:
+    """Print the rewards, errors and details that a function gives a handful of stored completions. Read-only.
+
+    They are spread over the iteration, unless a group is named: first of one group, then of the next.
+    """
+    import json
+
+    run = open_run(path)
+    index = last_iteration(run, "completions") if iteration is None else iteration
+    tables = apply_overrides({}, arguments)
+    reward = find_reward(RewardConfig(name="tried", function=function, arguments=tables))
+    prompts = run.open(index, "prompts").read()
+    check_parameters(reward, json.loads(prompts["metadata"][0]) if len(prompts) else {})
+    completions = _choose(run.open(index, "completions").scan(), limit, group)
+    shown = completions.select(completion_columns([reward]))
+    with open_scorer(num_workers=1) as scorer:
+        rewards = scorer.score(shown, prompts if needs_prompts([reward]) else None, [reward])
+    rows = (
+        completions.select("completion_id", "prompt_id", "completion")
+        .hstack(rewards.select("reward", "error", "detail"))
+        .join(prompt_facts(prompts).select("prompt_id", "prompt", "reference"), on="prompt_id", maintain_order="left")
+        .select("completion_id", "prompt", "reference", "completion", "reward", "error", "detail")
+    )
+    if format_ is not Format.table:
+        print_rows(rows.to_dicts(), format_, columns=rows.columns)
+        return
+    _print(rows.to_dicts())
+
+
+def _choose(completions: pl.LazyFrame, limit: int, group: str | None) -> pl.DataFrame:
+    if group is not None:
+        found = completions.filter(pl.col("group_id").str.starts_with(group)).head(limit).collect()
+        if not len(found):
+            raise UsageError(f"no group's id begins with {group!r}: see `grpo groups`")
+        return found
+    count = int(completions.select(pl.len()).collect().item())
+    # one answer of a group says little: two neighbours each
+    step = max(count // max(-(-limit // 2), 1), 1)
+    rows = sorted({min(first + more, count - 1) for first in range(0, count, step) for more in (0, 1)})[:limit]
+    return completions.with_row_index("_row").filter(pl.col("_row").is_in(rows)).drop("_row").collect()
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.text import Text
+
+    screen = console()
+    for row in rows:
+        reward = "null" if row["reward"] is None else f"{row['reward']:.4g}"
+        screen.print(Text.assemble((f"{reward:>8}", "bold"), f"  {row['completion_id']}"))
+        for label in ("prompt", "reference", "completion", "error", "detail"):
+            if row[label] is not None:
+                # Text, never markup: values come from a model
+                screen.print(Text(f"          {label:<10} {_lines(row[label])}"))
+    scored = [row["reward"] for row in rows if row["reward"] is not None]
+    failed = len(rows) - len(scored)
+    mean = f"mean {sum(scored) / len(scored):.4g}, " if scored else ""
+    screen.print(f"\n{len(rows)} completions: {mean}{failed} without a reward")
+
+
+def _lines(value: str) -> str:
+    return value.replace("\n", "\n" + " " * 21)

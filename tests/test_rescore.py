@@ -1,0 +1,254 @@
+"""Re-scoring stored completions, comparing two scorings, and training on the result, on a small scripted run."""
+
+import json
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from flows.compare import diff_rewards, what_if
+from flows.rescore import choose_iterations, fork_tables, parse_iterations, rescore
+from flows.session import Session, SilentReporter
+from flows.try_reward import try_reward
+from pipeline.config import validate
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, RecipeMismatch, RewardError, UsageError
+from pipeline.run_dir import RunDir, open_run
+from pipeline.view import Format
+from stages.config import RunConfig
+from stages.metrics import iteration_metrics
+from tests.small_run import make_small_run
+
+ROOT = Path(__file__).parent.parent
+REWARDS = """
+[[score.rewards]]
+name = "exact"
+function = "stages.rewards.matching:exact_match"
+[[score.rewards]]
+name = "seven"
+function = "tests.rewards:has_seven"
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_policy: Path) -> Path:
+    return make_small_run(tmp_path, tiny_policy, iterations=2)
+
+
+def config(run: Path, text: str, name: str = "new.toml") -> Path:
+    path = run.parent.parent / name
+    path.write_text(text)
+    return path
+
+
+def rescored(run: Path, text: str, new: Path, iterations: list[int] | None = None) -> RunDir:
+    rescore(open_run(run), config(run, text), RunDir(new), iterations, [], SilentReporter())
+    return open_run(new)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def opposite(completion: str, reference: str) -> float:
+    return float(completion != reference)
+
+
+def test_a_rescored_run_holds_new_rewards_and_refers_to_the_old_completions(run: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    new = rescored(run, REWARDS, tmp_path / "new")
+    assert contents(run) == before
+    assert new.iterations() == [0, 1]
+    assert not new.place(0, "completions").exists()
+    assert new.open(1, "completions").digest == open_run(run).open(1, "completions").digest
+    rows = new.open(0, "rewards").read()
+    assert rows["reward_name"].to_list() == ["exact", "seven"] * 4
+    assert new.open(0, "rewards").manifest.inputs["completions"] == {
+        "path": "../../../../runs/small/iterations/000000/completions",
+        "digest": open_run(run).open(0, "completions").digest,
+    }
+
+
+def test_the_same_rewards_give_the_same_advantages(run: Path, tmp_path: Path) -> None:
+    same = '[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.matching:exact_match"\n'
+    new = rescored(run, same, tmp_path / "new")
+    for index in (0, 1):
+        assert new.open(index, "advantages").digest == open_run(run).open(index, "advantages").digest
+
+
+def test_rescoring_again_finds_what_is_there_and_another_config_is_refused(run: Path, tmp_path: Path) -> None:
+    rescored(run, REWARDS, tmp_path / "new", [1])
+    before = contents(tmp_path / "new")
+    rescored(run, REWARDS, tmp_path / "new", [1])
+    assert contents(tmp_path / "new") == before
+    with pytest.raises(RecipeMismatch, match=r"max_failed_share was 0.1, now 0.5"):
+        rescored(run, "[score]\nmax_failed_share = 0.5\n" + REWARDS, tmp_path / "new", [1])
+
+
+def test_a_reward_that_asks_for_what_is_not_there_is_refused_before_anything_is_written(
+    run: Path, tmp_path: Path
+) -> None:
+    wants_city = '[[score.rewards]]\nname = "x"\nfunction = "tests.test_score:everything"\n'
+    with pytest.raises(RewardError, match=r"wants \['city'\]"):
+        rescored(run, wants_city, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_iterations_that_do_not_exist_are_named(run: Path) -> None:
+    with pytest.raises(ArtifactMissing, match=r"no completions of the iterations \[7\], it has 0 to 1"):
+        choose_iterations(open_run(run), [0, 7])
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("3", [3]), ("0-2", [0, 1, 2]), ("0,4,8-9", [0, 4, 8, 9]), (None, None)])
+def test_iterations_are_numbers_and_ranges(text: str | None, numbers: list[int] | None) -> None:
+    assert parse_iterations(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-"])
+def test_what_names_no_iterations_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="names no iterations"):
+        parse_iterations(text)
+
+
+def test_completions_that_moved_or_were_replaced_are_refused(run: Path, tmp_path: Path) -> None:
+    new = rescored(run, REWARDS, tmp_path / "new", [0])
+    run.rename(run.with_name("elsewhere"))
+    with pytest.raises(ArtifactMissing, match="where no finished artifact is: put the run with the digest"):
+        new.open(0, "completions")
+    (run / "iterations").mkdir(parents=True)
+    other = run.with_name("elsewhere") / "iterations" / "000001"
+    other.rename(run / "iterations" / "000000")
+    with pytest.raises(ArtifactDamaged, match="another artifact lies there by now"):
+        new.open(0, "completions")
+
+
+def test_rescoring_starts_neither_torch_nor_vllm_nor_prefect(run: Path, tmp_path: Path) -> None:
+    path = config(run, REWARDS)
+    code = (
+        "import sys\nfrom flows.cli import main\n"
+        f"sys.argv = ['grpo', 'rescore', {str(run)!r}, {str(path)!r}, '--run', {str(tmp_path / 'new')!r}]\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code\n"
+        "print([m for m in ('torch', 'vllm', 'prefect', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_difference_of_two_scorings_is_found_exactly(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Turning right into wrong turns the two advantages of the informative group round, in both iterations."""
+    text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.test_rescore:opposite"\n'
+    rescored(run, text, tmp_path / "new")
+    assert diff_rewards(run, tmp_path / "new", 0.5, Format.table) == 0
+    assert diff_rewards(run, tmp_path / "new", 0.49, Format.table) == 1
+    output = capsys.readouterr().out
+    assert "the advantage of 4 (50.00%) has another sign, of 4 the opposite one" in output
+    assert "4 groups: 0 gain a signal, 0 lose it" in output
+    assert diff_rewards(run, tmp_path / "new", 0.0, Format.jsonl) == 1
+    moved = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["advantage_a"], row["advantage_b"], row["completion"]) for row in moved] == [
+        (0.5, -0.5, "2"),
+        (-0.5, 0.5, "3"),
+    ] * 2
+
+
+def test_a_scoring_does_not_differ_from_itself(run: Path) -> None:
+    assert diff_rewards(run, run, 0.0, Format.jsonl) == 0
+
+
+def test_runs_without_common_completions_cannot_be_compared(run: Path, tmp_path: Path) -> None:
+    one, other = (rescored(run, REWARDS, tmp_path / f"new{i}", [i]).root for i in (0, 1))
+    with pytest.raises(ArtifactMissing, match="share no iteration with the same completions"):
+        diff_rewards(one, other, 0.0, Format.table)
+
+
+def test_what_if_shows_what_another_normalization_would_change(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    what_if(run, ["normalize.baseline=none"], Format.jsonl)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    # without baseline the right answer keeps its 1 and the wrong one its 0, so that one advantage changes its sign
+    assert [(r["iteration"], r["completions"], r["sign_changes"], r["opposite_signs"]) for r in rows] == [
+        (0, 4, 1, 0),
+        (1, 4, 1, 0),
+    ]
+    assert contents(run) == before
+
+
+def test_what_if_of_another_table_is_refused(run: Path) -> None:
+    with pytest.raises(UsageError, match=r"give settings of \[normalize\]"):
+        what_if(run, ["update.learning_rate=1.0"], Format.table)
+
+
+def test_a_reward_can_be_tried_on_stored_completions(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    try_reward("tests.rewards:misbehave", run, [], 0, 3, None, Format.jsonl)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["completion"], row["reward"]) for row in rows] == [("2", 1.0), ("3", 1.0), ("3", 1.0)]
+    try_reward("tests.rewards:seven_with_detail", run, ["word='2'"], 0, 8, None, Format.table)
+    output = capsys.readouterr().out
+    assert 'detail     {"completion":"2","task":' in output
+    assert "[red]0 + 2 =" in output
+    assert contents(run) == before
+
+
+def test_a_fork_trains_on_stored_completions_under_new_rewards(run: Path, tmp_path: Path) -> None:
+    """Offline: nothing is generated; the policy and its optimizer go on from where the other run left them."""
+    text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.test_rescore:opposite"\n'
+    tables = fork_tables(open_run(run), 1, config(run, text), None, [])
+    settings = validate(RunConfig, tables, "fork")
+    assert [(o.run, o.iterations) for o in settings.offline] == [(str(run), [1])]
+    new = RunDir(tmp_path / "fork")
+    with closing(Session(settings, new)) as session:
+        session.initial_policy()
+        session.refer_stored(0)
+        for stage in (session.score, session.normalize, session.batch, session.update):
+            stage(0)
+    old_policy = open_run(run).open(0, "policy")
+    initial = next(a for a in new.artifacts() if a.path.name == "initial_policy")
+    assert initial.manifest.inputs["policy"]["digest"] == old_policy.digest
+    assert initial.manifest.files["model.safetensors"] == old_policy.manifest.files["model.safetensors"]
+    state = "optimizer/state.safetensors"
+    assert initial.manifest.files[state] == old_policy.manifest.files[state]
+    advantages = new.open(0, "advantages").read()["advantage"]
+    assert (-advantages).to_list() == open_run(run).open(1, "advantages").read()["advantage"].to_list()
+    assert len(new.open(0, "training_records").read()) == 2
+    assert new.open(0, "policy").digest != open_run(run).open(1, "policy").digest
+    assert iteration_metrics(new, 0, 1.0)["generate_tokens_per_second"] is None
+
+
+def test_offline_rows_have_no_age(run: Path, tmp_path: Path) -> None:
+    text = f'[batch]\nmax_policy_age = 0\n[[offline]]\nrun = "{run}"\niterations = [0, 1]\n'
+    settings = validate(RunConfig, fork_tables(open_run(run), 0, config(run, text), None, []), "fork")
+    new = RunDir(tmp_path / "fork")
+    with closing(Session(settings, new)) as session:
+        session.initial_policy()
+        session.refer_stored(0)
+        for stage in (session.score, session.normalize, session.batch):
+            stage(0)
+    assert set(new.open(0, "batches").read()["drop_reason"]) == {None, "zero_variance"}
+
+
+def test_a_fork_wants_a_policy_that_exists(run: Path) -> None:
+    with pytest.raises(ArtifactMissing, match="has no policy after 5 updates"):
+        fork_tables(open_run(run), 5, config(run, REWARDS), None, [])
+
+
+def test_a_fork_cannot_take_more_stored_iterations_than_there_are(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"wants as many stored iterations .* from 1 on, there are 1"):
+        fork_tables(open_run(run), 1, config(run, REWARDS), 3, [])
+
+
+def test_stored_completions_without_correction_are_refused(run: Path) -> None:
+    text = f'[update]\ncorrection = "none"\n[[offline]]\nrun = "{run}"\niterations = [0]\n'
+    with pytest.raises(ConfigError, match="nothing would weigh what they are worth"):
+        fork_tables(open_run(run), 0, config(run, text), None, [])
+
+
+def test_looking_commands_follow_references(run: Path, tmp_path: Path) -> None:
+    from flows.look import group_table
+
+    new = rescored(run, REWARDS, tmp_path / "new", [1])
+    table = group_table(new, 1)
+    assert table["members"].to_list() == [2, 2]

@@ -1,0 +1,60 @@
+"""Form and length: what holds for any length, and what decides a reward that calls another one."""
+
+import itertools
+import math
+
+import polars as pl
+import pytest
+
+from pipeline.errors import RewardError
+from stages.rewards.format import cosine_length, cosine_length_identity, soft_overlong, tags_in_order
+
+EXACT = "stages.rewards.matching:exact_match"
+SYMBOLIC = "stages.rewards.symbolic:math_match"
+
+
+def length_reward(answer: str, num_tokens: int) -> float:
+    reward = cosine_length(answer, num_tokens, max_tokens=1000, verifier=EXACT, reference="7").reward
+    assert reward is not None
+    return reward
+
+
+def test_right_answers_lose_and_wrong_answers_win_by_every_further_token() -> None:
+    right = [length_reward("7", n) for n in range(1000)]
+    wrong = [length_reward("8", n) for n in range(1000)]
+    assert all(a > b for a, b in itertools.pairwise(right))
+    assert all(a < b for a, b in itertools.pairwise(wrong))
+    assert min(right) > max(wrong)
+
+
+def test_the_cosine_at_two_thirds_of_the_length() -> None:
+    # 1 + (2 - 1) (1 + cos 120 degrees) / 2 = 1 + 0.5 / 2
+    reward = cosine_length("7", 20, max_tokens=30, verifier=EXACT, reference="7").reward
+    assert reward is not None
+    assert math.isclose(reward, 1.25)
+
+
+def test_the_identity_of_a_length_reward_follows_its_verifier() -> None:
+    identity = cosine_length_identity(10, EXACT, {"ignore_case": True})
+    assert identity["decides"] == {"ignore_case": True}
+    assert identity != cosine_length_identity(10, EXACT)
+    assert identity != cosine_length_identity(11, EXACT, {"ignore_case": True})
+    assert "packages" in cosine_length_identity(10, SYMBOLIC)["decides"]
+    assert cosine_length_identity(10, SYMBOLIC)["source"] != identity["source"]
+
+
+def test_the_overlong_punishment_never_rises_and_stays_between_minus_one_and_zero() -> None:
+    frame = pl.DataFrame({"num_tokens": range(200), "finish_reason": ["stop"] * 200})
+    rewards = frame.select(soft_overlong(100, 30).alias("r")).unnest("r")["reward"].to_list()
+    assert rewards == sorted(rewards, reverse=True)
+    assert (rewards[70], rewards[85], rewards[100], rewards[199]) == (0.0, -0.5, -1.0, -1.0)
+
+
+@pytest.mark.parametrize(("max_tokens", "buffer_tokens"), [(10, 11), (10, -1), (0, 0)])
+def test_a_buffer_that_does_not_fit_is_refused(max_tokens: int, buffer_tokens: int) -> None:
+    with pytest.raises(RewardError, match="expected 0 < buffer_tokens <= max_tokens"):
+        soft_overlong(max_tokens, buffer_tokens)
+
+
+def test_a_tag_named_inside_another_word_is_no_tag() -> None:
+    assert tags_in_order("<thinking>a</thinking>", tags=["think"]).detail["problem"] == "no <think>"

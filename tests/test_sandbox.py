@@ -1,0 +1,378 @@
+"""The sandbox under attack: each test is a program that tries something, run for real."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from pipeline.errors import RewardError
+from stages.rewards.sandbox import PROJECT, Limits, Run, Sandbox, python
+from tests.sandboxes import NO_SUCH_FILE, attack, processes_with, tried
+
+
+@pytest.fixture
+def marker() -> str:
+    return f"marker-{uuid4().hex}"
+
+
+# --- what an honest program gets
+
+
+def test_a_program_reads_its_input_and_gives_its_output_and_exit_status() -> None:
+    run = attack("import sys\nprint(input()[::-1])\nprint('oh', file=sys.stderr)\nsys.exit(3)", stdin="abc\n")
+    assert (run.ended, run.exit_code, run.stdout, run.stderr) == ("exit", 3, "cba\n", "oh\n")
+
+
+def test_the_end_by_a_signal_is_a_negative_exit_status() -> None:
+    assert attack("import os\nos.abort()").exit_code == -signal.SIGABRT
+
+
+def test_output_that_is_not_text_is_replaced() -> None:
+    assert attack("import os\nos.write(1, b'a\\xff\\0b')").stdout == "a\ufffd\0b"
+
+
+def test_a_large_input_that_nobody_reads_does_no_harm() -> None:
+    assert attack("print(1)", stdin="x" * 3_000_000).stdout == "1\n"
+
+
+def test_a_large_input_arrives_whole() -> None:
+    assert attack("import sys\nprint(len(sys.stdin.read()))", stdin="x" * 3_000_000).stdout == "3000000\n"
+
+
+def test_dev_stdin_can_be_read() -> None:
+    assert attack("print(open('/dev/stdin').read())", stdin="abc").stdout == "abc\n"
+
+
+def test_it_works_where_new_files_are_private_to_their_user() -> None:
+    former = os.umask(0o077)
+    try:
+        assert attack("print(1)").stdout == "1\n"
+    finally:
+        os.umask(former)
+
+
+def test_every_run_starts_in_an_empty_directory() -> None:
+    with Sandbox() as sandbox:
+        sandbox.run(["touch", "left"])
+        assert sandbox.run(["ls", "-A"], {"new": ""}).stdout == "new\n"
+
+
+def test_a_command_that_does_not_exist_is_one_clear_error() -> None:
+    with Sandbox() as sandbox, pytest.raises(RewardError, match=r"cannot start 'no-such-program'.*correct `command`"):
+        sandbox.run(["no-such-program"])
+
+
+def test_a_path_named_readable_can_be_read_but_not_written(tmp_path: Path) -> None:
+    (tmp_path / "given").write_text("seen")
+    tmp_path.chmod(0o755)  # the program is another user
+    with Sandbox(readable=[str(tmp_path)]) as sandbox:
+        assert sandbox.run(["cat", f"{tmp_path}/given"]).stdout == "seen"
+        assert "Read-only" in sandbox.run(["touch", f"{tmp_path}/new"]).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+def test_it_works_from_several_threads_of_a_process_with_limited_memory() -> None:
+    code = """
+        import resource, threading
+        from stages.rewards.sandbox import Sandbox
+        resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+        def run(number):
+            with Sandbox() as sandbox:
+                print(sandbox.run(["echo", str(number)]).stdout.strip() + "\\n", end="", flush=True)
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.split()) == ["0", "1", "2", "3"]
+
+
+# --- limits
+
+
+def test_a_program_that_sleeps_too_long_is_killed() -> None:
+    run = attack("import time\nprint('first', flush=True)\ntime.sleep(60)", limits=Limits(seconds=1))
+    assert (run.ended, run.exit_code, run.stdout) == ("timeout", None, "first\n")
+    assert 1 <= run.seconds < 10
+
+
+def test_cpu_time_is_limited_per_process() -> None:
+    run = attack("import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))", limits=Limits(seconds=7))
+    assert run.stdout == "(8, 8)\n"
+
+
+def test_a_fork_bomb_ends_with_the_run(marker: str) -> None:
+    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    run = attack(bomb, marker, limits=Limits(seconds=1))
+    assert run.ended == "timeout"
+    assert processes_with(marker) == []
+
+
+def test_the_number_of_processes_is_limited() -> None:
+    count = """
+        import os, time
+        children = 0
+        while True:
+            try:
+                if os.fork() == 0:
+                    time.sleep(60)
+            except BlockingIOError:
+                break
+            children += 1
+        print(children)
+    """
+    # the program itself is the fifth
+    assert attack(count, limits=Limits(seconds=20, processes=5)).stdout == "4\n"
+
+
+def test_sandboxes_side_by_side_do_not_use_up_each_others_processes() -> None:
+    forks = """
+        import os, time
+        for _ in range(3):
+            if os.fork() == 0:
+                time.sleep(2)
+                os._exit(0)
+        time.sleep(1)
+        print("forked")
+    """
+    runs: list[Run] = []
+    limits = Limits(seconds=20, processes=4)
+    threads = [threading.Thread(target=lambda: runs.append(attack(forks, limits=limits))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [run.stdout for run in runs] == ["forked\n"] * 3
+
+
+def test_endless_output_is_cut() -> None:
+    endless = "import os\nwhile True:\n    os.write({}, b'x' * 65536)"
+    limits = Limits(seconds=20, output_bytes=100_000)
+    on_stdout, on_stderr = attack(endless.format(1), limits=limits), attack(endless.format(2), limits=limits)
+    assert (on_stdout.ended, on_stdout.exit_code, len(on_stdout.stdout)) == ("output", None, 100_000)
+    assert (on_stderr.ended, len(on_stderr.stderr)) == ("output", 100_000)
+
+
+def test_a_little_too_much_output_at_the_end_is_cut_too() -> None:
+    run = attack("print('x' * 1000)", limits=Limits(output_bytes=1000))
+    assert (run.ended, len(run.stdout)) == ("output", 1000)
+
+
+def test_a_memory_bomb_fails() -> None:
+    run = attack("x = bytearray(1 << 30)", limits=Limits(memory_mb=256))
+    assert run.exit_code == 1
+    assert "MemoryError" in run.stderr
+
+
+def test_memory_that_no_limit_counts_cannot_be_had() -> None:
+    assert tried(
+        "os.memfd_create('x')",
+        "assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0",
+        "os.truncate(os.open('/dev/shm/x', os.O_CREAT | os.O_RDWR), 1 << 30)",
+    ) == ["PermissionError", "AssertionError", "OSError"]
+
+
+def test_a_huge_file_cannot_be_written() -> None:
+    run = attack("with open('big', 'wb') as file:\n    while True:\n        file.write(bytes(1 << 20))")
+    assert "File too large" in run.stderr or "No space left" in run.stderr
+
+
+def test_many_files_cannot_fill_the_memory() -> None:
+    fill = """
+        import os
+        for i in range(100):
+            with open(str(i), "wb") as file:
+                file.write(bytes(1 << 20))
+    """
+    run = attack(fill, limits=Limits(seconds=20, disk_mb=8))
+    assert "No space left on device" in run.stderr
+
+
+def test_many_empty_files_cannot_fill_the_memory() -> None:
+    fill = "for i in range(10000):\n    open(str(i), 'w').close()"
+    assert "No space left on device" in attack(fill, limits=Limits(seconds=20, disk_mb=8)).stderr
+
+
+# --- reading
+
+
+@pytest.mark.parametrize(
+    "path", [str(PROJECT), __file__, f"{PROJECT}/stages/rewards/code.py", "/etc/shadow", "/etc/passwd", "/home"]
+)
+def test_the_machines_files_are_not_there(path: str) -> None:
+    assert tried("os.stat(path)", path=path) == [NO_SUCH_FILE]
+
+
+def test_the_run_directory_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "rewards.parquet").write_text("expected")
+    assert tried("os.listdir(path)", path=str(tmp_path)) == [NO_SUCH_FILE]
+
+
+def test_the_working_directory_is_hidden_even_within_a_folder_that_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_directory = tmp_path / "run"
+    run_directory.mkdir()
+    (run_directory / "secret").write_text("expected")
+    (tmp_path / "tool").write_text("seen")
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(run_directory)
+    with Sandbox(readable=[str(tmp_path)]) as sandbox:
+        assert sandbox.run(["ls", "-A", str(tmp_path)]).stdout == "run\ntool\n"
+        assert sandbox.run(["ls", "-A", str(run_directory)]).stdout == ""
+
+
+def test_a_working_directory_above_what_is_shown_hides_nothing_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/usr")
+    assert attack("print(1)").stdout == "1\n"
+
+
+def test_home_directories_hold_nothing_but_the_interpreter() -> None:
+    seen = attack("import os\nprint([e for e in os.listdir('/') if not os.path.islink('/' + e)])").stdout
+    allowed = {"dev", "tmp", "sandbox", "proc", "etc", "usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"}
+    assert set(eval(seen)) - allowed <= {Path(sys.base_prefix).resolve().parts[1]}
+    prefix = Path(sys.base_prefix).resolve()
+    top = "/" + prefix.parts[1]
+    walk = attack(f"import os\nfor place, _, files in os.walk({top!r}):\n    print(place, len(files))")
+    others = [line for line in walk.stdout.splitlines() if not line.startswith(str(prefix))]
+    assert others == [f"{place} 0" for place in reversed(prefix.parents) if place.is_relative_to(top)]
+
+
+def test_other_processes_cannot_be_seen() -> None:
+    run = attack("import os\nprint(sorted(int(n) for n in os.listdir('/proc') if n.isdigit()), os.getpid())")
+    assert run.stdout == "[2] 2\n"
+    parent = os.getpid()
+    assert tried("open('/proc/1/environ').read()", "open(path).read()", path=f"/proc/{parent}/environ") == [
+        NO_SUCH_FILE,
+        NO_SUCH_FILE,
+    ]
+
+
+def test_the_kernels_settings_cannot_be_seen() -> None:
+    assert tried("os.listdir('/proc/sys')", "os.listdir('/sys')") == [NO_SUCH_FILE, NO_SUCH_FILE]
+
+
+def test_the_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "secret")
+    names = attack("import os\nprint(*sorted(os.environ))").stdout.split()
+    assert names == [
+        "HOME",
+        "LANG",
+        "MKL_NUM_THREADS",
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "PATH",
+        "PYTHONHASHSEED",
+        "PYTHONUTF8",
+        "TMPDIR",
+    ]
+
+
+def test_file_descriptors_are_not_inherited(tmp_path: Path) -> None:
+    with (tmp_path / "secret").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        run = attack(
+            "import os\nfor fd in range(64):\n    try:\n        os.fstat(fd)\n        print(fd)\n    except OSError: 0"
+        )
+    assert run.stdout.split() == ["0", "1", "2"]
+
+
+# --- writing
+
+
+def test_nothing_but_the_private_directory_can_be_written() -> None:
+    places = ["/", "/usr", "/usr/lib", "/etc", "/dev", "/proc", sys.base_prefix, "/var/tmp"]
+    tries = [f"open({place + '/new'!r}, 'w')" for place in places]
+    assert set(tried(*tries)) <= {"OSError", "PermissionError", NO_SUCH_FILE}
+    assert tried("open('/tmp/new', 'w')", "open('/dev/null', 'w').write('x')") == ["done", "done"]
+
+
+def test_files_of_the_system_cannot_be_changed() -> None:
+    assert set(tried(f"os.chmod({python()!r}, 0o777)", f"os.utime({python()!r})")) <= {"OSError", "PermissionError"}
+
+
+def test_a_link_to_a_file_of_the_machine_leads_nowhere(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("expected")
+    lines = ("os.symlink(path, 'link')", "open('link').read()", "open('link', 'w')", "os.link(path, 'hard')")
+    assert tried(*lines, path=str(secret)) == ["done", NO_SUCH_FILE, NO_SUCH_FILE, NO_SUCH_FILE]
+    assert secret.read_text() == "expected"
+
+
+# --- network
+
+
+def test_no_listener_of_the_machine_can_be_reached() -> None:
+    name = f"\0{uuid4().hex}"
+    with socket.create_server(("127.0.0.1", 0)) as inet, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(name)
+        abstract.listen()
+        with socket.create_connection(inet.getsockname()):  # it does listen
+            pass
+        assert tried(
+            "socket.create_connection(address, timeout=2)",
+            "socket.socket(socket.AF_UNIX).connect(name)",
+            "socket.create_connection(('1.1.1.1', 53), timeout=2)",
+            "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('1.1.1.1', 53))",
+            address=inet.getsockname(),
+            name=name,
+        ) == ["OSError", "ConnectionRefusedError", "OSError", "OSError"]
+
+
+def test_sockets_that_no_namespace_holds_are_refused() -> None:
+    families = ("AF_VSOCK", "AF_NETLINK", "AF_PACKET", "AF_ALG")
+    assert tried(*(f"socket.socket(socket.{family}, socket.SOCK_RAW)" for family in families)) == ["OSError"] * 4
+
+
+# --- privileges and other processes
+
+
+def test_no_privilege_is_left_or_can_be_won() -> None:
+    status = attack("print(open('/proc/self/status').read())").stdout
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert [int(fields[f"Cap{name}"], 16) for name in ("Inh", "Prm", "Eff", "Amb")] == [0, 0, 0, 0]
+    assert int(fields["CapBnd"], 16) == 0
+    assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+    assert set(fields["Uid"].split()) & {"0", str(os.getuid())} == set()
+    lines = ("os.setuid(0)", "os.setgid(0)", "os.setgroups([0])", "os.chroot('/tmp')")
+    assert set(tried(*lines)) <= {"PermissionError", "OSError"}
+
+
+def test_dangerous_system_calls_are_refused() -> None:
+    lines = [
+        f"assert ctypes.CDLL(None).{call} >= 0"
+        for call in (
+            "unshare(0x10000000)",
+            "ptrace(0, 0, 0, 0)",
+            "mount(0, b'/tmp', b'tmpfs', 0, 0)",
+            "syscall(321, 0)",
+        )
+    ]
+    assert tried(*lines) == ["AssertionError"] * 4
+
+
+def test_signals_reach_no_process_outside() -> None:
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        lines = ("os.kill(other, 9)", "os.kill(1, 9)", "os.killpg(group, 9)")
+        found = tried(*lines, other=sleeper.pid, group=os.getpgid(sleeper.pid))
+        assert found[0] == "ProcessLookupError"
+        assert sleeper.poll() is None
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_killing_everybody_kills_nobody_else() -> None:
+    assert attack("import os, signal\nos.kill(-1, signal.SIGKILL)").stderr.endswith(
+        "ProcessLookupError: [Errno 3] No such process\n"
+    )
