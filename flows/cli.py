@@ -2,7 +2,7 @@
 
 import sys
 
-from flows.commands import looking, rewards, training  # noqa: F401 (each adds its commands)
+from flows.commands import auditing, looking, rewards, training  # noqa: F401 (each adds its commands)
 from flows.commands.common import app
 from pipeline.errors import GrpoError
 

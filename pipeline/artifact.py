@@ -117,10 +117,26 @@ class Artifact:
         for path in self.files():
             check_schema(pq.read_schema(path), self.manifest.dataset, path)
 
-    def check_sizes(self) -> None:
-        """Compare every file's size with the manifest: the cheap part of `verify`. Read-only."""
+    def check_sizes(self, *, is_read: bool = True) -> None:
+        """Compare every file's size with the manifest: the cheap part of `verify`. Read-only.
+
+        A file that `grpo prune` dropped is missed only where the artifact is going to be read.
+
+        Raises:
+            ArtifactMissing: when a file that is needed was pruned.
+            ArtifactDamaged: naming the first file that differs.
+        """
+        from pipeline.retention import pruned_files
+
         for name, facts in self.manifest.files.items():
             path = self.path / name
+            if not path.is_file() and name in pruned_files(self):
+                if not is_read:
+                    continue
+                raise ArtifactMissing(
+                    f"{path} was dropped by `grpo prune`, and is needed now: restore it from a copy, or run the config "
+                    "again in a new directory, which computes it again"
+                )
             if not path.is_file():
                 raise ArtifactDamaged(f"{path} is gone, but {self.path / MANIFEST} lists it: {_remedy(self.path)}")
             if path.stat().st_size != facts["bytes"]:

@@ -170,7 +170,7 @@ def find_finished(call: StageCall) -> StageResult | None:
         if artifact.files():
             artifact.verify()
         else:
-            artifact.check_sizes()
+            artifact.check_sizes(is_read=False)
     return StageResult(outputs, reused=True)
 
 

@@ -23,7 +23,17 @@ def test_the_generic_package_names_resolve_inside_the_repository(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "module", ["flows.cli", "flows.look", "pipeline.run_dir", "pipeline.schema", "stages.iteration"]
+    "module",
+    [
+        "flows.cli",
+        "flows.look",
+        "flows.report",
+        "flows.verification",
+        "pipeline.run_dir",
+        "pipeline.schema",
+        "stages.iteration",
+        "stages.verify",
+    ],
 )
 def test_looking_and_configuring_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.compare import diff_rewards, what_if
 from flows.rescore import choose_iterations, fork_tables, parse_iterations, rescore
+from flows.reward_diff import diff_rewards, what_if
 from flows.session import Session, SilentReporter
 from flows.try_reward import try_reward
 from pipeline.config import validate
@@ -141,12 +141,12 @@ def test_the_difference_of_two_scorings_is_found_exactly(
     """Turning right into wrong turns the two advantages of the informative group round, in both iterations."""
     text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.test_rescore:opposite"\n'
     rescored(run, text, tmp_path / "new")
-    assert diff_rewards(run, tmp_path / "new", 0.5, Format.table) == 0
-    assert diff_rewards(run, tmp_path / "new", 0.49, Format.table) == 1
+    assert diff_rewards(run, tmp_path / "new", 0.5, Format.table)
+    assert not diff_rewards(run, tmp_path / "new", 0.49, Format.table)
     output = capsys.readouterr().out
     assert "the advantage of 4 (50.00%) has another sign, of 4 the opposite one" in output
     assert "4 groups: 0 gain a signal, 0 lose it" in output
-    assert diff_rewards(run, tmp_path / "new", 0.0, Format.jsonl) == 1
+    assert not diff_rewards(run, tmp_path / "new", 0.0, Format.jsonl)
     moved = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["advantage_a"], row["advantage_b"], row["completion"]) for row in moved] == [
         (0.5, -0.5, "2"),
@@ -155,7 +155,7 @@ def test_the_difference_of_two_scorings_is_found_exactly(
 
 
 def test_a_scoring_does_not_differ_from_itself(run: Path) -> None:
-    assert diff_rewards(run, run, 0.0, Format.jsonl) == 0
+    assert diff_rewards(run, run, 0.0, Format.jsonl)
 
 
 def test_runs_without_common_completions_cannot_be_compared(run: Path, tmp_path: Path) -> None:

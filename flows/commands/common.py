@@ -40,3 +40,9 @@ def start_working() -> None:
 
     if not is_started_by_prefect():
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def answer(is_yes: bool) -> None:
+    """End with exit code 1 when the answer is no."""
+    if not is_yes:
+        raise typer.Exit(1)

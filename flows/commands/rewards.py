@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.common import Config, Iteration, Output, Overrides, Run, app, start_working
+from flows.commands.common import Config, Iteration, Output, Overrides, Run, answer, app, start_working
 from pipeline.view import Format
 
 reward_app = typer.Typer(help="Write and try reward functions.", no_args_is_help=True, rich_markup_mode=None)
@@ -108,7 +108,7 @@ def whatif(
 
     Example: grpo whatif runs/demo --set normalize.scale=none --set normalize.baseline=leave_one_out
     """
-    from flows.compare import what_if
+    from flows.reward_diff import what_if
 
     what_if(run, overrides or [], format_)
 
@@ -124,10 +124,17 @@ def diff(
     ] = 0.0,
     format_: Output = Format.table,
 ) -> None:
-    """Compare two runs. Exit code 1 when they differ (--rewards: by more than the threshold). Read-only.
+    """Print where two runs part: settings, first recipe, first row. Exit code 1 when they do. Read-only.
+
+    With --rewards: what separates two scorings of the same completions; exit code 1 above the threshold.
 
     Example: grpo diff runs/demo runs/demo-terse --rewards --threshold 0.05
     """
-    from flows.compare import diff_rewards
+    if rewards:
+        from flows.reward_diff import diff_rewards
 
-    raise typer.Exit(diff_rewards(a, b, threshold, format_))
+        answer(diff_rewards(a, b, threshold, format_))
+    else:
+        from flows.verification import print_diff
+
+        answer(print_diff(a, b, format_))

@@ -9,17 +9,18 @@ from pipeline.config import apply_overrides, validate
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.run_dir import RunDir, open_run
 from pipeline.view import Format, console, print_rows
-from stages.comparison import Comparison, compare
 from stages.config import recorded_config
 from stages.normalize import NormalizeConfig, normalize_rows
+from stages.reward_diff import Comparison, compare
 
 MOST_GROUPS = 10
 
 
-def diff_rewards(a: Path, b: Path, threshold: float, format_: Format) -> int:
-    """Print what separates two scorings of the same completions; return 1 above the threshold, else 0. Read-only.
+def diff_rewards(a: Path, b: Path, threshold: float, format_: Format) -> bool:
+    """Print what separates two scorings of the same completions; return whether they agree. Read-only.
 
-    The threshold is a share of completions: those whose advantage has another sign in B than in A.
+    They agree when no larger share of the completions than the threshold has an advantage of another sign in B than in
+    A.
 
     Raises:
         ArtifactMissing: when the runs share no scored completions.
@@ -35,7 +36,7 @@ def diff_rewards(a: Path, b: Path, threshold: float, format_: Format) -> int:
     rewards, advantages = (tuple(_all(run, shared, dataset) for run in runs) for dataset in ("rewards", "advantages"))
     found = compare((rewards[0], rewards[1]), (advantages[0], advantages[1]))
     _print_comparison(found, runs[0], shared, format_)
-    return int(found.sign_flip_share > threshold)
+    return found.sign_flip_share <= threshold
 
 
 def what_if(path: Path, overrides: list[str], format_: Format) -> None:

@@ -1,0 +1,160 @@
+"""Comparison: where two runs part - in their settings, in a recipe, and in a row."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline.artifact import Artifact, canonical_json, is_finished, open_artifact
+from pipeline.errors import ArtifactMissing
+from pipeline.run_dir import ITERATION_DATASETS, RunDir
+
+IDENTITIES = ("completion_id", "group_id", "policy_digest", "policy_iteration", "reward_recipe")
+"""Columns that follow from the recipe: rows that differ in nothing else say the same."""
+
+CHUNK_ROWS = 65_536
+"""Rows compared at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing in which the runs differ."""
+
+    kind: str
+    """config; recipe = the first artifact that was to be computed from other settings or inputs; rows = the first
+    artifact whose content differs, with its first row; missing = only one of the runs has it."""
+    where: str
+    """The key of the config, or the artifact and its row."""
+    what: str
+    """The setting, input, column or file."""
+    a: Any
+    b: Any
+
+
+def compare_runs(a: RunDir, b: RunDir) -> list[Difference]:
+    """Return how the configs differ, key by key, and where the artifacts part first. Empty = the runs are equal.
+
+    Artifacts are compared in the order in which they are made. Read-only.
+    """
+    differences = list(compare_configs(a, b))
+    kinds: set[str] = set()
+    for name, of_a, of_b in _pairs(a, b):
+        if "missing" not in kinds and (of_a is None or of_b is None):
+            kinds.add("missing")
+            differences.append(Difference("missing", name, "artifact", _state(of_a), _state(of_b)))
+        if of_a is None or of_b is None or of_a.digest == of_b.digest:
+            continue
+        if "recipe" not in kinds and of_a.manifest.recipe != of_b.manifest.recipe:
+            kinds.add("recipe")
+            differences += _recipes(name, of_a, of_b)
+        if "rows" not in kinds and of_a.manifest.content != of_b.manifest.content:
+            found = first_difference(name, of_a, of_b)
+            if found:
+                kinds.add("rows")
+                differences += found
+        if kinds >= {"recipe", "rows", "missing"}:
+            break
+    return differences
+
+
+def compare_configs(a: RunDir, b: RunDir) -> Iterator[Difference]:
+    """Yield every setting that differs, by its key. Read-only."""
+    flat = [_flat(json.loads(run.resolved_config.read_text(encoding="utf-8"))) for run in (a, b)]
+    for key in sorted({*flat[0], *flat[1]}):
+        values = [table.get(key, "(absent)") for table in flat]
+        if canonical_json(values[0]) != canonical_json(values[1]):
+            yield Difference("config", key, "setting", *values)
+
+
+def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested tables and lists by their dotted key."""
+    if not isinstance(table, dict | list) or not table:
+        return {prefix: table}
+    items = table.items() if isinstance(table, dict) else enumerate(table)
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _pairs(a: RunDir, b: RunDir) -> Iterator[tuple[str, Artifact | None, Artifact | None]]:
+    """Yield the artifacts of both runs by name, in the order in which they are made; None = not finished."""
+    for name in ("initial_policy", "held_out_prompts", "initial_evaluations"):
+        of_a, of_b = _open(getattr(a, name)), _open(getattr(b, name))
+        if of_a or of_b:
+            yield name, of_a, of_b
+    for index in sorted({*a.iterations(), *b.iterations()}):
+        for dataset in ITERATION_DATASETS:
+            of_a, of_b = _open_dataset(a, index, dataset), _open_dataset(b, index, dataset)
+            if of_a or of_b:
+                yield f"iteration {index} {dataset}", of_a, of_b
+
+
+def _open(place: Path) -> Artifact | None:
+    return open_artifact(place) if is_finished(place) else None
+
+
+def _open_dataset(run: RunDir, index: int, dataset: str) -> Artifact | None:
+    try:
+        return run.open(index, dataset)
+    except ArtifactMissing:
+        return None
+
+
+def _state(artifact: Artifact | None) -> str:
+    return "absent" if artifact is None else artifact.digest
+
+
+def _recipes(name: str, a: Artifact, b: Artifact) -> list[Difference]:
+    """Return what differs between two recipes."""
+    one, two = a.manifest, b.manifest
+    found = []
+    if (one.stage, one.stage_version) != (two.stage, two.stage_version):
+        stages = (f"{one.stage} {one.stage_version}", f"{two.stage} {two.stage_version}")
+        found.append(Difference("recipe", name, "stage", *stages))
+    for key in sorted({*one.config, *two.config}):
+        values = [manifest.config.get(key, "(absent)") for manifest in (one, two)]
+        if canonical_json(values[0]) != canonical_json(values[1]):
+            found.append(Difference("recipe", name, f"config {key}", *values))
+    for key in sorted({*one.inputs, *two.inputs}):
+        digests = [manifest.inputs.get(key, {}).get("digest", "(absent)") for manifest in (one, two)]
+        if digests[0] != digests[1]:
+            found.append(Difference("recipe", name, f"input {key}", *digests))
+    return found
+
+
+def first_difference(name: str, a: Artifact, b: Artifact) -> list[Difference]:
+    """Return the columns in which the first differing rows differ, or the files that do where there are no rows.
+
+    Identities that follow from the recipe are not compared. Empty = the rows say the same. Read-only.
+    """
+    if not a.files() or not b.files():
+        facts = [{n: f["sha256"] for n, f in artifact.manifest.files.items()} for artifact in (a, b)]
+        odd = [n for n in sorted({*facts[0], *facts[1]}) if facts[0].get(n) != facts[1].get(n)]
+        return [
+            Difference("rows", name, f"file {n}", facts[0].get(n, "absent"), facts[1].get(n, "absent")) for n in odd
+        ]
+    frames = [artifact.scan() for artifact in (a, b)]
+    schemas = [frame.collect_schema().names() for frame in frames]
+    if schemas[0] != schemas[1]:
+        return [Difference("rows", name, "columns", *schemas)]
+    columns = [column for column in schemas[0] if column not in IDENTITIES]
+    heights = [frame.select(pl.len()).collect().item() for frame in frames]
+    for start in range(0, min(heights), CHUNK_ROWS):
+        chunks = [f.slice(start, min(CHUNK_ROWS, min(heights) - start)).collect() for f in frames]
+        renamed = chunks[1].rename({column: f"_b_{column}" for column in chunks[1].columns})
+        beside = pl.concat([chunks[0], renamed], how="horizontal").with_row_index("_row", offset=start)
+        differ = [pl.col(column).ne_missing(pl.col(f"_b_{column}")) for column in columns]
+        odd_rows = beside.filter(pl.any_horizontal(differ)).head(1).to_dicts()
+        if odd_rows:
+            row = odd_rows[0]
+            key = next((f" {row[k]}" for k in ("completion_id", "prompt_id") if k in row), "")
+            return [
+                Difference("rows", f"{name} row {row['_row']}{key}", column, row[column], row[f"_b_{column}"])
+                for column in columns
+                if row[column] != row[f"_b_{column}"]
+            ]
+    return [] if heights[0] == heights[1] else [Difference("rows", name, "number of rows", *heights)]

@@ -1,0 +1,185 @@
+"""Lineage: what an artifact was made from, which rows made a policy, which policies a completion helped to train."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.artifact import Artifact, is_finished, open_artifact
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
+from pipeline.run_dir import RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An artifact in the tree of what another one was made from."""
+
+    depth: int
+    name: str
+    """Which input it is of the artifact above it; empty for the first."""
+    artifact: Artifact
+    is_repeated: bool
+    """It stands above with all that it was made from, and is not followed again."""
+
+
+def ancestry(artifact: Artifact, depth: int | None = None) -> Iterator[Node]:
+    """Yield the artifact and everything it was made from, each before its own inputs. Read-only.
+
+    Args:
+        artifact: where the chain ends.
+        depth: of the tree at most; None = back to the first prompt.
+
+    Raises:
+        ArtifactMissing: when an input is gone.
+        ArtifactDamaged: when an input is another artifact than the one that was used.
+    """
+    seen: set[str] = set()
+    stack = [Node(0, "", artifact, is_repeated=False)]
+    while stack:
+        node = stack.pop()
+        digest = node.artifact.digest
+        yield Node(node.depth, node.name, node.artifact, is_repeated=digest in seen)
+        if digest in seen or node.depth == depth:
+            continue
+        seen.add(digest)
+        inputs = [Node(node.depth + 1, name, a, is_repeated=False) for name, a in open_inputs(node.artifact).items()]
+        stack += reversed(inputs)
+
+
+def open_inputs(artifact: Artifact) -> dict[str, Artifact]:
+    """Return the artifacts that this one was made from, by input name. Read-only.
+
+    Raises:
+        ArtifactMissing: when one is gone.
+        ArtifactDamaged: when another one stands in its place.
+    """
+    found = {}
+    for name, facts in artifact.manifest.inputs.items():
+        # as the manifest says: relative to this artifact, wherever the run was moved
+        source = open_artifact(Path(os.path.normpath(artifact.path.resolve() / facts["path"])))
+        if source.digest != facts["digest"]:
+            raise ArtifactDamaged(
+                f"{artifact.path} was made from {name} {facts['digest'][:16]}, but {source.path} is "
+                f"{source.digest[:16]}: it was replaced; restore it from a copy (see grpo verify)"
+            )
+        found[name] = source
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedOn:
+    """What one update made a policy of."""
+
+    policy: Artifact
+    parent: Artifact
+    batches: Artifact
+    num_rows: int
+    """Completions that trained."""
+    num_dropped: int
+
+
+def updates_of(policy: Artifact) -> Iterator[TrainedOn]:
+    """Yield the updates behind a policy, the last one first, with the rows that made each. Read-only."""
+    while {"batches", "policy"} <= set(policy.manifest.inputs):
+        inputs = open_inputs(policy)
+        rows = inputs["batches"].scan().select("completion_id", is_kept=pl.col("drop_reason").is_null())
+        counts = rows.group_by("is_kept").agg(pl.col("completion_id").n_unique()).collect()
+        number = dict(counts.iter_rows())
+        yield TrainedOn(policy, inputs["policy"], inputs["batches"], number.get(True, 0), number.get(False, 0))
+        policy = inputs["policy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One fact on the way of a completion: in which artifact it stands, and what that says about it."""
+
+    what: str
+    artifact: Artifact
+    says: str
+
+
+def trace(run: RunDir, completion_id: str) -> list[Step]:
+    """Return the way of a completion: its prompt, its author, its rewards, and every policy it helped to train.
+
+    A policy is helped directly by the update that trained on the row, and indirectly by each later update that began
+    with such a policy. Read-only.
+
+    Raises:
+        UsageError: when the run has no such completion, or the beginning of an id names several.
+    """
+    iteration, full_id = _find(run, completion_id)
+    is_it = pl.col("completion_id") == full_id
+    completions = run.open(iteration, "completions")
+    row = completions.scan().filter(is_it).collect().row(0, named=True)
+    steps = []
+    inputs = open_inputs(completions)
+    if "prompts" in inputs:
+        prompt = inputs["prompts"].scan().filter(pl.col("prompt_id") == row["prompt_id"]).collect().to_dicts()
+        question = prompt[0]["messages"][-1]["content"] if prompt else "unknown"
+        steps.append(Step("prompt", inputs["prompts"], f"{row['prompt_id']}: {question}"))
+    for name, author in inputs.items():
+        if author.digest == row["policy_digest"]:
+            steps.append(Step("author", author, f"{name}, {_updates(row['policy_iteration'])}"))
+    steps.append(Step("completion", completions, f"{row['finish_reason']}: {row['completion']}"))
+    for dataset in ("rewards", "advantages", "batches", "training_records"):
+        artifact = _open(run, iteration, dataset)
+        rows = artifact.scan().filter(is_it).collect().to_dicts() if artifact else []
+        steps += [Step(dataset, artifact, _SAYS[dataset].format(**found)) for found in rows if artifact]
+    return [*steps, *_trained(run, iteration, full_id)]
+
+
+_SAYS = {
+    "rewards": "{reward_name} = {reward} {error}",
+    "advantages": "reward {reward} in a group of mean {group_reward_mean}: advantage {advantage}",
+    "batches": "optimizer step {optimizer_step}, microbatch {microbatch}, row {row}, dropped: {drop_reason}",
+    "training_records": "optimizer step {optimizer_step}: {num_tokens} tokens, share of the loss {loss}",
+}
+
+
+def _open(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
+    try:
+        return run.open(iteration, dataset)
+    except ArtifactMissing:
+        return None
+
+
+def _updates(count: int | None) -> str:
+    return "from outside the run" if count is None else f"after {count} updates"
+
+
+def _find(run: RunDir, completion_id: str) -> tuple[int, str]:
+    """Return the iteration and the whole id of a completion, given its beginning."""
+    found: set[tuple[int, str]] = set()
+    for iteration in run.iterations():
+        if completions := _open(run, iteration, "completions"):
+            ids = completions.scan().select("completion_id")
+            matching = ids.filter(pl.col("completion_id").str.starts_with(completion_id)).head(1000).collect()
+            found |= {(iteration, name) for name in matching["completion_id"]}
+    found = {item for item in found if item[1] == completion_id} or found
+    if len(found) != 1:
+        raise UsageError(
+            f"{run.root} has {'no completion' if not found else 'several completions'} whose id begins with "
+            f"{completion_id!r}, expected one: see `grpo rows RUN completions`"
+        )
+    return next(iter(found))
+
+
+def _trained(run: RunDir, iteration: int, completion_id: str) -> Iterator[Step]:
+    """Yield every policy of the run that the completion helped to train, in order."""
+    helped: set[str] = set()
+    for index in (i for i in run.iterations() if i >= iteration):
+        if not is_finished(run.policy_before(index + 1)):
+            continue
+        policy = open_artifact(run.policy_before(index + 1))
+        inputs = {name: facts["digest"] for name, facts in policy.manifest.inputs.items()}
+        batches = run.open(index, "batches")
+        if index == iteration and inputs.get("batches") == batches.digest:
+            used = batches.scan().filter((pl.col("completion_id") == completion_id) & pl.col("drop_reason").is_null())
+            if len(used.head(1).collect()):
+                helped.add(policy.digest)
+                yield Step("trained", policy, "directly: the update trained on this row")
+        elif inputs.get("policy") in helped:
+            helped.add(policy.digest)
+            yield Step("trained", policy, "by descent: the update began with a policy above")

@@ -1,0 +1,105 @@
+"""Pruning: checkpoints of a run are dropped, rows and manifests never.
+
+What is dropped is first written down in the artifact, in `pruned.json`; then the files go. A kill in between leaves the
+note and some of the files, and the same command drops the rest. A note without effect does no harm: a file that is
+still there is compared with its manifest as ever.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from pipeline.artifact import Artifact, is_finished, open_artifact
+from pipeline.errors import UsageError
+from pipeline.run_dir import RunDir
+from pipeline.storage import sync_file, write_text
+
+PRUNED_NOTE = "pruned.json"
+"""Beside the manifest: names and SHA-256 of the files that were dropped on purpose."""
+
+WEIGHTS = ".safetensors"
+"""What is dropped: weights and optimizer states. Configuration and tokenizer stay, so that rows can still be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A policy whose files are dropped, or would be."""
+
+    num_updates: int
+    """Iterations behind the policy; 0 = the initial one."""
+    artifact: Artifact
+    files: tuple[str, ...]
+    num_bytes: int
+
+
+def pruned_files(artifact: Artifact) -> frozenset[str]:
+    """Return the names of the files that were dropped on purpose. Read-only.
+
+    Only a note that names a file with the manifest's own hash counts: a note from elsewhere hides no damage.
+    """
+    try:
+        noted = json.loads((artifact.path / PRUNED_NOTE).read_text(encoding="utf-8"))["files"]
+        return frozenset(
+            name
+            for name, facts in artifact.manifest.files.items()
+            if name.endswith(WEIGHTS) and name in noted and noted[name] == facts["sha256"]
+        )
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError, TypeError, KeyError):
+        return frozenset()  # an unreadable note excuses nothing
+
+
+def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:
+    """Return the policies whose checkpoints may go, oldest first. Read-only.
+
+    The last ``keep_policies`` stay, and those after ``needed`` updates, which the run's next iterations load. The
+    initial policy stays unless ``initial``: without it a run can neither be continued nor replayed from its start.
+    A policy that lies in another run belongs to that run.
+
+    Raises:
+        UsageError: when no policy would be kept, or the initial policy is needed.
+    """
+    if keep_policies < 1:
+        raise UsageError(f"--keep-policies is {keep_policies}: the last policy is needed to continue; keep 1 or more")
+    existing = [n for n in _counts(run) if is_finished(run.policy_before(n))]
+    kept = {*existing[-keep_policies:], *needed}
+    if initial and 0 in kept:
+        raise UsageError(
+            f"the initial policy of {run.root} is among those that must stay (the last {keep_policies}, and the "
+            "members of coming groups): leave --initial out"
+        )
+    going = [n for n in existing if n not in kept and (n or initial)]
+    found = (_pruned(run, n) for n in going)
+    return [item for item in found if item is not None]
+
+
+def _counts(run: RunDir) -> list[int]:
+    return [0, *(index + 1 for index in run.iterations())]
+
+
+def _pruned(run: RunDir, num_updates: int) -> Pruned | None:
+    artifact = open_artifact(run.policy_before(num_updates))
+    if not artifact.path.resolve().is_relative_to(run.root.resolve()):
+        return None
+    files = tuple(n for n in artifact.manifest.files if n.endswith(WEIGHTS) and (artifact.path / n).is_file())
+    size = sum((artifact.path / name).stat().st_size for name in files)
+    return Pruned(num_updates, artifact, files, size) if files else None
+
+
+def prune(items: Collection[Pruned]) -> Iterator[Pruned]:
+    """Drop the files, and yield each policy when it is done. The caller holds the run's lock."""
+    for item in items:
+        files = item.artifact.manifest.files
+        noted = pruned_files(item.artifact) | set(item.files)
+        note = {"files": {name: files[name]["sha256"] for name in sorted(noted)}}
+        write_text(item.artifact.path / PRUNED_NOTE, json.dumps(note, indent=2) + "\n")
+        sync_file(item.artifact.path)  # the note's name is on the device before the first file goes
+        for name in item.files:
+            path = item.artifact.path / name
+            path.unlink(missing_ok=True)
+            if path.parent != item.artifact.path:
+                with suppress(OSError):  # another file lies there too
+                    path.parent.rmdir()
+        yield item

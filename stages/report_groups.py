@@ -1,0 +1,304 @@
+"""The groups of an iteration that a reader should see, and what is known of each member, as plain data. Read-only."""
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from pipeline.run_dir import RunDir
+
+MOST_MEMBERS = 16
+"""Of a larger group: those that a finding names, then the best and the worst by turns."""
+HEAD_TOKENS, TAIL_TOKENS = 768, 256
+"""Of a longer answer only its beginning and its end are shown."""
+MOST_CHARACTERS = 4_000
+"""Of prompts, plain text, details and errors."""
+
+Data = dict[str, pl.LazyFrame]
+View = dict[str, Any]
+
+TOKEN_NUMBERS = {
+    "importance_ratios": "ratio",
+    "correction_weights": "weight",
+    "entropies": "entropy",
+    "trainer_logprobs": "trainer_logprob",
+}
+"""Columns of training_records that hold a number per token, if update.record_tokens is on."""
+
+
+class TokenText:
+    """Turns token ids into the text that each token adds; ids stay numbers where the run has no tokenizer."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._tokenizer = next((found for path in _tokenizers(run) if (found := _load(path))), None)
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """Return one text per token; a token that ends within a character has none, its successor has it all."""
+        if self._tokenizer is None:
+            return [f"[{token}]" for token in token_ids]
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(self._tokenizer, token) or "" for token in token_ids]
+
+
+def _tokenizers(run: RunDir) -> Iterator[Path]:
+    yield run.initial_policy / "tokenizer.json"
+    for iteration in run.iterations():
+        yield run.policy_before(iteration) / "tokenizer.json"
+        if not run.has(iteration, "completions"):
+            continue
+        completions = run.open(iteration, "completions")
+        for name, found in completions.manifest.inputs.items():  # answers of another run: its policies
+            if name.startswith("policy"):
+                yield completions.path / found["path"] / "tokenizer.json"
+
+
+def _load(path: Path) -> Tokenizer | None:
+    return Tokenizer.from_file(str(path)) if path.is_file() else None
+
+
+def choose_groups(data: Data, flagged: Collection[str], count: int, seed: str) -> tuple[dict[str, str], int]:
+    """Return up to ``count`` groups, each with the reason for which it was chosen, and how many groups there are.
+
+    Groups that an audit names come first. Then the rankings take turns: groups with a failed reward, the widest spread
+    of rewards, the largest advantage, answers cut at max_tokens, and a sample that depends on ``seed`` and the ids.
+    """
+    facts = _group_facts(data)
+    if facts is None:
+        return {}, 0
+    ids = set(facts["group_id"])
+    chosen = {group: "audit finding" for group in sorted(flagged) if group in ids}
+    sample = sorted(ids, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    rankings = {
+        "failed reward": _ranked(facts, "failed"),
+        "widest spread": _ranked(facts, "spread"),
+        "largest advantage": _ranked(facts, "advantage"),
+        "cut at max_tokens": _ranked(facts, "cut"),
+        "sampled": sample,
+    }
+    queues = {reason: iter(ranking) for reason, ranking in rankings.items()}
+    while queues and len(chosen) < min(count, len(ids)):
+        for reason in list(queues):
+            group = next((g for g in queues[reason] if g not in chosen), None)
+            if group is None:
+                del queues[reason]
+            elif len(chosen) < count:
+                chosen[group] = reason
+    return chosen, len(ids)
+
+
+def _group_facts(data: Data) -> pl.DataFrame | None:
+    base = data.get("advantages", data.get("completions"))
+    if base is None:
+        return None
+    facts = base.select("group_id").unique(maintain_order=True)
+    if "advantages" in data:
+        spread = (
+            data["advantages"]
+            .group_by("group_id")
+            .agg(spread=pl.col("group_reward_std").first(), advantage=pl.col("advantage").abs().max())
+        )
+        facts = facts.join(spread, on="group_id", how="left", maintain_order="left")
+    if "completions" in data:
+        cut = data["completions"].group_by("group_id").agg(cut=(pl.col("finish_reason") == "length").sum())
+        facts = facts.join(cut, on="group_id", how="left", maintain_order="left")
+    if "rewards" in data:
+        unscored = pl.col("reward").is_null() | pl.col("error").is_not_null()
+        failed = data["rewards"].group_by("group_id").agg(failed=unscored.sum())
+        facts = facts.join(failed, on="group_id", how="left", maintain_order="left")
+    return facts.collect()
+
+
+def _ranked(facts: pl.DataFrame, column: str) -> list[str]:
+    """Return the groups that have this, most of it first; equal ones by id."""
+    if column not in facts.columns:
+        return []
+    having = facts.filter(pl.col(column) > 0).sort(column, "group_id", descending=[True, False])
+    return having["group_id"].to_list()
+
+
+def group_views(
+    data: Data, iteration: int, chosen: dict[str, str], tokens: TokenText, flagged: Collection[str]
+) -> Iterator[View]:
+    """Yield what is known about each chosen group, in that order. ``flagged`` are completions that a finding names."""
+    if not chosen:
+        return
+    rows = _members(data, list(chosen))
+    prompts = _prompts(data, rows)
+    by_group = rows.partition_by("group_id", as_dict=True, maintain_order=True)
+    for group, reason in chosen.items():
+        listed = by_group[(group,)].to_dicts()
+        kept = _kept(listed, flagged)
+        vocabulary: dict[str, int] = {}
+        members = [_member(row, iteration, tokens, vocabulary) for row in kept]
+        first = listed[0]
+        yield {
+            "group_id": group,
+            "reason": reason,
+            "is_flagged": reason == "audit finding",
+            **prompts.get(first.get("prompt_id") or "", {}),
+            "mean": number(first.get("group_reward_mean")),
+            "std": number(first.get("group_reward_std")),
+            "num_members": len(listed),
+            "num_cut": sum(row.get("finish_reason") == "length" for row in listed),
+            "num_failed": sum(any(p["reward"] is None for p in row.get("parts") or []) for row in listed),
+            "members": members,
+            "pieces": list(vocabulary),
+        }
+
+
+def _members(data: Data, groups: list[str]) -> pl.DataFrame:
+    """Return one row per member with all that the datasets say; a dataset that is absent leaves its columns out."""
+    base_name = "completions" if "completions" in data else "advantages"
+    frame = data[base_name].filter(pl.col("group_id").is_in(groups))
+    if base_name == "completions" and "advantages" in data:
+        advantages = data["advantages"].filter(pl.col("group_id").is_in(groups)).drop("group_id")
+        frame = frame.join(advantages, on="completion_id", how="left", maintain_order="left")
+    if "rewards" in data:
+        parts = (
+            data["rewards"]
+            .filter(pl.col("group_id").is_in(groups))
+            .group_by("completion_id")
+            .agg(pl.struct("reward_name", "reward", "error", "detail").alias("parts"))
+        )
+        frame = frame.join(parts, on="completion_id", how="left", maintain_order="left")
+    if "batches" in data:
+        steps = (
+            data["batches"]
+            .filter(pl.col("group_id").is_in(groups))
+            .group_by("completion_id")
+            .agg(
+                pl.col("optimizer_step").drop_nulls().unique().sort().alias("optimizer_steps"),
+                pl.col("drop_reason").drop_nulls().first().alias("batch_drop_reason"),
+            )
+        )
+        frame = frame.join(steps, on="completion_id", how="left", maintain_order="left")
+    if "training_records" in data:
+        last = (
+            data["training_records"]
+            .sort("optimizer_step", maintain_order=True)
+            .drop("sampling_logprobs")
+            .unique("completion_id", keep="last", maintain_order=True)
+        )
+        frame = frame.join(last, on="completion_id", how="left", maintain_order="left", suffix="_of_record")
+    names = frame.collect_schema().names()
+    order = [name for name in ("advantage", "completion_index") if name in names]
+    return frame.sort(
+        "group_id", *order, descending=[False, *(n == "advantage" for n in order)], nulls_last=True, maintain_order=True
+    ).collect()
+
+
+def _prompts(data: Data, rows: pl.DataFrame) -> dict[str, View]:
+    if "prompts" not in data or "prompt_id" not in rows.columns:
+        return {}
+    wanted = rows["prompt_id"].unique().to_list()
+    found = (
+        data["prompts"]
+        .filter(pl.col("prompt_id").is_in(wanted))
+        .select("prompt_id", "messages", "reference_answer", "task")
+        .collect()
+    )
+    return {
+        row["prompt_id"]: {
+            "prompt_id": row["prompt_id"],
+            "task": row["task"],
+            "reference": shorten(row["reference_answer"]),
+            "messages": [{"role": m["role"], "content": shorten(m["content"])} for m in row["messages"]],
+        }
+        for row in found.to_dicts()
+    }
+
+
+def _kept(rows: list[View], flagged: Collection[str]) -> list[View]:
+    """Return at most MOST_MEMBERS rows in their order."""
+    if len(rows) <= MOST_MEMBERS:
+        return rows
+    best_and_worst = [i for pair in zip(range(len(rows)), reversed(range(len(rows))), strict=True) for i in pair]
+    named = [i for i, row in enumerate(rows) if row["completion_id"] in flagged]
+    keep = set(list(dict.fromkeys([*named, *best_and_worst]))[:MOST_MEMBERS])
+    return [row for i, row in enumerate(rows) if i in keep]
+
+
+def _member(row: View, iteration: int, tokens: TokenText, vocabulary: dict[str, int]) -> View:
+    token_ids = row.get("completion_token_ids") or []
+    logprobs = row.get("sampling_logprobs") or []
+    policy_iteration = row.get("policy_iteration")
+    known = [x for x in logprobs if x is not None]
+    view = {
+        "completion_id": row["completion_id"],
+        "index": row.get("completion_index"),
+        "reward": number(row.get("reward")),
+        "advantage": number(row.get("advantage")),
+        "dropped": row.get("batch_drop_reason") or row.get("drop_reason"),
+        "optimizer_steps": row.get("optimizer_steps"),
+        "finish": row.get("finish_reason"),
+        "policy": row.get("policy_name"),
+        "policy_digest": (row.get("policy_digest") or "")[:8] or None,
+        "age": None if policy_iteration is None else iteration - policy_iteration,
+        "num_tokens": len(token_ids) if "completion_token_ids" in row else None,
+        "logprob_sum": number(math.fsum(known)) if known and all(map(math.isfinite, known)) else None,
+        "ratio_mean": number(row.get("importance_ratio_mean")),
+        "ratio_max": number(row.get("importance_ratio_max")),
+        "weight_mean": number(row.get("correction_weight_mean")),
+        "entropy_mean": number(row.get("entropy_mean")),
+        "kl": number(row.get("kl_to_sampler")),
+        "clipped": _sum(row.get("clipped_low_tokens"), row.get("clipped_high_tokens")),
+        "masked": row.get("masked_tokens"),
+        "text": shorten(row.get("completion")),
+        "parts": [
+            {
+                "name": part["reward_name"],
+                "reward": number(part["reward"]),
+                "error": shorten(part["error"]),
+                "detail": shorten(part["detail"]),
+            }
+            for part in row.get("parts") or []
+        ],
+    }
+    if token_ids:
+        pieces = _middle_out(tokens.pieces(token_ids))
+        view["tokens"] = [vocabulary.setdefault(piece, len(vocabulary)) for piece in pieces]
+        view["token_ids"] = _middle_out(token_ids)
+        view["tokens_left_out"] = len(token_ids) - len(pieces)
+        view["logprob"] = [number(x, 3) for x in _middle_out(logprobs)]
+        if row.get("loss_mask") is not None:
+            view["loss_mask"] = [int(x) for x in _middle_out(row["loss_mask"])]
+        for column, name in TOKEN_NUMBERS.items():
+            if row.get(column) is not None:
+                view[name] = [number(x, 3) for x in _middle_out(row[column])]
+    return {name: value for name, value in view.items() if value is not None}
+
+
+def _sum(*values: int | None) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _middle_out(values: list[Any]) -> list[Any]:
+    if len(values) <= HEAD_TOKENS + TAIL_TOKENS:
+        return values
+    return values[:HEAD_TOKENS] + values[-TAIL_TOKENS:]
+
+
+def number(value: float | None, digits: int = 4) -> float | str | None:
+    """Return the number with so many significant digits; what JSON cannot say becomes its name."""
+    if value is None:
+        return None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(float(value))
+
+
+def shorten(text: str | None) -> str | None:
+    """Return the text, cut where it is long, and saying so."""
+    if text is None or len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]} [... {len(text) - MOST_CHARACTERS:,} more characters]"
+
+
+def encoded_size(view: View) -> int:
+    """Return the bytes of the view as JSON."""
+    return len(json.dumps(view, ensure_ascii=False, separators=(",", ":")).encode())

@@ -1,0 +1,123 @@
+"""A finished run of two iterations with scripted answers, and ways to forge copies of it."""
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from flows.session import Session
+from pipeline.artifact import MANIFEST, content_hash, digest_of, recipe_hash
+from pipeline.run_dir import RunDir
+from pipeline.schema import conform
+from pipeline.storage import sha256_file
+from stages.config import load_config
+from stages.engines.base import Request
+from stages.engines.scripted import ScriptedEngine
+from stages.metrics import append_metrics, iteration_metrics
+from tests.policies import EOS
+
+CONFIG = """
+iterations = 2
+[policy]
+model = "{policy}"
+[prompts]
+source = "{source}"
+prompts_per_iteration = 4
+[generate]
+group_size = 4
+max_tokens = 8
+groups_per_part = 2
+[[score.rewards]]
+name = "exact"
+function = "stages.rewards.matching:exact_match"
+[update]
+num_threads = 1
+learning_rate = {learning_rate}
+[evaluate]
+every = 2
+num_prompts = 2
+num_samples = 2
+held_out_share = 0.3
+"""
+DIGIT_0 = 19
+
+
+def answer(request: Request) -> list[int]:
+    """Answer 2 or 3, as the seed says."""
+    return [DIGIT_0 + 2 + request.seed % 2, EOS]
+
+
+def finished_run(folder: Path, policy: Path, *, name: str = "run", learning_rate: float = 1e-3) -> RunDir:
+    """Make a run of two iterations: 4 groups of 4 answers each, evaluated at both ends."""
+    source = folder / "rows.jsonl"
+    lines = [json.dumps({"question": f"{i} + {2 - i} =", "answer": "2"}) for i in range(20)]
+    source.write_text("\n".join(lines))
+    text = CONFIG.format(policy=policy, source=source, learning_rate=learning_rate)
+    (folder / f"{name}.toml").write_text(text)
+    config = load_config(folder / f"{name}.toml")
+    run = RunDir(folder / "runs" / name)
+    run.record_config(text, config.model_dump(mode="json"))
+    with closing(Session(config, run, _engine=ScriptedEngine(answer))) as session:
+        session.initial_policy()
+        session.held_out_prompts()
+        session.evaluate(0)
+        for k in range(2):
+            for stage in ("prompts", "generate", "score", "normalize", "batch", "update"):
+                getattr(session, stage)(k)
+            if k == 1:
+                session.evaluate(2)
+            append_metrics(run, iteration_metrics(run, k, pass_threshold=1.0))
+    return run
+
+
+def manifest_of(place: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / MANIFEST).read_text())
+    return found
+
+
+def fix_hashes(place: Path, manifest: dict[str, Any] | None = None) -> None:
+    """Make a manifest fit its files and itself, as a careful forger would."""
+    manifest = manifest or manifest_of(place)
+    for name, facts in manifest["files"].items():
+        rows = pq.read_metadata(place / name).num_rows if name.endswith(".parquet") else None
+        facts |= {"rows": rows, "bytes": (place / name).stat().st_size, "sha256": sha256_file(place / name)}
+    counts = [facts["rows"] for facts in manifest["files"].values() if facts["rows"] is not None]
+    manifest["rows"] = sum(counts) if counts else None
+    inputs = {name: facts["digest"] for name, facts in manifest["inputs"].items()}
+    manifest["recipe"] = recipe_hash(manifest["stage"], manifest["stage_version"], manifest["config"], inputs)
+    manifest["content"] = content_hash(manifest["dataset"], manifest["files"])
+    manifest["digest"] = digest_of(manifest["recipe"], manifest["content"])
+    (place / MANIFEST).write_text(json.dumps(manifest))
+
+
+def forge(run: RunDir, place: Path, change: Callable[[pl.DataFrame], pl.DataFrame], *, part: int = 0) -> None:
+    """Change the rows of a part, then make every hash of the run fit."""
+    path = place / f"part-{part:05d}.parquet"
+    pq.write_table(conform(change(pl.read_parquet(path)), manifest_of(place)["dataset"]), path)
+    order = [artifact.path for artifact in run.artifacts()]
+    fix_hashes(place)
+    fix_chain(order)
+
+
+def fix_chain(order: list[Path]) -> None:
+    """Make every manifest name the digests that its inputs have now."""
+    for artifact in order:
+        manifest = manifest_of(artifact)
+        for facts in manifest["inputs"].values():
+            facts["digest"] = manifest_of(artifact / facts["path"])["digest"]
+        fix_hashes(artifact, manifest)
+
+
+def replace_value(column: str, row: int, value: Any) -> Callable[[pl.DataFrame], pl.DataFrame]:
+    """Return a change of one value."""
+
+    def change(frame: pl.DataFrame) -> pl.DataFrame:
+        values = frame[column].to_list()
+        values[row] = value(values[row]) if callable(value) else value
+        return frame.with_columns(pl.Series(column, values, dtype=frame[column].dtype))
+
+    return change

@@ -1,0 +1,86 @@
+"""Replay: what is stored is computed again and compared; the run is only read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from flows.replay import STAGES, print_replay
+from pipeline.errors import UsageError
+from pipeline.run_dir import RunDir
+from pipeline.view import Format
+from stages.engines.base import Request
+from stages.engines.scripted import ScriptedEngine
+from tests.finished import answer, finished_run, forge, replace_value
+from tests.policies import EOS
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
+    """Return a finished run of two iterations, not to be changed."""
+    return finished_run(tmp_path_factory.mktemp("replay"), tiny_policy).root
+
+
+@pytest.fixture
+def run(original: Path, tmp_path: Path) -> RunDir:
+    """Return a copy of the finished run."""
+    shutil.copytree(original, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_stage_of_a_run_is_computed_again_to_the_same_digests(
+    original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(original.rglob("*"))
+    assert print_replay(original, None, None, Format.jsonl, engine=ScriptedEngine(answer))
+    rows = rows_of(capsys)
+    # seven stages with nine outputs, of which iteration 0 has no evaluation
+    assert [(r["iteration"], r["result"]) for r in rows] == [(0, "equal")] * 8 + [(1, "equal")] * 9
+    assert {r["stage"] for r in rows} == set(STAGES)
+    assert sorted(original.rglob("*")) == before
+
+
+def test_a_forged_reward_that_no_file_can_tell_is_found(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    forge(run, run.place(1, "rewards"), replace_value("reward", 2, 0.25))
+    assert not print_replay(run.root, [1], "score", Format.jsonl)
+    (row,) = rows_of(capsys)
+    stored = pl.read_parquet(run.place(1, "rewards") / "*.parquet")["completion_id"][2]
+    assert row["result"] == "differs"
+    assert str(row["found"]).startswith(f"rewards row 2 {stored}: reward stored 0.25, computed ")
+
+
+def test_answers_of_another_model_are_found(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    def other(_: Request) -> list[int]:
+        return [25, EOS]
+
+    assert not print_replay(run.root, [0], "generate", Format.jsonl, engine=ScriptedEngine(other))
+    (row,) = rows_of(capsys)
+    assert "completion_token_ids stored" in str(row["found"])
+
+
+def test_a_recipe_that_would_be_another_one_now_is_told_and_not_computed(
+    run: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = json.loads(run.resolved_config.read_text())
+    config["normalize"]["eps"] = 0.5
+    run.resolved_config.write_text(json.dumps(config))
+    assert not print_replay(run.root, [0], "normalize", Format.jsonl, scratch=tmp_path / "scratch")
+    (row,) = rows_of(capsys)
+    assert (row["result"], row["found"], row["computed"]) == ("other recipe", "eps was 0.0001, now 0.5", None)
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_scratch_keeps_what_was_computed(original: Path, tmp_path: Path) -> None:
+    assert print_replay(original, [1], "batch", Format.table, scratch=tmp_path / "scratch")
+    assert (tmp_path / "scratch" / "000001" / "batches" / "part-00000.parquet").is_file()
+
+
+def test_an_unknown_stage_is_refused(original: Path) -> None:
+    with pytest.raises(UsageError, match="no stage 'train': choose one of prompts, generate"):
+        print_replay(original, [0], "train", Format.table)

@@ -1,0 +1,247 @@
+"""A report: what is measured, which groups are chosen, and that nothing a model wrote can become markup."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from flows.report import content_security_policy, for_script, say, write_report
+from flows.report_figures import draw, figure_specs
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
+from stages.report import Report, heat
+from tests.builders import advantage_rows, reward_rows, write_artifact
+from tests.report_runs import new_run, write_iteration
+
+HOSTILE = (
+    '</script><script>window.pwned=1</script><img src=x onerror="pwned=1"><a href="javascript:pwned()">&amp;\u2028'
+)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would run, load or follow."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.styles: list[str] = []
+        self.policy = ""
+        self._open: tuple[str, dict[str, str | None]] | None = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag in ("script", "style"):
+            self._open = (tag, dict(attrs))
+            self.scripts += [(dict(attrs), "")] if tag == "script" else []
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open is None:
+            return
+        tag, attributes = self._open
+        if tag == "style":
+            self.styles.append(data)
+        else:
+            self.scripts[-1] = (attributes, self.scripts[-1][1] + data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = None
+
+    def data(self, name: str) -> object:
+        return next(json.loads(text) for attributes, text in self.scripts if attributes.get("id") == name)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Return the page of a run in which the model, a prompt, names and findings all try to be markup."""
+    root = tmp_path_factory.mktemp("hostile")
+    run = new_run(root, {"policy": {"model": HOSTILE}})
+    write_iteration(run, 0, answer=HOSTILE)
+    write_iteration(run, 1, answer=HOSTILE, reward=0.5)
+    rows = [{"iteration": 0, "group_id": "g0", "completion_id": "c1"}, {"iteration": 7, "group_id": HOSTILE}]
+    finding = {"check": HOSTILE, "severity": HOSTILE, "message": HOSTILE, "rows": rows}
+    (root / "findings.json").write_text(json.dumps([finding]), encoding="utf-8")
+    path, _ = write_report(run.root, root / "page.html", findings=root / "findings.json")
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_no_text_of_the_run_becomes_an_element(hostile: Page) -> None:
+    assert {"img", "iframe", "form", "object", "embed", "base", "link"}.isdisjoint(hostile.tags)
+    executable = [text for attributes, text in hostile.scripts if attributes.get("type") != "application/json"]
+    assert len(executable) == 1
+    assert "pwned" not in executable[0]
+
+
+def test_an_answer_travels_whole_as_json(hostile: Page) -> None:
+    [group] = hostile.data("groups-0")  # type: ignore[misc]
+    assert group["members"][0]["text"] == HOSTILE
+    assert group["members"][0]["parts"][0]["detail"] == HOSTILE
+
+
+def test_the_policy_admits_the_script_and_the_style_by_hash_and_nothing_else(hostile: Page) -> None:
+    directives = dict(part.split(" ", 1) for part in hostile.policy.split("; "))
+    [script] = [text for attributes, text in hostile.scripts if attributes.get("type") != "application/json"]
+    [style] = hostile.styles
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    assert directives == {
+        "default-src": "'none'",
+        "script-src": digest(script),
+        "style-src": digest(style),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+
+
+def test_nothing_on_the_page_needs_what_the_policy_forbids(hostile: Page) -> None:
+    names = {name for name, _ in hostile.attributes}
+    assert "style" not in names
+    assert "src" not in names
+    assert [name for name in names if name.startswith("on")] == []
+    assert {value[0] for name, value in hostile.attributes if name.endswith("href") and value} == {"#"}
+    [script] = [text for attributes, text in hostile.scripts if attributes.get("type") != "application/json"]
+    assert [
+        word for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(") if word in script
+    ] == []
+    assert "@import" not in hostile.styles[0]
+    assert "url(" not in hostile.styles[0]
+
+
+def test_a_finding_leads_to_its_row_only_where_the_page_has_it(hostile: Page) -> None:
+    links = [value for name, value in hostile.attributes if name == "href" and value and value.startswith("#group/")]
+    assert links == ["#group/0/g0/c1"]
+    assert hostile.data("groups-0")[0]["reason"] == "audit finding"  # type: ignore[index]
+
+
+def test_errors_stand_before_warnings_and_what_is_too_much_is_counted(tmp_path: Path) -> None:
+    rows = [{"iteration": 0, "group_id": f"absent{i}"} for i in range(23)]
+    findings = [{"check": s, "severity": s, "message": "m", "rows": rows} for s in ("warning", "error")]
+    findings += [{"check": "note", "severity": "info", "message": "m"}] * 199
+    (tmp_path / "findings.jsonl").write_text("\n".join(map(json.dumps, findings)), encoding="utf-8")
+    path, _ = write_report(new_run(tmp_path).root, tmp_path / "page.html", findings=tmp_path / "findings.jsonl")
+    page = path.read_text(encoding="utf-8")
+    assert page.index("</span> error</h3>") < page.index("</span> warning</h3>") < page.index("</span> note</h3>")
+    assert page.count("and 3 more") == 2
+    assert "And 1 more, which the audit itself prints." in page
+
+
+def test_json_in_a_script_element_cannot_end_it() -> None:
+    text = for_script({"a": "</script>&\u2028\u2029"})
+    assert text == '{"a":"\\u003c/script\\u003e\\u0026\\u2028\\u2029"}'
+    assert json.loads(text) == {"a": "</script>&\u2028\u2029"}
+
+
+def test_the_policy_changes_with_the_script() -> None:
+    assert content_security_policy("a", "b") != content_security_policy("a", "c")
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    write_iteration(run, 0)
+    write_iteration(run, 1, reward=0.25)
+    first, second = (write_report(run.root, tmp_path / name)[0].read_bytes() for name in ("a.html", "b.html"))
+    assert first == second
+
+
+def test_a_run_of_rewards_and_advantages_alone_has_a_report(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    write_artifact(run.place(4, "rewards"), "rewards", reward_rows(g=[1.0, 0.0]))
+    rows = [{"completion_id": f"g-{i}", "reward": 1.0 - i} for i in range(2)]
+    write_artifact(run.place(4, "advantages"), "advantages", advantage_rows(*rows))
+    path, report = write_report(run.root)
+    assert path == run.root / "report.html"
+    assert report.counts == {"completions": 2, "groups": 1, "shown_groups": 1, "shown_completions": 2}
+    page = path.read_text(encoding="utf-8")
+    assert "completions: not stored for any iteration." in page
+    assert "Length: completions of this run does not hold it." in page
+
+
+def test_a_run_without_iterations_has_a_report(tmp_path: Path) -> None:
+    path, _ = write_report(new_run(tmp_path).root)
+    assert "No iteration has rewards or answers yet." in path.read_text(encoding="utf-8")
+
+
+def test_a_changed_file_is_reported_not_shown(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    write_iteration(run, 0)
+    (run.place(0, "rewards") / "part-00000.parquet").write_bytes(b"")
+    with pytest.raises(ArtifactDamaged, match="has 0 bytes, its manifest says"):
+        write_report(run.root)
+
+
+def report_of(series: dict[str, list[float | None]]) -> Report:
+    num = len(next(iter(series.values())))
+    return Report("r", {}, list(range(num)), {}, {"parts": series}, None, None, {}, {}, None)
+
+
+def test_names_with_dollars_underscores_and_foreign_letters_are_drawn_as_they_are() -> None:
+    spec = next(spec for spec in figure_specs() if spec.name == "parts")
+    names = ["_private", "$x^2$", "<b>漢字</b>"]
+    drawn = draw(spec, report_of({name: [0.0, float(i)] for i, name in enumerate(names, 1)}))
+    assert drawn is not None
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn.svg)
+    assert [t for t in texts if "x" in t or "_" in t or "漢" in t] == [
+        "\u2060_private",
+        "$x^2$",
+        "&lt;b&gt;漢字&lt;/b&gt;",
+    ]
+
+
+def test_what_never_changes_is_said_not_drawn() -> None:
+    spec = next(spec for spec in figure_specs() if spec.name == "parts")
+    drawn = draw(spec, report_of({"a": [1.0, 1.0 + 1e-9, None]}))
+    assert drawn is not None
+    assert drawn.svg == ""
+
+
+def test_drawings_have_the_pages_colours_and_no_inline_style() -> None:
+    report = report_of({"a": [0.0]})
+    report.rewards = heat([pl.Series([0.0, 1.0, 1.0])], [0])
+    spec = next(spec for spec in figure_specs() if spec.heat == "rewards")
+    drawn = draw(spec, report)
+    assert drawn is not None
+    assert re.findall(r"#0[0-9a-f]{5}|style=", drawn.svg) == []
+    assert "var(--heat-7)" in drawn.svg
+
+
+def test_every_colour_of_the_style_sheet_is_defined() -> None:
+    page = Path(__file__).parent.parent / "flows" / "report_page"
+    style = (page / "page.css").read_text(encoding="utf-8")
+    defined = set(re.findall(r"(--[\w-]+):", style))
+    assert set(re.findall(r"var\((--[\w-]+)\)", style)) <= defined
+    names = [spec.name for spec in figure_specs()]
+    assert len(names) == len(set(names)), "names are ids of the page"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_share", "text"),
+    [(0.60302734, False, "0.603"), (None, False, ""), (-0.5, False, "\u22120.5"), (1.39e-13, False, "1.39e\u221213"),
+     (0.0, True, "0"), (0.98974, True, "99.0%"), (0.00049, True, "0.05%"), (12345.6, False, "12,346"),
+     (1.0, True, "100.0%")],
+)  # fmt: skip
+def test_numbers_have_a_sensible_precision(value: float | None, is_share: bool, text: str) -> None:
+    assert say(value, is_share=is_share) == text
+
+
+def test_mistaken_arguments_are_told(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    with pytest.raises(ArtifactMissing, match="not a run directory"):
+        write_report(tmp_path)
+    with pytest.raises(UsageError, match="at least one group"):
+        write_report(run.root, groups=0)
+    with pytest.raises(UsageError, match="name a file of an audit's findings"):
+        write_report(run.root, findings=tmp_path / "absent.json")
+    with pytest.raises(UsageError, match="--output"):
+        write_report(run.root, tmp_path / "absent" / "page.html")

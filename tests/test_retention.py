@@ -1,0 +1,150 @@
+"""Pruning: checkpoints go, rows and manifests stay, and what a run needs is never dropped."""
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from flows import verification
+from flows.session import Session
+from pipeline.artifact import open_artifact
+from pipeline.errors import ArtifactMissing, UsageError
+from pipeline.retention import PRUNED_NOTE, prunable, prune, pruned_files
+from pipeline.run_dir import RunDir
+from pipeline.view import Format
+from stages.config import recorded_config
+from stages.engines.scripted import ScriptedEngine
+from tests.finished import answer, finished_run
+
+WEIGHTS = {"model.safetensors", "optimizer/state.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
+    """Return a finished run of two iterations, not to be changed."""
+    return finished_run(tmp_path_factory.mktemp("retention"), tiny_policy).root
+
+
+@pytest.fixture
+def run(original: Path, tmp_path: Path) -> RunDir:
+    """Return a copy of the finished run."""
+    shutil.copytree(original, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def files(run: RunDir) -> set[str]:
+    return {p.relative_to(run.root).as_posix() for p in run.root.rglob("*") if p.is_file()}
+
+
+def test_only_weights_and_optimizer_states_of_older_policies_go(run: RunDir) -> None:
+    before = files(run)
+    (item,) = prune(prunable(run, 1, []))
+    assert (item.num_updates, set(item.files)) == (1, WEIGHTS)
+    assert before - files(run) == {f"iterations/000000/policy/{name}" for name in WEIGHTS}
+    assert files(run) - before == {f"iterations/000000/policy/{PRUNED_NOTE}"}
+
+
+def test_the_manifest_stays_and_the_note_repeats_its_hashes(run: RunDir) -> None:
+    digest = open_artifact(run.policy_before(1)).digest
+    list(prune(prunable(run, 1, [])))
+    artifact = open_artifact(run.policy_before(1))
+    assert artifact.digest == digest
+    note = json.loads((artifact.path / PRUNED_NOTE).read_text())["files"]
+    assert note == {name: artifact.manifest.files[name]["sha256"] for name in WEIGHTS}
+    assert pruned_files(artifact) == WEIGHTS
+
+
+@pytest.mark.parametrize(("keep", "going"), [(1, [1]), (2, []), (9, [])])
+def test_the_last_policies_stay(run: RunDir, keep: int, going: list[int]) -> None:
+    assert [item.num_updates for item in prunable(run, keep, [])] == going
+
+
+def test_the_initial_policy_goes_only_when_asked(run: RunDir) -> None:
+    assert [item.num_updates for item in prunable(run, 1, [], initial=True)] == [0, 1]
+
+
+def test_a_needed_policy_stays(run: RunDir) -> None:
+    assert prunable(run, 1, [1]) == []
+    with pytest.raises(UsageError, match=r"the initial policy of .* must stay"):
+        prunable(run, 1, [0], initial=True)
+
+
+def test_no_policy_at_all_is_refused(run: RunDir) -> None:
+    with pytest.raises(UsageError, match="--keep-policies is 0"):
+        prunable(run, 0, [])
+
+
+def test_a_second_pruning_finds_nothing(run: RunDir) -> None:
+    list(prune(prunable(run, 1, [])))
+    assert prunable(run, 1, []) == []
+
+
+def test_a_pruning_that_was_killed_goes_on(run: RunDir) -> None:
+    """The note is whole before the first file goes; the rest goes next time, and the note still names all."""
+    policy = open_artifact(run.policy_before(1))
+    items = prunable(run, 1, [])
+    list(prune(items))
+    shutil.copyfile(run.policy_before(2) / "model.safetensors", policy.path / "model.safetensors")
+    (again,) = prune(prunable(run, 1, []))
+    assert again.files == ("model.safetensors",)
+    assert pruned_files(policy) == WEIGHTS
+
+
+def test_a_policy_of_another_run_is_left_alone(run: RunDir, tmp_path: Path) -> None:
+    (run.policy_before(1)).rename(tmp_path / "theirs")
+    run.policy_before(1).symlink_to(tmp_path / "theirs", target_is_directory=True)
+    assert prunable(run, 1, []) == []
+
+
+def test_policies_of_coming_groups_are_kept_by_the_command(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(run.resolved_config.read_text())
+    config["generate"]["members"] = [
+        {"name": "now", "policy": "current", "count": 2},
+        {"name": "before", "policy": "age:1", "count": 2},
+    ]
+    config["generate"]["group_size"] = None
+    run.resolved_config.write_text(json.dumps(config))
+    verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_drops_nothing(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(run)
+    verification.prune_run(run.root, 1, initial=False, dry_run=True, format_=Format.table)
+    assert "bytes of 1 policies would be dropped" in capsys.readouterr().out
+    assert files(run) - {".lock"} == before - {".lock"}
+
+
+def test_the_command_prints_what_went(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (row["policy"], row["updates"], row["files"]) == ("iterations/000000/policy", 1, 2)
+    assert not (run.policy_before(1) / "model.safetensors").exists()
+
+
+def test_a_run_that_is_being_written_is_not_pruned(run: RunDir) -> None:
+    with run.lock(), pytest.raises(UsageError, match="another process is writing"):
+        verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.table)
+
+
+def test_a_pruned_run_goes_on(tmp_path: Path, tiny_policy: Path) -> None:
+    run = finished_run(tmp_path, tiny_policy)
+    list(prune(prunable(run, 1, [])))
+    with closing(Session(recorded_config(run), run, _engine=ScriptedEngine(answer))) as session:
+        for k in range(3):
+            for stage in ("prompts", "generate", "score", "normalize", "batch", "update"):
+                getattr(session, stage)(k)
+
+
+def test_an_update_from_a_pruned_policy_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
+    run = finished_run(tmp_path, tiny_policy)
+    list(prune(prunable(run, 1, [])))
+    for name in ("policy", "training_records", "optimizer_steps"):
+        shutil.rmtree(run.place(1, name))
+    with (
+        closing(Session(recorded_config(run), run, _engine=ScriptedEngine(answer))) as session,
+        pytest.raises(ArtifactMissing, match="was dropped by `grpo prune`"),
+    ):
+        session.update(1)
