@@ -15,7 +15,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import cache
@@ -33,6 +34,8 @@ MANIFEST = "manifest.json"
 RECIPE_NOTE = "recipe"
 PARTS = "part-*.parquet"
 ROW_GROUP_ROWS = 65_536
+HASH_THREADS = 2
+"""Files hashed and synced at once when an artifact is sealed."""
 
 
 def canonical_json(value: object) -> str:
@@ -67,7 +70,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,8 @@ class ArtifactWriter:
     dataset: str
     recipe: str
     started: float = field(default_factory=time.time)
+    _counts: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)
+    """Of the parts that this process has written: rows, and rows dropped for each reason."""
 
     @property
     def directory(self) -> Path:
@@ -280,6 +286,16 @@ class ArtifactWriter:
             pq.write_table(
                 table, temporary, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
             )
+        self._counts[self.part_path(index).name] = _drops(frame)
+
+    def _finish_file(self, name: str) -> str:
+        """Return a file's hash, its bytes safe on the device. Parts were synced when they were committed."""
+        path = self.directory / name
+        path.chmod(0o644)  # safetensors makes its files private
+        digest = sha256_file(path)
+        if not name.endswith(".parquet"):
+            sync_file(path)
+        return digest
 
     def seal(
         self,
@@ -296,16 +312,15 @@ class ArtifactWriter:
         drops: Counter[str] = Counter()
         files: dict[str, dict[str, Any]] = {}
         with explain_full_device(self.place):
+            with ThreadPoolExecutor(HASH_THREADS) as threads:
+                hashes = dict(zip(names, threads.map(self._finish_file, names), strict=True))
             for name in names:
                 path = self.directory / name
-                path.chmod(0o644)  # safetensors makes its files private
                 rows = None
-                if name.endswith(".parquet"):  # synced when the part was committed
-                    rows, reasons = _count(path)
+                if name.endswith(".parquet"):
+                    rows, reasons = self._counts.get(name) or _count(path)
                     drops.update(reasons)
-                else:
-                    sync_file(path)
-                files[name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                files[name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": hashes[name]}
             content = content_hash(self.dataset, files)
             manifest = Manifest(
                 manifest_version=MANIFEST_VERSION,
@@ -336,13 +351,18 @@ class ArtifactWriter:
 def _count(path: Path) -> tuple[int, dict[str, int]]:
     """Return the number of rows of a part and, where it has a drop_reason, the number dropped for each reason."""
     import polars as pl
+    import pyarrow.parquet as pq
 
-    scan = pl.scan_parquet(path)
-    if "drop_reason" not in scan.collect_schema():
-        return int(scan.select(pl.len()).collect().item()), {}
-    counts = scan.group_by("drop_reason").len().collect()
-    reasons = {r: n for r, n in counts.iter_rows() if r is not None}
-    return int(counts["len"].sum()), reasons
+    columns = [name for name in pq.read_schema(path).names if name == "drop_reason"]
+    if not columns:
+        return pq.read_metadata(path).num_rows, {}
+    return _drops(pl.read_parquet(path, columns=columns))
+
+
+def _drops(frame: "pl.DataFrame") -> tuple[int, dict[str, int]]:
+    if "drop_reason" not in frame.columns:
+        return len(frame), {}
+    return len(frame), Counter(frame["drop_reason"].drop_nulls().to_list())
 
 
 def _relative(target: Path, start: Path) -> str:

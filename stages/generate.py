@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
 import polars as pl
 from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.errors import ConfigError
 from pipeline.run_dir import identity
+from pipeline.schema import SCHEMAS
 from pipeline.stage import Stage, StageTask
 from stages.engines.base import Engine, EngineInfo, Generated, Request, Sampling
 from stages.policy import load_tokenizer, stop_token_ids
@@ -145,36 +147,34 @@ def completion_rows(
     ``prompts`` has prompt_id, prompt_token_ids and ``position``, the prompt's position in its iteration.
     """
     groups = [identity(recipe, *row) for row in prompts.select("position", "prompt_id").iter_rows()]
-    repeated = prompts[[row for row in range(len(prompts)) for _ in indices]]
+    count = len(indices)
+    repeated = prompts.select("prompt_id", "prompt_token_ids")[np.repeat(np.arange(len(prompts)), count)]
     group_ids = [g for g in groups for _ in indices]
     positions = list(indices) * len(prompts)
-    return pl.DataFrame(
-        {
-            "completion_id": [f"{g}-{i:03d}" for g, i in zip(group_ids, positions, strict=True)],
-            "group_id": group_ids,
-            "prompt_id": repeated["prompt_id"],
-            "completion_index": pl.Series(positions, dtype=pl.Int32),
-            "policy_name": pl.repeat(author.name, len(positions), eager=True),
-            "policy_digest": pl.repeat(author.digest, len(positions), eager=True),
-            "policy_iteration": pl.repeat(author.iteration, len(positions), dtype=pl.Int32, eager=True),
-            "prompt_token_ids": repeated["prompt_token_ids"],
-            "completion_token_ids": pl.Series([g.token_ids for g in generated], dtype=pl.List(pl.Int32)),
-            "sampling_logprobs": pl.Series([g.logprobs for g in generated], dtype=pl.List(pl.Float32)),
-            "loss_mask": pl.repeat(None, len(positions), dtype=pl.List(pl.Boolean), eager=True),
-            "completion": list(texts),
-            "finish_reason": [g.finish_reason for g in generated],
-            "stop_reason": pl.Series([g.stop_reason for g in generated], dtype=pl.String),
-            "seed": pl.Series(seeds, dtype=pl.Int64),
-            "temperature": pl.repeat(sampling.temperature, len(positions), dtype=pl.Float32, eager=True),
-            "top_p": pl.repeat(sampling.top_p, len(positions), dtype=pl.Float32, eager=True),
-            "top_k": pl.repeat(sampling.top_k, len(positions), dtype=pl.Int32, eager=True),
-            "min_p": pl.repeat(sampling.min_p, len(positions), dtype=pl.Float32, eager=True),
-            "logprobs_mode": pl.repeat(info.logprobs_mode, len(positions), eager=True),
-            "kept_mass": pl.Series([g.kept_mass for g in generated], dtype=pl.List(pl.Float32)),
-            "engine": pl.repeat(info.name, len(positions), eager=True),
-            "engine_version": pl.repeat(info.version, len(positions), eager=True),
-        }
+    frame = repeated.with_columns(
+        pl.Series("completion_id", [f"{g}-{i:03d}" for g, i in zip(group_ids, positions, strict=True)]),
+        pl.Series("group_id", group_ids),
+        pl.Series("completion_index", positions, dtype=pl.Int32),
+        pl.lit(author.name).alias("policy_name"),
+        pl.lit(author.digest).alias("policy_digest"),
+        pl.lit(author.iteration, dtype=pl.Int32).alias("policy_iteration"),
+        pl.Series("completion_token_ids", [g.token_ids for g in generated], dtype=pl.List(pl.Int32)),
+        pl.Series("sampling_logprobs", [g.logprobs for g in generated], dtype=pl.List(pl.Float32)),
+        pl.lit(None, dtype=pl.List(pl.Boolean)).alias("loss_mask"),
+        pl.Series("completion", list(texts)),
+        pl.Series("finish_reason", [g.finish_reason for g in generated]),
+        pl.Series("stop_reason", [g.stop_reason for g in generated], dtype=pl.String),
+        pl.Series("seed", seeds, dtype=pl.Int64),
+        pl.lit(sampling.temperature, dtype=pl.Float32).alias("temperature"),
+        pl.lit(sampling.top_p, dtype=pl.Float32).alias("top_p"),
+        pl.lit(sampling.top_k, dtype=pl.Int32).alias("top_k"),
+        pl.lit(sampling.min_p, dtype=pl.Float32).alias("min_p"),
+        pl.lit(info.logprobs_mode).alias("logprobs_mode"),
+        pl.Series("kept_mass", [g.kept_mass for g in generated], dtype=pl.List(pl.Float32)),
+        pl.lit(info.name).alias("engine"),
+        pl.lit(info.version).alias("engine_version"),
     )
+    return frame.select(SCHEMAS["completions"].names)
 
 
 def check_room(config: GenerateConfig, context: int) -> int:

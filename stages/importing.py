@@ -181,7 +181,7 @@ def imported_prompts(material: Material) -> pl.DataFrame:
         {
             "prompt_id": row.prompt_id,
             "messages": row.messages,
-            "prompt_token_ids": tokenize(row.messages, material.tokenizer) if material.tokenizer else [],
+            "prompt_token_ids": tokenize([row.messages], material.tokenizer)[0] if material.tokenizer else [],
             "reference_answer": row.reference_answer,
             "task": row.task,
             "metadata": json.dumps(row.metadata, sort_keys=True, separators=(",", ":"), default=str),

@@ -15,26 +15,34 @@ STAGE_DATASETS = ("prompts", "completions", "rewards", "advantages", "batches", 
 
 def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
     """Return the row of a finished iteration."""
-    completions = run.open(iteration, "completions").scan()
-    length = pl.col("completion_token_ids").list.len()
-    sampled = completions.select(
-        completion_tokens_mean=length.mean(),
-        num_tokens=length.sum(),
-        truncated_share=(pl.col("finish_reason") == "length").mean(),
-        num_completions=pl.len(),
-    ).collect()
+    sampled, combined, flat, parts, trained, steps = pl.collect_all(
+        [
+            _sampled(run.open(iteration, "completions").scan()),
+            _combined(run.open(iteration, "advantages").scan(), pass_threshold),
+            _flat_groups(run.open(iteration, "advantages").scan()),
+            _parts(run.open(iteration, "rewards").scan()),
+            _trained(run.open(iteration, "training_records").scan()),
+            _steps(run.open(iteration, "optimizer_steps").scan()),
+        ]
+    )
     seconds = {
         name: open_artifact(place).manifest.seconds
         for name in STAGE_DATASETS
         if is_finished(place := run.place(iteration, name))  # not what another run took
     }
+    training = {**trained.row(0, named=True), **steps.row(0, named=True)}
+    if training["num_trained"] == 0:
+        training |= dict.fromkeys(set(training) - {"num_trained", "num_tokens"})
+    num_tokens = sampled.drop_in_place("num_tokens").item()
     row = {
         **dict.fromkeys(SCHEMAS["metrics"].names),
         "iteration": iteration,
-        **sampled.drop("num_tokens").row(0, named=True),
-        **_reward_metrics(run, iteration, pass_threshold),
-        **_training_metrics(run, iteration),
-        "generate_tokens_per_second": sampled["num_tokens"].item() / max(seconds["completions"], 1e-9)
+        **sampled.row(0, named=True),
+        **combined.row(0, named=True),
+        "zero_variance_share": flat.item(),
+        "rewards": parts.to_dicts(),
+        **training,
+        "generate_tokens_per_second": num_tokens / max(seconds["completions"], 1e-9)
         if "completions" in seconds
         else None,
         "seconds": [{"stage": _stage(name), "seconds": value} for name, value in seconds.items()],
@@ -49,58 +57,57 @@ def _stage(dataset: str) -> str:
     return {**verbs, "policy": "update", "evaluations": "evaluate"}.get(dataset, dataset)
 
 
-def _reward_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
-    advantages = run.open(iteration, "advantages").scan()
-    groups = advantages.group_by("group_id").agg((pl.col("drop_reason") == "zero_variance").any().alias("flat"))
-    combined = advantages.select(
+def _sampled(completions: pl.LazyFrame) -> pl.LazyFrame:
+    length = pl.col("completion_token_ids").list.len()
+    return completions.select(
+        completion_tokens_mean=length.mean(),
+        num_tokens=length.sum(),
+        truncated_share=(pl.col("finish_reason") == "length").mean(),
+        num_completions=pl.len(),
+    )
+
+
+def _combined(advantages: pl.LazyFrame, pass_threshold: float) -> pl.LazyFrame:
+    return advantages.select(
         reward_mean=pl.col("reward").mean(),
         reward_std=pl.col("reward").std(),
         pass_rate=(pl.col("reward") >= pass_threshold).mean(),
-    ).collect()
-    parts = (
-        run.open(iteration, "rewards")
-        .scan()
-        .group_by("reward_name", maintain_order=True)
-        .agg(pl.col("reward").mean().alias("mean"), pl.col("reward").is_null().sum().alias("null_count"))
     )
-    return {
-        **combined.row(0, named=True),
-        "zero_variance_share": groups.select(pl.col("flat").mean()).collect().item(),
-        "rewards": parts.rename({"reward_name": "name"}).collect().to_dicts(),
-    }
 
 
-def _training_metrics(run: RunDir, iteration: int) -> dict[str, Any]:
+def _flat_groups(advantages: pl.LazyFrame) -> pl.LazyFrame:
+    groups = advantages.group_by("group_id").agg((pl.col("drop_reason") == "zero_variance").any().alias("flat"))
+    return groups.select(pl.col("flat").mean())
+
+
+def _parts(rewards: pl.LazyFrame) -> pl.LazyFrame:
+    return rewards.group_by(name="reward_name", maintain_order=True).agg(
+        pl.col("reward").mean().alias("mean"), pl.col("reward").is_null().sum().alias("null_count")
+    )
+
+
+def _trained(records: pl.LazyFrame) -> pl.LazyFrame:
     tokens = pl.col("num_tokens")
 
     def token_mean(column: str) -> pl.Expr:
         return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
 
-    records = (
-        run.open(iteration, "training_records")
-        .scan()
-        .select(
-            num_trained=pl.col("completion_id").n_unique(),
-            num_tokens=tokens.sum(),
-            entropy=token_mean("entropy_mean"),
-            kl_to_sampler=token_mean("kl_to_sampler"),
-            clip_low_share=pl.col("clipped_low_tokens").sum() / tokens.sum(),
-            clip_high_share=pl.col("clipped_high_tokens").sum() / tokens.sum(),
-        )
+    return records.select(
+        num_trained=pl.col("completion_id").n_unique(),
+        num_tokens=tokens.sum(),
+        entropy=token_mean("entropy_mean"),
+        kl_to_sampler=token_mean("kl_to_sampler"),
+        clip_low_share=pl.col("clipped_low_tokens").sum() / tokens.sum(),
+        clip_high_share=pl.col("clipped_high_tokens").sum() / tokens.sum(),
     )
-    steps = (
-        run.open(iteration, "optimizer_steps")
-        .scan()
-        .select(
-            loss=pl.col("loss").mean(),
-            grad_norm=pl.col("grad_norm").mean(),
-            learning_rate=pl.col("learning_rate").last(),
-        )
+
+
+def _steps(optimizer_steps: pl.LazyFrame) -> pl.LazyFrame:
+    return optimizer_steps.select(
+        loss=pl.col("loss").mean(),
+        grad_norm=pl.col("grad_norm").mean(),
+        learning_rate=pl.col("learning_rate").last(),
     )
-    measured = {**records.collect().row(0, named=True), **steps.collect().row(0, named=True)}
-    if measured["num_trained"] == 0:
-        measured |= dict.fromkeys(set(measured) - {"num_trained", "num_tokens"})
-    return measured
 
 
 def append_metrics(run: RunDir, row: dict[str, Any]) -> pl.DataFrame:

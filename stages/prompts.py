@@ -27,7 +27,7 @@ def prompt_rows(
     rows: Sequence[SourceRow], tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
 ) -> pl.DataFrame:
     """Return one row per question; prompts of more than ``max_prompt_tokens`` get the drop_reason ``too_long``."""
-    token_ids = [tokenize(row.messages, tokenizer) for row in rows]
+    token_ids = tokenize([row.messages for row in rows], tokenizer)
     return pl.DataFrame(
         {
             "prompt_id": [row.prompt_id for row in rows],
@@ -46,12 +46,17 @@ def prompt_rows(
     )
 
 
-def tokenize(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the token ids of a conversation: by the chat template when the tokenizer has one, else of its texts."""
+def tokenize(conversations: Sequence[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Return the token ids of each conversation: by the chat template when the tokenizer has one, else of its texts."""
+    if not conversations:
+        return []
     if tokenizer.chat_template:
-        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids)
-    return list(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+        ids: Any = tokenizer.apply_chat_template(
+            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return [list(row) for row in ids]
+    texts = ["\n".join(message["content"] for message in messages) for messages in conversations]
+    return [list(row) for row in tokenizer(texts)["input_ids"]]
 
 
 def compute(task: StageTask) -> None:

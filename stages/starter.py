@@ -105,7 +105,7 @@ def warm_up(
         )
     tokenizer = build_tokenizer([*(m["content"] for messages in conversations for m in messages), *known])
     tokenizer.model_max_length = config.max_context
-    prompt_ids = [tokenize(messages, tokenizer) for messages in conversations]
+    prompt_ids = tokenize(conversations, tokenizer)
     demonstrations = demonstrate(
         [(messages[-1]["content"], answer) for messages, answer in zip(conversations, known, strict=True)],
         count=config.demonstrations,

@@ -87,6 +87,21 @@ def replay(
 
 
 @app.command()
+def audit(
+    run: Run,
+    config: Annotated[Path | None, typer.Option("--config", help="Thresholds; default: configs/audit.toml's.")] = None,
+    format_: Output = Format.table,
+) -> None:
+    """Look for reward hacking, leaks and broken training; exit code 1 when there is a warning. Read-only.
+
+    Example: grpo audit runs/demo
+    """
+    from flows.audit_findings import audit_run
+
+    raise typer.Exit(audit_run(run, config, format_))
+
+
+@app.command()
 def report(
     run: Run,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; default: RUN/report.html.")] = None,

@@ -1,0 +1,69 @@
+"""`grpo audit`: print what a run's rows say about reward hacking. It never writes, and answers without torch."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.run_dir import open_run
+from pipeline.view import Format, console, print_rows
+from stages.audit import audit, load_audit_config
+from stages.audit_checks.findings import AuditReport, Finding, RowRef
+
+COLUMNS = ("check", "severity", "message", "value", "threshold", "rows")
+ROWS_SHOWN = 3
+
+
+def audit_run(path: Path, config_path: Path | None, format_: Format) -> int:
+    """Print the findings of a run; return the exit code: 1 when one is a warning, else 0. Read-only.
+
+    A table also tells which checks found nothing and which lack their data; jsonl and csv give findings only.
+    """
+    report = audit(open_run(path), load_audit_config(config_path))
+    if format_ is Format.table:
+        _print_report(report, path)
+    else:
+        rows: list[dict[str, Any]] = [finding.to_dict() for finding in report.findings]
+        print_rows(rows, format_, columns=COLUMNS)
+    return 1 if report.has_warnings else 0
+
+
+def _print_report(report: AuditReport, path: Path) -> None:
+    screen = console()
+    warnings = sum(finding.severity == "warning" for finding in report.findings)
+    screen.print(
+        f"{report.run}: {report.num_answers:,} answers of {report.num_iterations} iterations; "
+        f"{_count(warnings, 'warning')}, {len(report.findings) - warnings} for information\n",
+        markup=False,
+    )
+    for finding in report.findings:
+        # markup off everywhere: messages quote what a model wrote
+        screen.print(f"{finding.severity}: {finding.check}", style=_style(finding), markup=False)
+        screen.print(f"    {finding.message}", markup=False)
+        if finding.rows:
+            screen.print(f"    see {_see(finding.rows[0], path)}", markup=False)
+            more = ", ".join(_name(row) for row in finding.rows[1 : 1 + ROWS_SHOWN])
+            if more:
+                screen.print(f"    also {more}", markup=False)
+    if report.findings:
+        screen.print()
+    for status in ("clear", "not applicable"):
+        for outcome in report.outcomes:
+            if outcome.status == status:
+                screen.print(f"{status}: {outcome.check} ({outcome.note})", style="dim", markup=False)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _style(finding: Finding) -> str:
+    return "bold yellow" if finding.severity == "warning" else "bold"
+
+
+def _see(row: RowRef, path: Path) -> str:
+    if row.group_id is None:
+        return f"iteration {row.iteration}: grpo groups {path} -i {row.iteration}"
+    return f"{_name(row)}: grpo show {path} -i {row.iteration} -g {row.group_id}"
+
+
+def _name(row: RowRef) -> str:
+    return f"iteration {row.iteration}" + ("" if row.group_id is None else f" {row.completion_id or row.group_id}")
