@@ -6,8 +6,9 @@
 Makes an artifact of completions (random words, token ids and log probabilities) in a temporary directory, and measures,
 each in a process of its own, so that its peak memory is its own:
 
-- ``score``: three expression rewards over all rows by the score stage, beside a polars scan that reads the same column, and beside the same rewards written as functions over Python lists, as other trainers have them; once
-  more over ``--most`` rows, for the growth of time and memory;
+- ``score``: three expression rewards over all rows by the score stage, beside a polars scan of the same files that
+  reads the same column, and beside the same rewards written as functions over Python lists, as other trainers have
+  them; once more over ``--most`` rows, for the growth of time and memory;
 - ``normalize``: the normalize stage over ``--most`` rows, beside a polars scan with two window aggregations;
 - ``workers``: a per-completion Python reward in the pool's worker processes, beside the same function called in one
   process without any of it; and the cost per row of a function that does nothing.

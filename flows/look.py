@@ -24,6 +24,8 @@ def list_runs(root: Path, format_: Format) -> None:
     print_rows([_run_row(run) for run in runs], format_, columns=RUN_COLUMNS)
 
 
+LONG_ANSWER = 60
+"""Characters from which answers get lines of their own instead of a cell in a table."""
 RUN_COLUMNS = ("run", "iterations", "finished", "digest")
 ARTIFACT_COLUMNS = ("artifact", "stage", "rows", "dropped", "bytes", "seconds", "digest")
 
@@ -251,23 +253,48 @@ def show_group(path: Path, iteration: int | None, group: str | None, format_: Fo
         f"  rewards: mean {_number(first['group_reward_mean'])}, std {_number(first['group_reward_std'])}\n",
         markup=False,
     )
-    rows = [
-        {
-            "advantage": row["advantage"],
-            "reward": row["reward"],
-            **{
-                part["reward_name"]: part["reward"] if part["error"] is None else part["error"] for part in row["parts"]
-            },
-            "completion": row["completion"],
-            "finish": row["finish_reason"],
-            "tokens": len(row["completion_token_ids"]),
-            "logprob": sum(x for x in row["sampling_logprobs"] if x is not None),
-            "policy": f"{row['policy_name']} {row['policy_digest'][:8]}",
-            "dropped": row["drop_reason"],
-        }
-        for row in members.iter_rows(named=True)
-    ]
-    print_rows(rows, Format.table)
+    rows = members.to_dicts()
+    if max(len(row["completion"]) for row in rows) > LONG_ANSWER:
+        for row in rows:
+            _print_member(row)
+        return
+    print_rows([_member_row(row) for row in rows], Format.table)
+
+
+def _member_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "advantage": row["advantage"],
+        "reward": row["reward"],
+        **{part["reward_name"]: part["reward"] if part["error"] is None else part["error"] for part in row["parts"]},
+        "completion": row["completion"],
+        "finish": row["finish_reason"],
+        "tokens": len(row["completion_token_ids"]),
+        "logprob": sum(x for x in row["sampling_logprobs"] if x is not None),
+        "policy": f"{row['policy_name']} {row['policy_digest'][:8]}",
+        "dropped": row["drop_reason"],
+    }
+
+
+def _print_member(row: dict[str, Any]) -> None:
+    """Print a member whose answer needs lines of its own."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    screen = console()
+    facts = _member_row(row)
+    facts.pop("completion")
+    line = "  ".join(
+        f"{name} {_number(value) if isinstance(value, float) else value}"
+        for name, value in facts.items()
+        if value is not None
+    )
+    screen.print(Text(line, style="bold"))
+    # Text, never markup: values come from a model
+    screen.print(Padding(Text(row["completion"]), (0, 0, 0, 4)))
+    for part in row["parts"]:
+        if part["detail"] is not None:
+            screen.print(Padding(Text(f"{part['reward_name']}: {part['detail']}", style="dim"), (0, 0, 0, 4)))
+    screen.print()
 
 
 def _members(run: RunDir, iteration: int, group: str | None) -> "pl.DataFrame":
