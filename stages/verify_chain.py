@@ -67,12 +67,14 @@ def check_batches(findings: Findings, item: Located, answers: Located, values: L
     where, batches, completions, advantages = item.where, item.artifact, answers.artifact, values.artifact
     settings = dict(batches.manifest.config)
     seed, iteration = settings.pop("seed"), settings.pop("iteration")
+    is_offline = settings.pop("is_offline", False)
     expected = batch.batch_rows(
         slim(completions),
         scan(advantages).select("completion_id", "advantage", "drop_reason").collect(),
         batch.BatchConfig(**settings),
         seed=seed,
         iteration=iteration,
+        is_offline=is_offline,
     )
     columns = [name for name in expected.columns if name not in _LISTS]
     content = fingerprint(*_LISTS).alias("content")

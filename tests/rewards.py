@@ -19,6 +19,11 @@ def share_of_digits(completion: str) -> float:
     return sum(c.isdigit() for c in completion) / max(len(completion), 1)
 
 
+def letters(completion: str) -> float:
+    """Return the number of letters."""
+    return float(sum(c.isalpha() for c in completion))
+
+
 def misbehave(completion: str) -> Any:
     """Do what the completion says; the length of any other text is its reward."""
     match completion:

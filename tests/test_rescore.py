@@ -12,6 +12,7 @@ from flows.rescore import choose_iterations, fork_tables, parse_iterations, resc
 from flows.reward_diff import diff_rewards, what_if
 from flows.session import Session, SilentReporter
 from flows.try_reward import try_reward
+from flows.verification import print_verification
 from pipeline.config import validate
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, RecipeMismatch, RewardError, UsageError
 from pipeline.run_dir import RunDir, open_run
@@ -228,6 +229,12 @@ def test_offline_rows_have_no_age(run: Path, tmp_path: Path) -> None:
         for stage in (session.score, session.normalize, session.batch):
             stage(0)
     assert set(new.open(0, "batches").read()["drop_reason"]) == {None, "zero_variance"}
+    new.record_config("", settings.model_dump(mode="json"))
+    assert print_verification(new.root, 20, Format.table)
+
+
+def test_a_rescored_run_can_be_verified(run: Path, tmp_path: Path) -> None:
+    assert print_verification(rescored(run, REWARDS, tmp_path / "new").root, 20, Format.table)
 
 
 def test_a_fork_wants_a_policy_that_exists(run: Path) -> None:

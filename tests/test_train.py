@@ -82,10 +82,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
     return path
 
 
-def start(folder: Path, server: str, run: str) -> subprocess.Popen[str]:
-    """Start `grpo run` as a user would, in a process group of its own."""
+def start(folder: Path, server: str, run: str, *command: str) -> subprocess.Popen[str]:
+    """Start `grpo run`, or another command, as a user would, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "run", "config.toml", "--run", run],
+        [sys.executable, "-m", "flows.cli", *(command or ("run", "config.toml")), "--run", run],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": server},
         stdout=subprocess.PIPE,
@@ -104,7 +104,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def digests(run: Path) -> dict[str, str]:
     """Return the digest of every artifact by its place in the run."""
-    return {a.path.relative_to(run).as_posix(): a.digest for a in RunDir(run).artifacts()}
+    return {os.path.relpath(a.path, run): a.digest for a in RunDir(run).artifacts()}
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,24 @@ def test_a_finished_run_is_found_and_not_run_again(folder: Path, server: str, un
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")}
     finish(start(folder, server, "runs/undisturbed"))
     assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")} == before
+
+
+def test_a_fork_trains_on_stored_completions_and_then_generates(folder: Path, server: str, undisturbed: Path) -> None:
+    """The second stored iteration feeds the first of the fork; its weights are other ones, as its rewards are."""
+    (folder / "other.toml").write_text('[[score.rewards]]\nname = "seven"\nfunction = "tests.rewards:letters"\n')
+    command = ("fork", "runs/undisturbed", "other.toml", "--at", "1", "--set", "evaluate.every=0")
+    assert "last policy" in finish(start(folder, server, "runs/fork", *command))
+    fork = RunDir(folder / "runs" / "fork")
+    assert not fork.place(0, "completions").exists()
+    stored = RunDir(undisturbed).open(1, "completions")
+    assert fork.open(0, "completions").digest == stored.digest
+    assert fork.place(1, "completions").exists()
+    assert fork.open(1, "completions").manifest.inputs["policy:now"]["digest"] == fork.open(0, "policy").digest
+    assert fork.open(0, "policy").digest != RunDir(undisturbed).open(1, "policy").digest
+    command = ("run", str(fork.root / "fork.toml"))
+    before = digests(fork.root)
+    finish(start(folder, server, "runs/fork", *command))
+    assert digests(fork.root) == before
 
 
 def descendants(pid: int) -> list[int]:
