@@ -172,6 +172,19 @@ def save_random_encoder(path: Path, *, context: int) -> None:
     save_word_tokenizer(path)
 
 
+def save_case_models(folder: Path) -> dict[str, str]:
+    """Save the models that worked cases of rewards name; return their paths. `rewards_doc` says what each does."""
+    nli = {0: "contradiction", 1: "entailment", 2: "neutral"}
+    halves = {0: "entailment", 1: "not_entailment"}
+    save_word_encoder(folder / "word_encoder", {"red": [1, 0], "green": [0, 1], "blue": [3.0, 4.0], "minus": [-1, 0]})
+    save_uniform_lm(folder / "uniform_lm", chat=True)
+    save_favourite_lm(folder / "favourite_lm", "red")
+    save_constant_classifier(folder / "constant_classifier", [0.0, math.log(2), 0.0], nli)
+    save_last_word_classifier(folder / "last_word_classifier", [{"red": math.log(3)}, {}], halves)
+    save_last_word_reward_model(folder / "reward_model", chat=True, scores={"red": 1.5, "blue": -2.0})
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
 def answer_rows(*rows: dict[str, Any]) -> Any:
     """Return completions as a frame-shaped reward sees them; each dict names what matters to the test."""
     import polars as pl
