@@ -12,7 +12,7 @@ COLUMNS = ("check", "severity", "message", "value", "threshold", "rows")
 ROWS_SHOWN = 3
 
 
-def audit_run(path: Path, config_path: Path | None, format_: Format) -> int:
+def audit_run(path: str | Path, config_path: Path | None, format_: Format) -> int:
     """Print the findings of a run; return the exit code: 1 when one is a warning, else 0. Read-only.
 
     A table also tells which checks found nothing and which lack their data; jsonl and csv give findings only.
@@ -26,7 +26,7 @@ def audit_run(path: Path, config_path: Path | None, format_: Format) -> int:
     return 1 if report.has_warnings else 0
 
 
-def _print_report(report: AuditReport, path: Path) -> None:
+def _print_report(report: AuditReport, path: str | Path) -> None:
     screen = console()
     warnings = sum(finding.severity == "warning" for finding in report.findings)
     screen.print(
@@ -59,7 +59,7 @@ def _style(finding: Finding) -> str:
     return "bold yellow" if finding.severity == "warning" else "bold"
 
 
-def _see(row: RowRef, path: Path) -> str:
+def _see(row: RowRef, path: str | Path) -> str:
     if row.group_id is None:
         return f"iteration {row.iteration}: grpo groups {path} -i {row.iteration}"
     return f"{_name(row)}: grpo show {path} -i {row.iteration} -g {row.group_id}"

@@ -6,22 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.run_dir import ITERATION_DATASETS, RunDir, open_run
+from pipeline.run_dir import ITERATION_DATASETS, RunDir, is_run, open_run, runs_in
 from pipeline.view import Format, console, print_rows
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-def list_runs(root: Path, format_: Format) -> None:
-    """Print the runs below a directory, or the artifacts of one run. Read-only."""
-    if RunDir(root).resolved_config.is_file():
-        print_rows([_artifact_row(root, a) for a in RunDir(root).artifacts()], format_, columns=ARTIFACT_COLUMNS)
+def list_runs(where: str | Path, format_: Format) -> None:
+    """Print the runs in a directory or below a URL, or the artifacts of one run. Read-only."""
+    if is_run(where):
+        run = open_run(where)
+        print_rows([_artifact_row(run.root, a) for a in run.artifacts()], format_, columns=ARTIFACT_COLUMNS)
         return
-    if not root.is_dir():
-        raise UsageError(f"{root} does not exist: name a run, or the directory that holds runs (default: runs)")
-    runs = [RunDir(p) for p in sorted(root.iterdir()) if RunDir(p).resolved_config.is_file()]
-    print_rows([_run_row(run) for run in runs], format_, columns=RUN_COLUMNS)
+    print_rows([_run_row(run) for run in runs_in(where)], format_, columns=RUN_COLUMNS)
 
 
 LONG_ANSWER = 60
@@ -34,7 +32,7 @@ def _run_row(run: RunDir) -> dict[str, Any]:
     finished = [k for k in run.iterations() if is_finished(run.place(k, "policy"))]
     last = run.policy_before(len(finished))
     return {
-        "run": str(run.root),
+        "run": run.name,
         "iterations": len(run.iterations()),
         "finished": len(finished),
         "digest": open_artifact(last).digest[:16] if is_finished(last) else None,
@@ -64,11 +62,11 @@ def last_iteration(run: RunDir, dataset: str) -> int:
         if run.has(iteration, dataset):
             return iteration
     raise ArtifactMissing(
-        f"{run.root} has no finished {dataset} yet: run it, or look at another dataset with `grpo ls`"
+        f"{run.name} has no finished {dataset} yet: run it, or look at another dataset with `grpo ls`"
     )
 
 
-def open_dataset(path: Path, dataset: str, iteration: int | None) -> Artifact:
+def open_dataset(path: str | Path, dataset: str, iteration: int | None) -> Artifact:
     """Return a dataset of a run: of the given iteration, else of the last one that has it. Read-only."""
     run = open_run(path)
     if dataset == "held_out_prompts":
@@ -82,7 +80,13 @@ def open_dataset(path: Path, dataset: str, iteration: int | None) -> Artifact:
 
 
 def print_dataset(
-    path: Path, dataset: str, iteration: int | None, columns: str | None, where: str | None, limit: int, format_: Format
+    path: str | Path,
+    dataset: str,
+    iteration: int | None,
+    columns: str | None,
+    where: str | None,
+    limit: int,
+    format_: Format,
 ) -> None:
     """Print rows of a dataset; ``where`` is an SQL condition over its columns. Read-only."""
 
@@ -109,13 +113,13 @@ def _filtered(frame: "pl.LazyFrame", where: str, dataset: str) -> "pl.LazyFrame"
     return filtered
 
 
-def print_metrics(path: Path, format_: Format) -> None:
+def print_metrics(path: str | Path, format_: Format) -> None:
     """Print one row per iteration. Read-only."""
     import polars as pl
 
     run = open_run(path)
     if not run.metrics.is_file():
-        raise ArtifactMissing(f"{run.root} has no finished iteration yet: run it")
+        raise ArtifactMissing(f"{run.name} has no finished iteration yet: run it")
     frame = pl.read_parquet(run.metrics)
     if format_ is Format.table:
         frame = frame.select(
@@ -212,7 +216,7 @@ def group_table(run: RunDir, iteration: int) -> "pl.DataFrame":
     return groups.join(prompts, on="prompt_id", maintain_order="left").select(columns).collect()
 
 
-def print_groups(path: Path, iteration: int | None, sort: str | None, limit: int, format_: Format) -> None:
+def print_groups(path: str | Path, iteration: int | None, sort: str | None, limit: int, format_: Format) -> None:
     """Print one row per group. Read-only."""
     run = open_run(path)
     frame = group_table(run, last_iteration(run, "advantages") if iteration is None else iteration)
@@ -224,7 +228,7 @@ def print_groups(path: Path, iteration: int | None, sort: str | None, limit: int
     print_rows((frame.head(limit) if limit > 0 else frame).to_dicts(), format_, columns=frame.columns)
 
 
-def show_group(path: Path, iteration: int | None, group: str | None, format_: Format) -> None:
+def show_group(path: str | Path, iteration: int | None, group: str | None, format_: Format) -> None:
     """Print one group readably: prompt, members by advantage, reward parts, policy, finish reason. Read-only.
 
     ``group`` is a group_id or its beginning; without one the group of the widest reward spread is shown.
@@ -310,7 +314,7 @@ def _members(run: RunDir, iteration: int, group: str | None) -> "pl.DataFrame":
         chosen = advantages.select("group_id").unique().filter(pl.col("group_id").str.starts_with(group)).collect()
     if len(chosen) != 1:
         raise UsageError(
-            f"iteration {iteration} of {run.root} has {len(chosen)} groups whose id begins with {group!r}, expected "
+            f"iteration {iteration} of {run.name} has {len(chosen)} groups whose id begins with {group!r}, expected "
             "one: see `grpo groups`"
         )
     group_id = chosen["group_id"].item()

@@ -162,7 +162,7 @@ def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:
 
 
 def print_replay(
-    path: Path,
+    path: str | Path,
     iterations: Sequence[int] | None,
     stage: str | None,
     format_: Format,

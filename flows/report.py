@@ -47,7 +47,7 @@ GLANCE = {
 
 
 def write_report(
-    run: Path,
+    run: str | Path,
     output: Path | None = None,
     *,
     findings: Path | None = None,

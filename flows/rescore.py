@@ -68,11 +68,11 @@ def choose_iterations(source: RunDir, wanted: Sequence[int] | None) -> list[int]
     """
     stored = [index for index in source.iterations() if source.has(index, "completions")]
     if not stored:
-        raise ArtifactMissing(f"{source.root} has no finished completions: run it, or name another run")
+        raise ArtifactMissing(f"{source.name} has no finished completions: run it, or name another run")
     missing = sorted(set(wanted or []) - set(stored))
     if missing:
         raise ArtifactMissing(
-            f"{source.root} has no completions of the iterations {missing}, it has {stored[0]} to {stored[-1]}: choose "
+            f"{source.name} has no completions of the iterations {missing}, it has {stored[0]} to {stored[-1]}: choose "
             "among those"
         )
     return sorted(set(wanted)) if wanted else stored
@@ -111,20 +111,20 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
     policy = source.policy_before(at)
     if not policy.is_dir():
         raise ArtifactMissing(
-            f"{source.root} has no policy after {at} updates ({policy} does not exist): choose --at among those of "
-            f"`grpo ls {source.root}`"
+            f"{source.name} has no policy after {at} updates ({policy} does not exist): choose --at among those of "
+            f"`grpo ls {source.name}`"
         )
-    tables["policy"] = {"model": str(policy)}
+    tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy)}
     tables.pop("starter", None)
     if not tables.get("offline"):
         stored = [index for index in source.iterations() if index >= at and source.has(index, "completions")]
         chosen = stored if offline is None else stored[:offline]
         if offline and len(chosen) < offline:
             raise ConfigError(
-                f"--offline {offline} wants as many stored iterations of {source.root} from {at} on, there are "
+                f"--offline {offline} wants as many stored iterations of {source.name} from {at} on, there are "
                 f"{len(stored)}: lower it, or list others under [[offline]] in {config}"
             )
-        tables["offline"] = [OfflineConfig(run=str(source.root), iterations=chosen).model_dump()] if chosen else []
+        tables["offline"] = [OfflineConfig(run=source.name, iterations=chosen).model_dump()] if chosen else []
     elif offline is not None:
         raise UsageError(f"{config} has [[offline]] and the command --offline {offline}: leave one of them out")
     validate(RunConfig, tables, str(config))
@@ -134,7 +134,7 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
 def write_fork(source: RunDir, at: int, tables: dict[str, object], run: RunDir) -> Path:
     """Write the fork's config where its run will be; return its path. `grpo run` with it continues the fork."""
     path = run.root / "fork.toml"
-    header = f"# {source.root} after {at} updates, with the tables of another config in place of its own\n"
+    header = f"# {source.name} after {at} updates, with the tables of another config in place of its own\n"
     run.root.mkdir(parents=True, exist_ok=True)
     write_text(path, header + tomli_w.dumps(tables))
     return path

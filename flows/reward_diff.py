@@ -16,7 +16,7 @@ from stages.reward_diff import Comparison, compare
 MOST_GROUPS = 10
 
 
-def diff_rewards(a: Path, b: Path, threshold: float, format_: Format) -> bool:
+def diff_rewards(a: str | Path, b: str | Path, threshold: float, format_: Format) -> bool:
     """Print what separates two scorings of the same completions; return whether they agree. Read-only.
 
     They agree when no larger share of the completions than the threshold has an advantage of another sign in B than in
@@ -39,7 +39,7 @@ def diff_rewards(a: Path, b: Path, threshold: float, format_: Format) -> bool:
     return found.sign_flip_share <= threshold
 
 
-def what_if(path: Path, overrides: list[str], format_: Format) -> None:
+def what_if(path: str | Path, overrides: list[str], format_: Format) -> None:
     """Print what another normalization would have changed in every stored iteration. Read-only.
 
     Raises:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.artifact import open_artifact
 from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
 from stages.config import RunConfig
@@ -13,7 +14,7 @@ from stages.engines.base import Engine, EngineSettings
 from stages.engines.process import EngineProcess
 from stages.evaluate import EvaluateResources
 from stages.iteration import Wiring
-from stages.policy import check_policy, context_length, looks_local
+from stages.policy import check_policy, checkpoint_path, context_length, looks_local
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
 from stages.starter import make_starter
@@ -77,6 +78,8 @@ class Session:
     def perform(self, label: str, call: StageCall, resources: Any = None) -> StageResult:
         """Return the stage's artifacts, computed or found; the reporter is told."""
         result = run_stage(call, resources=resources, progress=self.reporter.stage(label))
+        if not result.reused:
+            self.run.publish()
         self.reporter.finished(label, result)
         return result
 
@@ -85,15 +88,16 @@ class Session:
         model = self.config.policy.model
         source = None
         if self.config.starter is not None:
-            source = starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main.path
+            made = starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main
+            source = self.run.share(made).fetch()
         elif looks_local(model):
-            source = Path(model)
+            source = checkpoint_path(model)
         return self._path("policy", self.wiring.initial_policy(source), source)
 
     def member_policy(self, name: str) -> str:
         """Take a member's checkpoint from outside into the run; return its path."""
         member = next(m for m in self.config.generate.plan() if m.name == name)
-        return self._path("policy", self.wiring.member_policy(member), Path(member.policy))
+        return self._path("policy", self.wiring.member_policy(member), checkpoint_path(member.policy))
 
     def held_out_prompts(self) -> str:
         """Draw the questions of every evaluation; return their path."""
@@ -159,8 +163,9 @@ class Session:
         """Return the engine, started when first asked for; it takes its time in a process of its own."""
         if self._engine is None:
             self.run.logs.mkdir(parents=True, exist_ok=True)
-            engine = EngineProcess(engine_settings(self.config, self.run.initial_policy), self.run.logs / "engine.log")
-            engine.start(self.run.initial_policy)
+            policy = open_artifact(self.run.initial_policy).fetch()
+            engine = EngineProcess(engine_settings(self.config, policy), self.run.logs / "engine.log")
+            engine.start(policy)
             self._engine = engine
         return self._engine
 
@@ -205,7 +210,7 @@ def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:
 
 def starters_root(run: RunDir) -> Path:
     """Return where starters lie: beside the runs, which share them."""
-    return run.root.parent / "starters"
+    return run.beside("starters")
 
 
 def starter(config: RunConfig, root: Path, progress: Progress) -> StageResult:

@@ -14,12 +14,12 @@ from flows.session import Reporter, Session, SilentReporter, open_session
 from flows.watchdog import temporary_server_watched
 from pipeline.artifact import is_finished, open_artifact
 from pipeline.provenance import environment, git_state
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import run_at
 from pipeline.stage import find_finished
 from stages.config import check_unchanged, load_config
 from stages.evaluate import summarize
 from stages.iteration import outside_members, preflight
-from stages.metrics import append_metrics, iteration_metrics
+from stages.metrics import append_metrics, iteration_metrics, recorded_metrics
 
 session_of_flow: ContextVar[Session] = ContextVar("session_of_flow")
 SILENT = SilentReporter()
@@ -32,11 +32,11 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
 
     Args:
         config: path of the TOML file.
-        run: the run directory. What the same config has left there is used and not computed again.
+        run: the run directory or URL. What the same config has left there is used and not computed again.
         overrides: ``key=value`` settings that take precedence over the file.
     """
     settings = load_config(Path(config), overrides)
-    run_dir = RunDir(Path(run))
+    run_dir = run_at(run)
     check_unchanged(run_dir, settings)
     preflight(settings)
     with temporary_server_watched(), open_session(settings, run_dir, reporter_of_flow.get()) as session:
@@ -102,8 +102,10 @@ def summarize_evaluation(session: Session, num_updates: int) -> dict[str, float 
 
 def report(session: Session, iteration: int) -> None:
     """Put the iteration's row into `metrics.parquet` and show it."""
-    row = iteration_metrics(session.run, iteration, session.config.evaluate.pass_threshold)
-    append_metrics(session.run, row)
+    row = recorded_metrics(session.run, iteration)
+    if row is None:
+        row = iteration_metrics(session.run, iteration, session.config.evaluate.pass_threshold)
+        append_metrics(session.run, row)
     session.reporter.iteration(row)
 
 

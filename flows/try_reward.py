@@ -16,7 +16,7 @@ from stages.rewards.scorer import completion_columns, needs_prompts, open_scorer
 
 def try_reward(
     function: str,
-    path: Path,
+    path: str | Path,
     arguments: list[str],
     iteration: int | None,
     limit: int,

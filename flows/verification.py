@@ -15,7 +15,7 @@ from pipeline.run_dir import RunDir, open_run
 from pipeline.view import Format, console, print_rows
 
 
-def print_verification(path: Path, limit: int, format_: Format) -> bool:
+def print_verification(path: str | Path, limit: int, format_: Format) -> bool:
     """Audit a run; print the table of checks and what is wrong; return whether nothing is. Read-only.
 
     A table goes on with the wrong rows; jsonl and csv print the wrong rows alone, and nothing when all is fine.
@@ -157,7 +157,7 @@ def _digest(artifact: Artifact, format_: Format) -> str:
     return artifact.digest[:16] if format_ is Format.table else artifact.digest
 
 
-def print_diff(a: Path, b: Path, format_: Format) -> bool:
+def print_diff(a: str | Path, b: str | Path, format_: Format) -> bool:
     """Print how two runs differ: settings, first recipe, first row; return whether they are equal. Read-only."""
     from pipeline.compare import compare_runs
 
@@ -170,7 +170,7 @@ def print_diff(a: Path, b: Path, format_: Format) -> bool:
     return not rows
 
 
-def prune_run(path: Path, keep_policies: int, *, initial: bool, dry_run: bool, format_: Format) -> None:
+def prune_run(path: str | Path, keep_policies: int, *, initial: bool, dry_run: bool, format_: Format) -> None:
     """Drop the checkpoints of all but the last policies; rows and manifests stay. Print what went."""
     from pipeline.retention import Pruned, prunable, prune
 
@@ -194,7 +194,7 @@ def prune_run(path: Path, keep_policies: int, *, initial: bool, dry_run: bool, f
         console().print(f"{sum(item.num_bytes for item in done):,} bytes of {len(done)} policies {verb}", markup=False)
 
 
-def _needed(path: Path) -> set[int]:
+def _needed(path: str | Path) -> set[int]:
     """Return the policies, by number of updates, that write members of the run's coming groups."""
     from stages.config import recorded_config
     from stages.iteration import member_updates

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
 RECIPE_NOTE = "recipe"
+STORE_NOTE = ".store.json"
+"""In an artifact of a working copy: its URL on the object store, where the files are that are not here."""
 PARTS = "part-*.parquet"
 ROW_GROUP_ROWS = 65_536
 HASH_THREADS = 2
@@ -89,10 +91,28 @@ class Artifact:
         """Return the Parquet parts in order."""
         return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
 
+    @property
+    def is_on_store(self) -> bool:
+        """Whether it lies on an object store too; then files may be missing here until they are read."""
+        return (self.path / STORE_NOTE).is_file()
+
+    def fetch(self) -> Path:
+        """Return the directory with every file in it; those that are on an object store only are brought and verified.
+
+        Raises:
+            ArtifactDamaged: naming the first object that is not what the manifest says.
+        """
+        if self.is_on_store:
+            from pipeline.working_copy import fetch_files
+
+            fetch_files(self)
+        return self.path
+
     def scan(self) -> "pl.LazyFrame":
         """Return all rows, lazily, after verifying the bytes once in this process. Read-only."""
         import polars as pl
 
+        self.fetch()
         self.verify()
         return pl.scan_parquet(self.files())
 
@@ -101,7 +121,7 @@ class Artifact:
         return self.scan().collect()
 
     def verify(self) -> None:
-        """Compare every file with the manifest, once in this process. Read-only.
+        """Compare every file that is here with the manifest, once in this process. Read-only.
 
         Raises:
             ArtifactDamaged: naming the first file that differs.
@@ -134,6 +154,8 @@ class Artifact:
 
         for name, facts in self.manifest.files.items():
             path = self.path / name
+            if not path.is_file() and self.is_on_store:
+                continue  # verified when it comes
             if not path.is_file() and name in pruned_files(self):
                 if not is_read:
                     continue
@@ -217,6 +239,8 @@ def _verify(path: Path, digest: str) -> None:
     artifact = open_artifact(path)
     artifact.check_sizes()
     for name, facts in artifact.manifest.files.items():
+        if not (path / name).is_file():
+            continue  # on an object store, see check_sizes
         found = sha256_file(path / name)
         if found != facts["sha256"]:
             raise ArtifactDamaged(
@@ -226,6 +250,12 @@ def _verify(path: Path, digest: str) -> None:
 
 
 def _remedy(path: Path) -> str:
+    if (path / STORE_NOTE).is_file():
+        url = json.loads((path / STORE_NOTE).read_text(encoding="utf-8"))["url"]
+        return (
+            f"delete {path}, the working copy of {url}, and run the same command, which brings it again; if it is "
+            "damaged there too, delete everything below that URL, and it is made again"
+        )
     return (
         f"restore the file from a copy, or delete the directory {path} and run the same command, which makes it again"
     )

@@ -4,6 +4,7 @@ GrpoError
   UsageError            wrong option, argument or combination of them
   ConfigError           the configuration does not say one clear thing
   SourceError           prompts cannot be read from where the config points
+  StoreError            an object store cannot be reached, read or written
   ArtifactError         an artifact is not what its manifest says
     ArtifactMissing     no finished artifact at this place
     ArtifactDamaged     a file differs from the manifest
@@ -33,6 +34,10 @@ class ConfigError(GrpoError, ValueError):
 
 class SourceError(GrpoError, ValueError):
     """Prompts cannot be read from where the configuration points."""
+
+
+class StoreError(GrpoError, OSError):
+    """An object store cannot be reached, read or written."""
 
 
 class ArtifactError(GrpoError, ValueError):

@@ -6,13 +6,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, UsageError
+from pipeline.remote import local_path, open_store, url_of
 from pipeline.storage import sha256_text, write_text
 
+if TYPE_CHECKING:
+    from pipeline.working_copy import WorkingCopy
+
+RESOLVED_CONFIG = "config.resolved.json"
+RECORDS = ("config.toml", "fork.toml", RESOLVED_CONFIG, "environment.json", "metrics.parquet")
+"""Files beside the artifacts; they may change."""
+REFERENCE = ".reference.json"
 ITERATION_DATASETS = (
     "prompts",
     "completions",
@@ -41,9 +49,22 @@ class RunDir:
                                         training_records, optimizer_steps, policy (after the update), evaluations;
                                         <dataset>.reference.json stands for one that lies in another run
         logs/                           what the inference engine printed
+
+    A run on an object store has the same names there, without logs; ``root`` is its working copy on this machine.
     """
 
     root: Path
+    copy: "WorkingCopy | None" = None
+    """Of a run on an object store: what keeps the two in step."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls it: its path or URL."""
+        return (url_of(self.root) if self.copy else None) or str(self.root)
+
+    def shown(self, path: Path) -> str:
+        """Return what to call a path of this run: relative to the current directory, or a URL."""
+        return (url_of(path) if self.copy else None) or os.path.relpath(path)
 
     @property
     def config(self) -> Path:
@@ -51,7 +72,7 @@ class RunDir:
 
     @property
     def resolved_config(self) -> Path:
-        return self.root / "config.resolved.json"
+        return self.root / RESOLVED_CONFIG
 
     @property
     def environment(self) -> Path:
@@ -105,14 +126,17 @@ class RunDir:
 
     def artifacts(self) -> Iterator[Artifact]:
         """Yield every finished artifact, referred ones too, in the order in which it was made. Read-only."""
-        members = sorted((self.root / "members").glob("*")) if (self.root / "members").is_dir() else []
-        for path in (self.initial_policy, *members, self.held_out_prompts, self.initial_evaluations):
+        for path in self._outside_iterations():
             if is_finished(path):
                 yield open_artifact(path)
         for index in self.iterations():
             for dataset in ITERATION_DATASETS:
                 if self.has(index, dataset):
                     yield self.open(index, dataset)
+
+    def _outside_iterations(self) -> list[Path]:
+        members = sorted((self.root / "members").glob("*")) if (self.root / "members").is_dir() else []
+        return [self.initial_policy, *members, self.held_out_prompts, self.initial_evaluations]
 
     def has(self, index: int, dataset: str) -> bool:
         """Return whether an iteration has a dataset, its own or another run's. Read-only."""
@@ -129,7 +153,7 @@ class RunDir:
         if is_finished(place) or not reference.is_file():
             return open_artifact(place)
         noted = json.loads(reference.read_text(encoding="utf-8"))
-        target = Path(os.path.normpath(reference.parent / noted["path"]))
+        target = _target(reference, noted["path"])
         if not is_finished(target):
             raise ArtifactMissing(
                 f"{reference} says that the {dataset} of iteration {index} lie in {target}, where no finished artifact "
@@ -158,13 +182,44 @@ class RunDir:
                 )
             return
         path = self._reference(index, dataset)
+        url = url_of(artifact.path)
+        if self.copy is not None and url is None:
+            raise UsageError(
+                f"{self.name} cannot refer to {artifact.path}, which no other machine can see: copy that run to the "
+                "store first (any tool that copies folders will do), and name it by its URL"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        relative = os.path.relpath(artifact.path.resolve(), path.parent.resolve())
-        note = {"path": Path(relative).as_posix(), "digest": artifact.digest}
+        if url is not None and self.copy is None:
+            noted = url  # the working copy may go
+        else:
+            noted = Path(os.path.relpath(artifact.path.resolve(), path.parent.resolve())).as_posix()
+        note = {"path": noted, "digest": artifact.digest}
         write_text(path, json.dumps(note, indent=2) + "\n")
 
     def _reference(self, index: int, dataset: str) -> Path:
-        return self.iteration(index) / f"{dataset}.reference.json"
+        return self.iteration(index) / f"{dataset}{REFERENCE}"
+
+    def beside(self, name: str) -> Path:
+        """Return a folder beside the runs, which they share, such as that of the starters."""
+        folder = self.root.parent / name
+        if self.copy is not None:
+            from pipeline.working_copy import WorkingCopy
+
+            WorkingCopy(open_store(self.shown(folder)), is_record).sync()
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def share(self, artifact: Artifact) -> Artifact:
+        """Return an artifact from `beside` as all machines see it: on a store it is published, unless one is there."""
+        return artifact if self.copy is None else self.copy.share(artifact)
+
+    def publish(self) -> None:
+        """Bring the store up to date with what is finished here; a run in a local directory needs nothing."""
+        if self.copy is not None:
+            places = [self.place(index, dataset) for index in self.iterations() for dataset in ITERATION_DATASETS]
+            references = sorted(self.root.glob(f"iterations/*/*{REFERENCE}"))
+            records = [self.root / name for name in RECORDS if (self.root / name).is_file()]
+            self.copy.publish([*self._outside_iterations(), *places], [*references, *records])
 
     def record_config(self, toml: str, resolved: dict[str, Any]) -> None:
         """Write the config as given and as resolved. JSON because TOML has no null."""
@@ -195,21 +250,81 @@ class RunDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(
-                    f"another process is writing {self.root}: wait for it, or give this run another directory"
+                    f"another process is writing {self.name}: wait for it, or give this run another directory"
                 ) from None
-            yield
+            if self.copy is None:
+                yield
+                return
+            with self.copy.writing():
+                self.publish()  # what a killed process had finished
+                yield
+                self.publish()
 
 
-def open_run(path: Path) -> RunDir:
-    """Return the run at ``path``. Read-only.
+def run_at(where: str | Path) -> RunDir:
+    """Return the run at a path or URL, whether it exists or not; of one on a store the manifests are brought here."""
+    path = local_path(where)
+    if path is not None:
+        return RunDir(path)
+    from pipeline.working_copy import WorkingCopy
+
+    copy = WorkingCopy(open_store(str(where)), is_record)
+    copy.sync()
+    return RunDir(copy.root, copy)
+
+
+def is_run(where: str | Path) -> bool:
+    """Return whether there is a run at a path or URL. Read-only."""
+    path = local_path(where)
+    if path is None:
+        return open_store(str(where)).find(RESOLVED_CONFIG) is not None
+    return RunDir(path).resolved_config.is_file()
+
+
+def runs_in(where: str | Path) -> list[RunDir]:
+    """Return the runs in a directory or below a URL, by name. Read-only.
+
+    Raises:
+        UsageError: when there is no such directory.
+    """
+    path = local_path(where)
+    if path is None:
+        store = open_store(str(where))
+        places: list[str] = [f"{store.url}/{name}" for name in store.folders()]
+    elif path.is_dir():
+        places = [str(place) for place in sorted(path.iterdir())]
+    else:
+        raise UsageError(f"{path} does not exist: name a run, or the directory that holds runs (default: runs)")
+    return [run_at(place) for place in places if is_run(place)]
+
+
+def open_run(where: str | Path) -> RunDir:
+    """Return the run at a path or URL. Read-only.
 
     Raises:
         ArtifactMissing: when there is no run.
     """
-    run = RunDir(path)
-    if not run.resolved_config.is_file():
-        raise ArtifactMissing(f"{path} is not a run directory (no {run.resolved_config.name}): see `grpo ls`")
-    return run
+    if not is_run(where):
+        raise ArtifactMissing(f"{where} is not a run directory (no {RESOLVED_CONFIG}): see `grpo ls`")
+    return run_at(where)
+
+
+def is_record(name: str) -> bool:
+    """Return whether an object of a run stands beside the artifacts: small, and it may change."""
+    return PurePosixPath(name).name in RECORDS or name.endswith(REFERENCE)
+
+
+def _target(reference: Path, noted: str) -> Path:
+    """Return where the artifact lies that a reference names by relative path or URL; one on a store is brought here."""
+    url = noted if "://" in noted else None
+    target = Path(os.path.normpath(reference.parent / noted))
+    if url is None and not is_finished(target):
+        url = url_of(target)
+    if url is None:
+        return target
+    from pipeline.working_copy import bring
+
+    return bring(url)
 
 
 def identity(*parts: object) -> str:

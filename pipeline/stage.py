@@ -128,6 +128,7 @@ def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = si
     recipe = call.recipe()
     writers = {name: ArtifactWriter(call.places[name], name, recipe) for name in call.stage.outputs}
     for artifact in call.inputs.values():
+        artifact.fetch()
         artifact.check_sizes()
         artifact.check_schema()
     for writer in writers.values():

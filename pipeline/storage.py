@@ -1,6 +1,7 @@
 """Files: atomic writes, hashes, and the one message for a full device."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -72,6 +73,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for a lock file and hold it; the system releases it when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync_file(path: Path) -> None:

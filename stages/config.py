@@ -167,7 +167,7 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
     changes = list(_changes(recorded, config.model_dump(mode="json")))
     if changes:
         raise RecipeMismatch(
-            f"{run.root} was made with another config ({'; '.join(changes)}): its artifacts are never overwritten; "
+            f"{run.name} was made with another config ({'; '.join(changes)}): its artifacts are never overwritten; "
             "give this config a new run directory (--run), or go back to the old settings"
         )
 

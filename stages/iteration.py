@@ -14,7 +14,7 @@ from pipeline.stage import StageCall
 from stages import batch, evaluate, generate, normalize, policy, prompts, score, update
 from stages.config import RunConfig
 from stages.generate import CURRENT, MemberConfig, check_room
-from stages.policy import check_policy, context_length, hub_config, looks_local
+from stages.policy import check_policy, checkpoint_path, context_length, hub_config, looks_local
 from stages.score import check_rewards, find_rewards
 from stages.sources import SourceConfig, source_identity
 
@@ -33,7 +33,7 @@ class Wiring:
     def member_policy(self, member: MemberConfig) -> StageCall:
         """Return the call that takes a member's checkpoint from outside into the run."""
         config = policy.PolicyConfig(model=member.policy)
-        return self._policy(config, Path(member.policy), self.run.member(member.name))
+        return self._policy(config, checkpoint_path(member.policy), self.run.member(member.name))
 
     def _policy(self, config: policy.PolicyConfig, source: Path | None, place: Path) -> StageCall:
         if source is None:
@@ -70,7 +70,9 @@ class Wiring:
                 "count": count,
                 "seed": self.config.seed,
                 "iteration": iteration,
-                "max_prompt_tokens": check_room(self.config.generate, context_length(check_policy(str(initial.path)))),
+                "max_prompt_tokens": check_room(
+                    self.config.generate, context_length(check_policy(str(initial.fetch())))
+                ),
                 **source_identity(source),
             },
         )
@@ -108,10 +110,10 @@ class Wiring:
         """
         stored = self.config.stored(iteration)
         assert stored is not None
-        source = open_run(Path(stored[0]))
+        source = open_run(stored[0])
         if is_finished(source.initial_policy):
             ours = open_artifact(self.run.initial_policy)
-            check_same_tokenizer(open_artifact(source.initial_policy), ours, f"policy of {source.root}")
+            check_same_tokenizer(open_artifact(source.initial_policy), ours, f"policy of {source.name}")
         self.run.refer(iteration, "prompts", source.open(stored[1], "prompts"))
         completions = source.open(stored[1], "completions")
         self.run.refer(iteration, "completions", completions)
@@ -255,6 +257,6 @@ def preflight(config: RunConfig) -> None:
     for member in outside_members(config):
         check_policy(member.policy)
     for offline in config.offline:
-        source = open_run(Path(offline.run))
+        source = open_run(offline.run)
         for iteration in offline.iterations:
             source.open(iteration, "completions")

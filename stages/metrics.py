@@ -25,11 +25,7 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
             _steps(run.open(iteration, "optimizer_steps").scan()),
         ]
     )
-    seconds = {
-        name: open_artifact(place).manifest.seconds
-        for name in STAGE_DATASETS
-        if is_finished(place := run.place(iteration, name))  # not what another run took
-    }
+    seconds = _seconds(run, iteration)
     training = {**trained.row(0, named=True), **steps.row(0, named=True)}
     if training["num_trained"] == 0:
         training |= dict.fromkeys(set(training) - {"num_trained", "num_tokens"})
@@ -50,6 +46,27 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
     if "evaluations" in seconds:
         row |= summarize(run.open(iteration, "evaluations").read())
     return row
+
+
+def recorded_metrics(run: RunDir, iteration: int) -> dict[str, Any] | None:
+    """Return the iteration's row of `metrics.parquet`; None unless it was made of the very artifacts that are there.
+
+    The manifests tell: a restart need not read (of a run on an object store, download) the rows again. Read-only.
+    """
+    if not run.metrics.is_file():
+        return None
+    found = pl.read_parquet(run.metrics).filter(pl.col("iteration") == iteration).to_dicts()
+    wanted = [{"stage": _stage(name), "seconds": value} for name, value in _seconds(run, iteration).items()]
+    return found[0] if found and found[0]["seconds"] == wanted else None
+
+
+def _seconds(run: RunDir, iteration: int) -> dict[str, float]:
+    """Return the seconds of each stage that this run has computed, not of what it took from another one."""
+    return {
+        name: open_artifact(place).manifest.seconds
+        for name in STAGE_DATASETS
+        if is_finished(place := run.place(iteration, name))
+    }
 
 
 def _stage(dataset: str) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pipeline.config import StrictModel
 from pipeline.errors import PolicyError
+from pipeline.remote import download_folder, local_path
 from pipeline.stage import Stage, StageTask
 from pipeline.storage import sha256_file, sha256_text
 
@@ -31,6 +32,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+"""Files of a checkpoint at a URL that are downloaded: no pickles."""
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 
@@ -38,11 +41,17 @@ class PolicyConfig(StrictModel):
     """Which weights the run begins with."""
 
     model: str = Field(min_length=1)
-    """A Hugging Face model name, the path of a checkpoint, or ``starter``: the one that [starter] describes."""
+    """A Hugging Face model name, the path or URL of a checkpoint, or ``starter``: the one that [starter] describes."""
     revision: str | None = None
     """Commit of a hub model; a name alone can change its weights."""
     keep_optimizer: bool = True
     """When model is the policy of a run, go on with its optimizer's moments and step count."""
+
+
+def checkpoint_path(model: str) -> Path:
+    """Return the directory of a checkpoint; of one at a URL the working copy, downloaded once in this process."""
+    path = local_path(model)
+    return download_folder(model, CHECKPOINT_SUFFIXES) if path is None else path
 
 
 def check_policy(model: str) -> dict[str, Any]:
@@ -51,7 +60,7 @@ def check_policy(model: str) -> dict[str, Any]:
     Raises:
         PolicyError: when the directory is no checkpoint, or of something else.
     """
-    path = Path(model)
+    path = checkpoint_path(model)
     if not (path / "config.json").is_file():
         raise PolicyError(
             f"{model} has no config.json: expected the directory of a transformers checkpoint; give one, a hub name, "
@@ -113,7 +122,7 @@ def source_identity(model: str) -> dict[str, str]:
     """Return the hash of a local checkpoint's files: its identity wherever it lies. Read-only."""
     if not looks_local(model):
         return {}
-    path = Path(model)
+    path = checkpoint_path(model)
     wanted = [
         p for p in sorted(path.iterdir()) if p.is_file() and (p.suffix == ".safetensors" or _is_description(p.name))
     ]

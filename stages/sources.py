@@ -17,6 +17,7 @@ from pydantic import Field
 
 from pipeline.config import StrictModel
 from pipeline.errors import SourceError
+from pipeline.remote import download_file, local_path
 from pipeline.run_dir import identity
 from pipeline.storage import sha256_file
 from stages.rewards.reasoning_gym import import_reasoning_gym
@@ -32,7 +33,7 @@ class SourceConfig(StrictModel):
     """Where prompts come from."""
 
     source: str
-    """``reasoning_gym:<task>``, the path of a .jsonl, .parquet or .csv file, or the name of a Hugging Face dataset."""
+    """``reasoning_gym:<task>``, the path or URL of a .jsonl, .parquet or .csv file, or a Hugging Face dataset."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of a reasoning-gym task, for example min_digits."""
     revision: str | None = None
@@ -181,14 +182,14 @@ def file_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _file(config: SourceConfig) -> Path | None:
-    """Return the path of a local source, None for other kinds.
+    """Return the path of a file, of one at a URL its working copy; None for other kinds.
 
     Raises:
         SourceError: when the source looks like a file, but there is none, or none of a known kind.
     """
     if config.source.startswith(REASONING_GYM):
         return None
-    path = Path(config.source)
+    path = local_path(config.source) or download_file(config.source)
     if path.is_file():
         if path.suffix not in FILE_SUFFIXES:
             raise SourceError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FILE_SUFFIXES)}: convert it")

@@ -17,7 +17,10 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, for example configs/demo.toml.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, for example runs/demo.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory or URL: runs/demo, s3://bucket/runs/demo.")]
+NewRun = Annotated[
+    str | None, typer.Option("--run", help="New run directory or URL; default: beside RUN, named after both.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: update.learning_rate=2e-6.")
 ]
@@ -40,6 +43,11 @@ def start_working() -> None:
 
     if not is_started_by_prefect():
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def named_after(run: str, suffix: object) -> str:
+    """Return the place of a run that is made of another one, beside it."""
+    return f"{run.rstrip('/')}-{suffix}"
 
 
 def answer(is_yes: bool) -> None:

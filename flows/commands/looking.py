@@ -1,6 +1,5 @@
 """Commands that only look: they never write, and never import torch."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from pipeline.view import Format
 
 @app.command()
 def ls(
-    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="A run, or a directory of runs.")] = Path("runs"),
+    path: Annotated[str, typer.Argument(metavar="[PATH]", help="A run, or a directory or URL of runs.")] = "runs",
     format_: Output = Format.table,
 ) -> None:
     """List runs, or the artifacts of a run. Read-only.

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.common import Config, Iteration, Output, Overrides, Run, answer, app, start_working
+from flows.commands.common import (
+    Config,
+    Iteration,
+    NewRun,
+    Output,
+    Overrides,
+    Run,
+    answer,
+    app,
+    named_after,
+    start_working,
+)
 from pipeline.view import Format
 
 reward_app = typer.Typer(help="Write and try reward functions.", no_args_is_help=True, rich_markup_mode=None)
@@ -37,9 +48,7 @@ def try_(
 def rescore(
     run: Run,
     config: Config,
-    new: Annotated[
-        Path | None, typer.Option("--run", help="New run directory; default: beside RUN, named after both.")
-    ] = None,
+    new: NewRun = None,
     iterations: Annotated[
         str | None, typer.Option("--iterations", "-i", help="Which, e.g. 0-9 or 3,5; default: all stored ones.")
     ] = None,
@@ -55,16 +64,16 @@ def rescore(
     from flows.progress import TerminalReporter
     from flows.rescore import parse_iterations, summary
     from flows.rescore import rescore as rescore_run
-    from pipeline.run_dir import RunDir, open_run
+    from pipeline.run_dir import open_run, run_at
     from pipeline.view import print_rows
 
     source = open_run(run)
-    directory = new or run.parent / f"{run.name}-{config.stem}"
+    directory = new or named_after(run, config.stem)
     start_working()
     reporter = TerminalReporter()
     with reporter.shown():
         chosen = parse_iterations(iterations)
-        done = rescore_run(source, config, RunDir(directory), chosen, overrides or [], reporter)
+        done = rescore_run(source, config, run_at(directory), chosen, overrides or [], reporter)
     print_rows(summary(source, done), format_, columns=("reward_name", "completions", "mean", "std", "failed"))
     if format_ is Format.table:
         print(f"{done.num_completions:,} completions of {len(done.iterations)} iterations in {done.seconds:.1f} s")
@@ -80,7 +89,7 @@ def import_(
         Path, typer.Argument(metavar="COMPLETIONS", help=".jsonl, .csv or .parquet: question or prompt_id, completion.")
     ],
     new: Annotated[
-        Path | None, typer.Option("--run", help="New run directory; default: runs/<name of the config>.")
+        str | None, typer.Option("--run", help="New run directory or URL; default: runs/<name of the config>.")
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="Directory of a tokenizer, for token ids and lengths.")
@@ -95,13 +104,12 @@ def import_(
     """
     from flows.progress import TerminalReporter
     from flows.session import open_session
-    from pipeline.run_dir import RunDir
+    from pipeline.run_dir import run_at
     from stages.config import check_unchanged, load_config
     from stages.importing import import_completions
 
     settings = load_config(config, overrides)
-    directory = new or Path("runs") / config.stem
-    run = RunDir(directory)
+    run = run_at(new or f"runs/{config.stem}")
     check_unchanged(run, settings)
     start_working()
     reporter = TerminalReporter()
@@ -111,7 +119,7 @@ def import_(
         run.record_config(config.read_text(encoding="utf-8"), settings.model_dump(mode="json"))
         session.score(0)
         session.normalize(0)
-    print(f"{directory}\nlook at it: grpo groups {directory}; grpo show {directory}")
+    print(f"{run.name}\nlook at it: grpo groups {run.name}; grpo show {run.name}")
 
 
 @app.command("reward-model")
@@ -156,8 +164,8 @@ def whatif(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Run directory.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Run directory or URL.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     rewards: Annotated[bool, typer.Option("--rewards", help="Compare two scorings of the same completions.")] = False,
     threshold: Annotated[
         float,

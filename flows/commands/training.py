@@ -1,12 +1,11 @@
 """Commands that train. They import what they need when they are called."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.commands.common import Config, Overrides, Run, app, start_working
+from flows.commands.common import Config, NewRun, Overrides, Run, app, named_after, start_working
 from pipeline.errors import UsageError
 
 
@@ -14,7 +13,7 @@ from pipeline.errors import UsageError
 def run(
     config: Config,
     run: Annotated[
-        Path | None, typer.Option("--run", help="Run directory; default: runs/<name of the config>.")
+        str | None, typer.Option("--run", help="Run directory or URL; default: runs/<name of the config>.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -22,34 +21,36 @@ def run(
 
     Example: grpo run configs/demo.toml --run runs/demo --set seed=1
     """
-    _train(config, run or Path("runs") / config.stem, overrides)
+    _train(config, run or f"runs/{config.stem}", overrides)
 
 
-def _train(config: Path, directory: Path, overrides: list[str] | None) -> None:
+def _train(config: Path, place: str, overrides: list[str] | None) -> None:
     from flows.environment import prepare
 
     prepare()
-    from pipeline.run_dir import RunDir
+    from pipeline.run_dir import run_at
     from stages.config import check_unchanged, load_config
     from stages.iteration import preflight
 
     settings = load_config(config, overrides)
-    check_unchanged(RunDir(directory), settings)
+    run = run_at(place)
+    check_unchanged(run, settings)
     preflight(settings)
     start_working()
     from flows.progress import TerminalReporter
 
     reporter = TerminalReporter()
-    reporter.note(f"{config} -> {directory}")
+    reporter.note(f"{config} -> {run.name}")
     from flows.train import reporter_of_flow, train
 
     with reporter.shown():
         token = reporter_of_flow.set(reporter)
         try:
-            policy = train(config=str(config.resolve()), run=str(directory.resolve()), overrides=overrides)
+            where = run.name if run.copy else str(run.root.resolve())
+            policy = train(config=str(config.resolve()), run=where, overrides=overrides)
         finally:
             reporter_of_flow.reset(token)
-    print(f"last policy: {os.path.relpath(policy)}\nlook at it: grpo metrics {directory}; grpo show {directory}")
+    print(f"last policy: {run.shown(Path(policy))}\nlook at it: grpo metrics {run.name}; grpo show {run.name}")
 
 
 @app.command()
@@ -57,9 +58,7 @@ def fork(
     run: Run,
     config: Config,
     at: Annotated[int, typer.Option("--at", min=0, help="Start from the policy after so many updates.")],
-    new: Annotated[
-        Path | None, typer.Option("--run", help="New run directory; default: beside RUN, named after both.")
-    ] = None,
+    new: NewRun = None,
     offline: Annotated[
         int | None,
         typer.Option("--offline", min=0, help="Stored iterations to train on first; default: all from --at on."),
@@ -73,12 +72,12 @@ def fork(
     Example: grpo fork runs/demo configs/terse.toml --at 20 --offline 5
     """
     from flows.rescore import fork_tables, write_fork
-    from pipeline.run_dir import RunDir, open_run
+    from pipeline.run_dir import open_run, run_at
 
     source = open_run(run)
-    directory = new or run.parent / f"{run.name}-{config.stem}-{at}"
-    path = write_fork(source, at, fork_tables(source, at, config, offline, overrides or []), RunDir(directory))
-    _train(path, directory, None)
+    place = new or named_after(run, f"{config.stem}-{at}")
+    path = write_fork(source, at, fork_tables(source, at, config, offline, overrides or []), run_at(place))
+    _train(path, place, None)
 
 
 @app.command()
@@ -106,7 +105,7 @@ def stage(
     reporter = TerminalReporter()
     with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
         path = getattr(session, name)(iteration + 1 if name == "evaluate" else iteration)
-    print(os.path.relpath(path))
+    print(run_dir.shown(Path(path)))
 
 
 @app.command()

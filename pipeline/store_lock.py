@@ -1,0 +1,99 @@
+"""The lock of a run on an object store: an object that names its holder, who renews it while it lives.
+
+It is a lease, because nobody releases what a machine that died has held. Taking it is atomic where the store can
+create an object only if there is none (S3 and Google can); elsewhere it is written and read back, and two processes
+that start in the same second may both pass. Whoever publishes asks first whether the lock is still its own. Clocks of
+two machines may differ by less than the lease.
+"""
+
+import json
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StoreError, UsageError
+from pipeline.remote import Store
+from pipeline.storage import write_text
+
+STORE_LOCK = "lock.json"
+LEASE_SECONDS = 120.0
+"""After so long without renewal the holder counts as dead."""
+RENEW_SECONDS = 20.0
+"""Six renewals may fail before the lease ends."""
+
+
+@contextmanager
+def hold(store: Store, owner: str) -> Iterator[Callable[[], None]]:
+    """Hold the lock object; yield a check to be called before anything is published.
+
+    ``owner`` names this working copy: the lock of an earlier process of it, which was killed, is taken over at once.
+
+    Raises:
+        UsageError: when another working copy is being written.
+    """
+    _take(store, owner)
+    stop = threading.Event()
+    thread = threading.Thread(target=_renew, args=(store, owner, stop), name="store lock", daemon=True)
+    thread.start()
+    try:
+        yield lambda: _check(store, owner)
+    finally:
+        stop.set()
+        thread.join()
+        with suppress(StoreError):  # the lease ends by itself
+            if (_read(store) or {}).get("owner") == owner:
+                store.remove([STORE_LOCK])
+
+
+def owner_of(work: Path) -> str:
+    """Return the name of a working copy on this machine; it is given once."""
+    note = work / ".owner"
+    if not note.is_file():
+        write_text(note, uuid.uuid4().hex)
+    return f"{socket.gethostname()}/{note.read_text(encoding='utf-8')}"
+
+
+def _take(store: Store, owner: str) -> None:
+    found = _read(store)
+    if found is None:
+        store.create(STORE_LOCK, _note(owner))  # one who came first is found below
+    elif found["owner"] == owner or time.time() - found["renewed_at"] >= LEASE_SECONDS:
+        store.write(STORE_LOCK, _note(owner))
+    _check(store, owner)
+
+
+def _check(store: Store, owner: str) -> None:
+    found = _read(store)
+    if found is None or found["owner"] != owner:
+        holder = found["owner"].partition("/")[0] if found else "nobody"
+        age = time.time() - found["renewed_at"] if found else 0.0
+        raise UsageError(
+            f"another process is writing {store.url} (on {holder}, seen {age:.0f} seconds ago): wait for it, or give "
+            f"this run another place; if it is dead, its lock ends {LEASE_SECONDS:.0f} seconds after it was last seen, "
+            f"or when you delete {store.url}/{STORE_LOCK}"
+        )
+
+
+def _renew(store: Store, owner: str, stop: threading.Event) -> None:
+    while not stop.wait(RENEW_SECONDS):
+        with suppress(StoreError):  # the network may come back before the lease ends
+            if (_read(store) or {}).get("owner") != owner:
+                return
+            store.write(STORE_LOCK, _note(owner))
+
+
+def _note(owner: str) -> bytes:
+    return json.dumps({"owner": owner, "renewed_at": time.time()}).encode()
+
+
+def _read(store: Store) -> dict[str, Any] | None:
+    data = store.read_one(STORE_LOCK)
+    if data is None:
+        return None
+    found: dict[str, Any] = json.loads(data)
+    return found

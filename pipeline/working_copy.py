@@ -1,0 +1,260 @@
+"""The working copy of a run on an object store: brings manifests and files here, and publishes what was made here.
+
+Looking and continuing begin with `sync`: of an artifact on the store the manifest alone is brought, beside a note
+(`STORE_NOTE`) that says where its files are. They come when they are read, verified by size and SHA-256
+(`fetch_files`, called by `Artifact.fetch`). An artifact made here has no note until it is published: its files first,
+its manifest last. On a store there is no rename of a directory, so the manifest alone makes an artifact exist.
+
+Where the two differ, the store is right, but nothing whole is thrown away for something that is missing there: that is
+published again.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.artifact import MANIFEST, STORE_NOTE, Artifact, is_finished, open_artifact, remove_artifact
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
+from pipeline.remote import Listed, Store, open_store, url_of
+from pipeline.storage import atomic_write, locked, sha256_file, write_text
+from pipeline.store_lock import hold, owner_of
+
+SYNC_LOCK = ".sync.lock"
+SEEN = ".seen.json"
+"""Fingerprints of the objects that were brought, so that they are not brought again; may be deleted."""
+WRITER_LOCK = ".lock"
+
+
+@dataclass(slots=True)
+class WorkingCopy:
+    """Keeps a run on a store and its directory here in step."""
+
+    store: Store
+    is_record: Callable[[str], bool]
+    """Whether an object is one of the small files that stand beside artifacts and may change."""
+    _sent: dict[str, str] = field(default_factory=dict)
+    _check_lock: Callable[[], None] | None = None
+
+    @property
+    def root(self) -> Path:
+        return self.store.work
+
+    def sync(self) -> None:
+        """Bring manifests and records that are new on the store. Writes nothing there.
+
+        A process of this machine that is writing the run is ahead of the store; then there is nothing to bring.
+        """
+        listed = self.store.listing()
+        if not listed and not self.root.is_dir():
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        with locked(self.root / SYNC_LOCK):
+            if not _is_held(self.root / WRITER_LOCK):
+                self._sync(listed)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run's lock on the store, beginning with what the store has now. The caller holds the local lock."""
+        with hold(self.store, owner_of(self.root)) as check:
+            with locked(self.root / SYNC_LOCK):  # one who looks may be at it
+                self._sync(self.store.listing())
+            self._check_lock = check
+            try:
+                yield
+            finally:
+                self._check_lock = None
+
+    def publish(self, places: Iterable[Path], records: Iterable[Path]) -> None:
+        """Bring the store up to date: artifacts that were made here in their order, then records that changed."""
+        assert self._check_lock is not None, "publish inside of writing()"
+        for place in places:
+            if is_finished(place) and not (place / STORE_NOTE).is_file():
+                _publish(open_artifact(place), self._url(place), self._check_lock)
+        for path in records:
+            name = path.relative_to(self.root).as_posix()
+            digest = sha256_file(path)
+            if self._sent.get(name) != digest:
+                self._check_lock()
+                self.store.upload(path, name)
+                self._sent[name] = digest
+
+    def share(self, artifact: Artifact) -> Artifact:
+        """Return an artifact that runs share, such as a starter, as it stands on the store: who was first has won."""
+        if not (artifact.path / STORE_NOTE).is_file():
+            url = self._url(artifact.path)
+            found = _remote_manifest(url)
+            if found is not None:
+                adopt(artifact.path, url, found)
+            else:
+                _publish(artifact, url, lambda: None)
+        return open_artifact(artifact.path)
+
+    def _url(self, place: Path) -> str:
+        url = url_of(place)
+        assert url is not None
+        return url
+
+    def _sync(self, listed: dict[str, Listed]) -> None:
+        note = self.root / SEEN
+        seen = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        known = [n for n in listed if PurePosixPath(n).name == MANIFEST or self.is_record(n)]
+        new = [n for n in known if seen.get(n) != listed[n].fingerprint or not (self.root / n).is_file()]
+        for name, data in self.store.read(new).items():
+            path = self.root / name
+            if path.name == MANIFEST:
+                adopt(path.parent, f"{self.store.url}/{PurePosixPath(name).parent}", data)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as temporary:
+                    temporary.write_bytes(data)
+        self._forget(listed, [n for n in seen if n not in listed and self.is_record(n)])
+        write_text(note, json.dumps({n: listed[n].fingerprint for n in known}) + "\n")
+
+    def _forget(self, listed: Collection[str], records: Iterable[str]) -> None:
+        """Take back what is no longer on the store; what is whole here stays, to be published again."""
+        for name in records:
+            (self.root / name).unlink(missing_ok=True)
+        for note in sorted(self.root.rglob(STORE_NOTE)):
+            place = note.parent
+            if (place / MANIFEST).relative_to(self.root).as_posix() not in listed:
+                note.unlink()
+                if not _is_whole(place):
+                    remove_artifact(place)
+
+
+def bring(url: str) -> Path:
+    """Return the working copy of one artifact on a store; its files come when they are read.
+
+    Raises:
+        ArtifactMissing: when there is none.
+    """
+    store = open_store(url)
+    found = _remote_manifest(url)
+    if found is None:
+        raise ArtifactMissing(f"{url} has no {MANIFEST}: correct the URL, or run what makes it (again)")
+    adopt(store.work, store.url, found)
+    return store.work
+
+
+def adopt(place: Path, url: str, manifest: bytes) -> None:
+    """Make the artifact here the one whose manifest was found on the store; an equal one here keeps its files."""
+    ours = _digest((place / MANIFEST).read_bytes()) if is_finished(place) else None
+    theirs = _digest(manifest)
+    if ours is not None and theirs is None:
+        return  # whole here and damaged there
+    note = json.dumps({"url": url}) + "\n"
+    if ours is not None and ours == theirs:
+        if not (place / STORE_NOTE).is_file():
+            write_text(place / STORE_NOTE, note)
+        return
+    if place.exists():
+        remove_artifact(place)
+    shutil.rmtree(place.with_name(f".{place.name}.partial"), ignore_errors=True)
+    hidden = place.with_name(f".{place.name}.coming")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    write_text(hidden / STORE_NOTE, note)
+    with atomic_write(hidden / MANIFEST) as temporary:
+        temporary.write_bytes(manifest)
+    hidden.rename(place)
+
+
+def fetch_files(artifact: Artifact) -> None:
+    """Download the files of an artifact that are not here, each under its name only when it is what the manifest says.
+
+    Raises:
+        ArtifactDamaged: naming the first object that is not.
+    """
+    if all((artifact.path / name).is_file() for name in artifact.manifest.files):
+        return
+    with (artifact.path / STORE_NOTE).open(encoding="utf-8") as note:
+        fcntl.flock(note, fcntl.LOCK_EX)  # of two who read the same artifact one downloads
+        store = open_store(json.load(note)["url"])
+        for name, facts in artifact.manifest.files.items():
+            target = artifact.path / name
+            if not target.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(target) as temporary:
+                    _download(store, name, temporary, facts)
+
+
+def _download(store: Store, name: str, target: Path, facts: dict[str, Any]) -> None:
+    remedy = (
+        f"restore the object from a copy, or delete everything below {store.url} and run the same command, which makes "
+        "it again"
+    )
+    try:
+        store.download(name, target)
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ArtifactDamaged(f"{store.url}/{name} is gone, but its {MANIFEST} lists it: {remedy}") from error
+        raise
+    size = target.stat().st_size
+    if size != facts["bytes"]:
+        raise ArtifactDamaged(f"{store.url}/{name} has {size:,} bytes, its manifest says {facts['bytes']:,}: {remedy}")
+    found = sha256_file(target)
+    if found != facts["sha256"]:
+        raise ArtifactDamaged(
+            f"{store.url}/{name} has SHA-256 {found[:16]}..., its manifest says {facts['sha256'][:16]}...: bytes were "
+            f"changed after it was written; {remedy}"
+        )
+
+
+def _publish(artifact: Artifact, url: str, check_lock: Callable[[], None]) -> None:
+    """Upload an artifact, its manifest last; another one in its place ends to exist before its files are touched."""
+    store, files = open_store(url), artifact.manifest.files
+    check_lock()
+    there = _remote_manifest(url)
+    if there is None or _digest(there) != artifact.digest:
+        if there is not None:
+            store.remove([MANIFEST])
+        for name in files:
+            store.upload(artifact.path / name, name)
+        found = store.listing()
+        store.remove([name for name in found if name not in files])  # of a publication that was cut off
+        wrong = [name for name, facts in files.items() if name not in found or found[name].size != facts["bytes"]]
+        if wrong:
+            raise StoreError(
+                f"{url}/{wrong[0]} is not on the store as it was sent, with {files[wrong[0]]['bytes']:,} bytes: check "
+                "the store, then run the same command again, which sends it again"
+            )
+        check_lock()
+        store.upload(artifact.path / MANIFEST, MANIFEST)
+    write_text(artifact.path / STORE_NOTE, json.dumps({"url": url}) + "\n")
+
+
+def _remote_manifest(url: str) -> bytes | None:
+    return open_store(url).read_one(MANIFEST)
+
+
+def _is_whole(place: Path) -> bool:
+    """Return whether every file that the manifest lists is here. Read-only."""
+    try:
+        return all((place / name).is_file() for name in open_artifact(place).manifest.files)
+    except ArtifactDamaged:
+        return False
+
+
+def _digest(manifest: bytes) -> str | None:
+    """Return the digest that a manifest states, None when it cannot be read."""
+    try:
+        return str(json.loads(manifest)["digest"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_held(path: Path) -> bool:
+    """Return whether a process holds the lock file. Read-only."""
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

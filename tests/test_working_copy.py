@@ -1,0 +1,268 @@
+"""Runs on object stores: the same digests as local ones, nothing half there, nothing damaged."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import look
+from pipeline.artifact import is_finished
+from pipeline.errors import ArtifactDamaged, UsageError
+from pipeline.remote import open_store
+from pipeline.run_dir import RunDir, open_run, run_at
+from pipeline.view import Format
+from stages.config import RunConfig
+from tests.builders import reward_rows, write_artifact
+from tests.policies import EOS
+from tests.stores import (
+    COMPLETIONS,
+    DIGIT_0,
+    PART,
+    ROWS,
+    copy,
+    digests,
+    files,
+    new_machine,
+    objects,
+    overwrite,
+    s3_server,
+    small_config,
+    start,
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with s3_server():
+        yield
+
+
+@pytest.fixture(params=["memory", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of an empty place; this machine is new to it."""
+    if request.param == "s3":
+        request.getfixturevalue("server")
+    new_machine(tmp_path / "work", monkeypatch)
+    return f"{request.param}://bucket/{tmp_path.parent.name}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> RunConfig:
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "rows.jsonl").write_text(ROWS)
+    return small_config(folder, str(tiny_policy), str(folder / "rows.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def local(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Return a local run of two iterations; not to be changed."""
+    return start(tmp_path_factory.mktemp("runs") / "local", config, iterations=2)
+
+
+def test_a_run_on_a_store_has_the_digests_of_a_local_one(base: str, config: RunConfig, local: RunDir) -> None:
+    remote = start(f"{base}/runs/demo", config, iterations=2)
+    assert len(digests(local)) == 17
+    assert digests(remote) == digests(local)
+
+
+def test_the_objects_are_the_files_of_a_local_run(base: str, config: RunConfig, local: RunDir) -> None:
+    """Apart from the clock in manifests and metrics; the lock is released, and nothing hidden is published."""
+    start(f"{base}/runs/demo", config, iterations=2)
+    found, expected = objects(f"{base}/runs/demo"), files(local)
+    assert sorted(found) == sorted(expected)
+    differ = [name for name, data in found.items() if data != expected[name].read_bytes()]
+    assert {Path(name).name for name in differ} == {"manifest.json", "metrics.parquet"}
+
+
+def test_the_manifest_of_an_artifact_is_written_last(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_machine(tmp_path / "work", monkeypatch)
+    url = f"memory://{tmp_path.name}/demo"
+    start(url, config)
+    written = {name: info["created"] for name, info in open_store(url).fs.find(url, detail=True).items()}
+    manifests = [name for name in written if name.endswith("/manifest.json")]
+    assert len(manifests) == 9
+    for manifest in manifests:
+        folder = manifest.removesuffix("manifest.json")
+        files = [time for name, time in written.items() if name.startswith(folder) and name != manifest]
+        assert max(files) <= written[manifest]
+        assert files
+
+
+def test_another_machine_continues_a_run(
+    base: str, config: RunConfig, local: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(local, f"{base}/demo", iterations=1)
+    run = start(f"{base}/demo", config, iterations=2)
+    assert digests(run) == digests(local)
+    assert not (run.root / PART).exists(), "finished rows are not downloaded to find that they are finished"
+    new_machine(tmp_path / "third", monkeypatch)
+    assert digests(open_run(f"{base}/demo")) == digests(local)
+
+
+def test_looking_from_a_new_machine_writes_nothing_and_brings_what_is_asked_for(
+    base: str, local: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"{base}/runs/demo"
+    copy(local, url)
+    before = open_store(base).listing()
+    look.list_runs(f"{base}/runs", Format.jsonl)
+    row = json.loads(capsys.readouterr().out)
+    assert (row["run"], row["iterations"], row["finished"]) == (url, 1, 1)
+    look.list_runs(url, Format.jsonl)
+    listed = {r["artifact"]: r["rows"] for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert listed[COMPLETIONS] == 4
+    look.print_metrics(url, Format.jsonl)
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["num_completions"] == 4
+    root = run_at(url).root
+    assert list(root.rglob("part-*")) == []
+    look.print_dataset(url, "completions", None, "completion_token_ids", None, 0, Format.jsonl)
+    rows = [json.loads(line)["completion_token_ids"] for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 4
+    assert {tuple(row) for row in rows} <= {(DIGIT_0 + 2, EOS), (DIGIT_0 + 3, EOS)}
+    assert [p.relative_to(root).as_posix() for p in root.rglob("part-*")] == [PART]
+    look.print_groups(url, None, None, 0, Format.jsonl)
+    look.show_group(url, None, None, Format.table)
+    assert "reference answer: 2" in capsys.readouterr().out
+    assert list(root.rglob("*.safetensors")) == []
+    assert open_store(base).listing() == before
+
+
+@pytest.mark.parametrize("machine", ["the same", "another"])
+def test_a_publication_without_manifest_is_no_artifact_and_is_completed(
+    base: str, config: RunConfig, local: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    url = f"{base}/demo"
+    whole = copy(local, url)
+    open_run(url).open(0, "completions").fetch()
+    open_store(url).remove([f"{COMPLETIONS}/manifest.json"])
+    overwrite(url, PART, b"half")
+    overwrite(url, f"{COMPLETIONS}/part-00007.parquet", b"debris")
+    if machine == "another":
+        new_machine(tmp_path / "other", monkeypatch)
+        assert not open_run(url).has(0, "completions")
+    start(url, config)
+    new_machine(tmp_path / "third", monkeypatch)
+    again = open_run(url)
+    assert digests(again) == whole
+    assert again.open(0, "completions").read().height == 4
+    assert f"{COMPLETIONS}/part-00007.parquet" not in objects(url)
+
+
+def test_what_was_finished_here_and_not_published_is_published_by_the_next_start(
+    base: str, config: RunConfig, local: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the seal and the first upload: nothing is computed again."""
+    url = f"{base}/demo"
+    whole = copy(local, url)
+    policy = open_run(url).open(0, "policy").fetch()
+    (policy / ".store.json").unlink()
+    store = open_store(f"{url}/iterations/000000/policy")
+    store.remove(list(store.listing()))
+    written = (policy / "manifest.json").stat().st_mtime_ns
+    start(url, config)
+    assert (policy / "manifest.json").stat().st_mtime_ns == written
+    new_machine(tmp_path / "other", monkeypatch)
+    assert digests(open_run(url)) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"has SHA-256 \w{16}\.\.\., its manifest says"),
+        (lambda data: data[:-3], r"has [\d,]+ bytes, its manifest says"),
+        (None, r"is gone, but its manifest\.json lists it"),
+    ],
+    ids=["one bit", "truncated", "gone"],
+)
+def test_a_damaged_object_is_refused_with_what_to_do(base: str, local: RunDir, change: object, message: str) -> None:
+    url = f"{base}/demo"
+    copy(local, url)
+    if callable(change):
+        overwrite(url, PART, change(objects(url)[PART]))
+    else:
+        open_store(url).remove([PART])
+    with pytest.raises(ArtifactDamaged, match=message) as caught:
+        open_run(url).open(0, "completions").read()
+    assert f"{url}/{PART}" in str(caught.value)
+    assert f"delete everything below {url}/{COMPLETIONS} and run the same command" in str(caught.value)
+    assert not (run_at(url).root / PART).exists()
+
+
+def test_a_damaged_artifact_that_was_deleted_is_made_again(base: str, config: RunConfig, local: RunDir) -> None:
+    url = f"{base}/demo"
+    whole = copy(local, url)
+    open_run(url)  # knows the artifact, has no file of it
+    store = open_store(f"{url}/{COMPLETIONS}")
+    store.remove(list(store.listing()))
+    assert digests(start(url, config)) == whole
+    assert f"{COMPLETIONS}/manifest.json" in objects(url)
+
+
+def test_a_damaged_manifest_is_named_by_its_url(base: str, local: RunDir) -> None:
+    url = f"{base}/demo"
+    copy(local, url)
+    overwrite(url, f"{COMPLETIONS}/manifest.json", b"{")
+    with pytest.raises(ArtifactDamaged, match=rf"is not a valid manifest.*working copy of {url}/{COMPLETIONS}"):
+        open_run(url).open(0, "completions")
+
+
+def test_an_artifact_that_another_machine_made_anew_replaces_the_working_copy(
+    base: str, config: RunConfig, local: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{base}/demo"
+    copy(local, url)
+    open_run(url).open(0, "completions").fetch()
+    changed = config.model_copy(update={"seed": 1})
+    new_machine(tmp_path / "other", monkeypatch)
+    store = open_store(url)
+    store.remove(list(store.listing()))
+    theirs = digests(start(url, changed))
+    new_machine(tmp_path / "work", monkeypatch)
+    assert digests(open_run(url)) == theirs
+    assert open_run(url).open(0, "completions").read()["seed"].n_unique() == 4
+
+
+def test_a_run_refers_to_its_neighbour_on_the_store_and_not_to_a_local_run(
+    base: str, local: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(local, f"{base}/first")
+    first = open_run(f"{base}/first")
+    second = run_at(f"{base}/second")
+    with second.lock():
+        second.record_config("", {})
+        second.refer(0, "completions", first.open(0, "completions"))
+        with pytest.raises(UsageError, match="no other machine can see: copy that run to the store"):
+            second.refer(0, "prompts", local.open(0, "prompts"))
+    noted = json.loads(objects(f"{base}/second")["iterations/000000/completions.reference.json"])
+    assert noted["path"] == "../../../first/iterations/000000/completions"
+    new_machine(tmp_path / "other", monkeypatch)
+    assert open_run(f"{base}/second").open(0, "completions").read().height == 4
+
+
+def test_a_local_run_refers_to_one_on_a_store_by_url(base: str, local: RunDir, tmp_path: Path) -> None:
+    copy(local, f"{base}/first")
+    second = RunDir(tmp_path / "runs" / "second")
+    second.refer(0, "completions", open_run(f"{base}/first").open(0, "completions"))
+    shutil.rmtree(tmp_path / "work")
+    assert second.open(0, "completions").read().height == 4
+
+
+def test_runs_on_a_store_share_an_artifact_and_the_first_one_wins(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines make it at the same time; their bits differ."""
+    ours, run = tmp_path / "work", run_at(f"{base}/runs/demo")
+    first = write_artifact(run.beside("starters") / "abc", "rewards", reward_rows(a=[1.0]))
+    new_machine(tmp_path / "other", monkeypatch)
+    their_run = run_at(f"{base}/runs/demo")
+    second = write_artifact(their_run.beside("starters") / "abc", "rewards", reward_rows(a=[0.5]))
+    new_machine(ours, monkeypatch)
+    assert run.share(first).digest == first.digest
+    new_machine(tmp_path / "other", monkeypatch)
+    assert their_run.share(second).read()["reward"].to_list() == [1.0]
+    new_machine(tmp_path / "third", monkeypatch)
+    assert is_finished(run_at(f"{base}/runs/demo").beside("starters") / "abc")
