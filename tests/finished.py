@@ -1,4 +1,4 @@
-"""A finished run of two iterations with scripted answers, and ways to forge copies of it."""
+"""Finished runs with scripted answers, and ways to forge copies of them."""
 
 import json
 from collections.abc import Callable
@@ -44,6 +44,48 @@ num_samples = 2
 held_out_share = 0.3
 """
 DIGIT_0 = 19
+BLANK = 3
+
+AUDITED = """
+iterations = 4
+[policy]
+model = "{policy}"
+[prompts]
+source = "{source}"
+prompts_per_iteration = 6
+[generate]
+max_tokens = 8
+[[generate.members]]
+name = "current"
+count = 4
+[[generate.members]]
+name = "older"
+policy = "age:1"
+count = 2
+[[score.rewards]]
+name = "exact"
+function = "stages.rewards.matching:exact_match"
+[[score.rewards]]
+name = "brevity"
+function = "stages.rewards.format:soft_overlong"
+arguments = {{ max_tokens = 7, buffer_tokens = 4 }}
+[score]
+max_failed_share = 0.5
+[normalize]
+scale = "group_std"
+weights = {{ brevity = 0.5 }}
+[batch]
+optimizer_steps = 2
+drop_truncated = true
+[update]
+num_threads = 1
+learning_rate = 3e-2
+[evaluate]
+every = 2
+num_prompts = 5
+num_samples = 2
+held_out_share = 0.3
+"""
 
 
 def answer(request: Request) -> list[int]:
@@ -53,23 +95,53 @@ def answer(request: Request) -> list[int]:
 
 def finished_run(folder: Path, policy: Path, *, name: str = "run", learning_rate: float = 1e-3) -> RunDir:
     """Make a run of two iterations: 4 groups of 4 answers each, evaluated at both ends."""
+    rows = [{"question": f"{i} + {2 - i} =", "answer": "2"} for i in range(20)]
+    source = _write_source(folder, rows)
+    return _run(folder, CONFIG.format(policy=policy, source=source, learning_rate=learning_rate), name, answer)
+
+
+def varied_answer(request: Request) -> list[int]:
+    """Answer 2 where the question has a 9; else, as the seed says, 2, 3, 2 with blanks, or 2s without an end."""
+    two = DIGIT_0 + 2
+    if DIGIT_0 + 9 in request.prompt_token_ids:
+        return [two, EOS]
+    return [[two, EOS], [DIGIT_0 + 3, EOS], [two, *[BLANK] * 4, EOS], [two] * 9][request.seed % 4]
+
+
+def audited_run(folder: Path, policy: Path, *, name: str = "demo") -> RunDir:
+    """Make a run in which an auditor's questions have answers: 4 iterations of 6 groups of 6, evaluated 3 times.
+
+    Two policies write each group, two rewards score it. Each of 12 questions is asked twice; two of them, and one of
+    the 5 held-out ones, have no reference answer and cannot be scored; two are always answered right. Some answers are
+    cut, and two optimizer steps clip. The path of the source is part of every prompt's identity: stand in one folder
+    and give a relative path to get the same prompts in every folder.
+    """
+    rows = [{"question": f"{i} + {2 - i} =", "answer": None if i in (3, 4, 7) else "2"} for i in range(17)]
+    text = AUDITED.format(policy=policy, source=_write_source(folder, rows))
+    return _run(folder, text, name, varied_answer)
+
+
+def _write_source(folder: Path, rows: list[dict[str, Any]]) -> Path:
     source = folder / "rows.jsonl"
-    lines = [json.dumps({"question": f"{i} + {2 - i} =", "answer": "2"}) for i in range(20)]
-    source.write_text("\n".join(lines))
-    text = CONFIG.format(policy=policy, source=source, learning_rate=learning_rate)
+    source.write_text("\n".join(map(json.dumps, rows)))
+    return source
+
+
+def _run(folder: Path, text: str, name: str, answers: Callable[[Request], list[int]]) -> RunDir:
+    """Run all stages of all iterations of a config, with the evaluations that it asks for."""
     (folder / f"{name}.toml").write_text(text)
     config = load_config(folder / f"{name}.toml")
     run = RunDir(folder / "runs" / name)
     run.record_config(text, config.model_dump(mode="json"))
-    with closing(Session(config, run, _engine=ScriptedEngine(answer))) as session:
+    with closing(Session(config, run, _engine=ScriptedEngine(answers))) as session:
         session.initial_policy()
         session.held_out_prompts()
         session.evaluate(0)
-        for k in range(2):
+        for k in range(config.iterations):
             for stage in ("prompts", "generate", "score", "normalize", "batch", "update"):
                 getattr(session, stage)(k)
-            if k == 1:
-                session.evaluate(2)
+            if (k + 1) % config.evaluate.every == 0:
+                session.evaluate(k + 1)
             append_metrics(run, iteration_metrics(run, k, pass_threshold=1.0))
     return run
 

@@ -1,5 +1,6 @@
 """Reward functions in their processes: whatever they do, exactly their own rows are null, and say why."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from pipeline.errors import RewardError
 from stages.rewards.functions import RewardConfig, find_reward
 from stages.rewards.scorer import Scorer
+from stages.rewards.worker import NOTE, take_note
 from tests.builders import completion_rows, prompt_rows
 
 WRONG = {
@@ -100,9 +102,14 @@ def test_closing_ends_all_processes(tmp_path: Path) -> None:
     score(scorer, "misbehave", ["a", "b"])
     pids = [slot.keeper.pid for pool in scorer._pools.values() for slot in pool.slots]
     assert len(pids) == 2
-    children = [int(pid) for keeper in pids for pid in _children(keeper)]
-    assert len(children) == 2
+    children: list[int] = []
+    for _ in range(100):  # the second worker may still be starting
+        children = [int(pid) for keeper in pids for pid in _children(keeper)]
+        if len(children) == 2:
+            break
+        time.sleep(0.1)
     scorer.close()
+    assert len(children) == 2
     assert all(_ends(pid) for pid in [*pids, *children])
 
 
@@ -125,13 +132,34 @@ def test_workers_end_when_their_supervisor_is_killed() -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    keepers = [int(pid) for pid in process.stdout.readline().split()]
+    keepers = [int(pid) for pid in process.stdout.readline().split()]  # printed once both score
     workers = [int(pid) for keeper in keepers for pid in _children(keeper)]
     assert len(workers) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert all(_ends(pid) for pid in [*keepers, *workers])
+
+
+def test_a_note_is_never_seen_half_written() -> None:
+    """A worker writes it for every row while the supervisor reads it: zeros in between would look like an old time."""
+    shared = os.memfd_create("note")
+    os.ftruncate(shared, NOTE.size)
+    note = mmap.mmap(shared, NOTE.size)
+    take_note(note, 1, 1.0)
+    writer = os.fork()
+    if writer == 0:
+        number = 1
+        while os.getppid() > 1:
+            number += 1
+            take_note(note, number, float(number))
+    try:
+        seen = [NOTE.unpack_from(note, 0) for _ in range(200_000)]
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    assert len(set(seen)) > 100
+    assert [pair for pair in seen if min(pair) < 1] == []
 
 
 def test_a_frame_function_scores_all_rows_at_once(scorer: Scorer) -> None:

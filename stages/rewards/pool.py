@@ -55,6 +55,8 @@ class Slot:
     parcel: Rows | None = None
     waiting: set[int] = field(default_factory=set)
     """Numbers of the parcel's rows that have no result yet."""
+    suspect: tuple[int, float] | None = None
+    """The note, when it was found to be late at the last look."""
     is_condemned: bool = False
     """Killed for taking too long."""
 
@@ -218,10 +220,13 @@ class WorkerPool:
             return
         if slot.is_condemned or slot.note is None or slot.parcel is None:
             return
-        row, since = NOTE.unpack_from(slot.note, 0)
-        if row != IDLE and now - since > self.job.time_limit:
+        row, since = noted = NOTE.unpack_from(slot.note, 0)
+        is_late = row != IDLE and now - since > self.job.time_limit
+        if is_late and noted == slot.suspect:
             slot.is_condemned = True
             slot.control.send(b"kill")
+        # the worker may have been writing just now: the same note must be found late twice
+        slot.suspect = noted if is_late else None
 
     def _bury(self, slot: Slot, message: str, errors: Results, again: deque[tuple[Rows, bytes]]) -> None:
         """A worker has ended: find the row that did it, and give the others to the next worker."""
@@ -244,6 +249,7 @@ class WorkerPool:
             slot.connection.close()
         slot.connection, slot.note, slot.parcel, slot.waiting = None, None, None, set()
         slot.is_ready = slot.is_condemned = False
+        slot.suspect = None
         slot.since = time.monotonic()
         if parcel is None or not waiting:
             return

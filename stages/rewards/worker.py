@@ -69,6 +69,11 @@ class Rows:
     contexts: dict[str, dict[str, Any]]
 
 
+def take_note(note: mmap.mmap, row: int, since: float) -> None:
+    """Say which row is being scored. Copied in one go: `pack_into` would first fill the place with zeros."""
+    note[:] = NOTE.pack(row, since)
+
+
 def write_message(connection: socket.socket, message: object) -> None:
     """Send bytes as they are, or any other value pickled."""
     data = message if isinstance(message, bytes) else pickle.dumps(message, protocol=5)
@@ -169,12 +174,12 @@ def work(job: Job, connection: socket.socket, note: mmap.mmap) -> None:
     """Score what arrives until the supervisor closes the connection."""
     module, _, name = job.function.partition(":")
     call = getattr(importlib.import_module(module), name)
-    NOTE.pack_into(note, 0, IDLE, time.monotonic())
+    take_note(note, IDLE, time.monotonic())
     write_message(connection, "ready")
     with asyncio.Runner() as runner:  # one loop for the worker's life: functions keep connections open
         while (data := read_message(connection)) is not None:
             if job.is_frame:
-                NOTE.pack_into(note, 0, SEVERAL, time.monotonic())
+                take_note(note, SEVERAL, time.monotonic())
                 write_message(connection, frame_bytes(score_frame(call, job.arguments, read_frame(data))))
             else:
                 rows: Rows = pickle.loads(data)
@@ -182,7 +187,7 @@ def work(job: Job, connection: socket.socket, note: mmap.mmap) -> None:
                     runner.run(_score_together(job, call, rows, note, _Outbox(connection)))
                 else:
                     _score_one_by_one(job, call, rows, note, _Outbox(connection), runner)
-            NOTE.pack_into(note, 0, IDLE, time.monotonic())
+            take_note(note, IDLE, time.monotonic())
 
 
 class _Outbox:
@@ -212,7 +217,7 @@ def _score_one_by_one(
 ) -> None:
     now = time.monotonic()
     for number, arguments in _arguments(job, rows):
-        NOTE.pack_into(note, 0, number, now)
+        take_note(note, number, now)
         try:
             value = call(**arguments)
             result = of_value(runner.run(value) if job.is_async else value)
@@ -228,7 +233,7 @@ def _score_one_by_one(
 async def _score_together(job: Job, call: Callable[..., Any], rows: Rows, note: mmap.mmap, outbox: _Outbox) -> None:
     async def heartbeat() -> None:
         while True:
-            NOTE.pack_into(note, 0, SEVERAL, time.monotonic())
+            take_note(note, SEVERAL, time.monotonic())
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def one(number: int, arguments: dict[str, Any]) -> None:
