@@ -34,8 +34,8 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.artifact import MANIFEST, content_hash, digest_of, recipe_hash
+from pipeline.conformance import conform
 from pipeline.run_dir import RunDir
-from pipeline.schema import conform
 from pipeline.storage import sha256_file
 from pipeline.view import Format, print_rows
 from stages import batch, normalize

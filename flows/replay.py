@@ -1,4 +1,7 @@
-"""replay: compute stored artifacts again from their stored inputs, into a scratch folder, and compare digests.
+"""replay: compute stored artifacts again from their stored inputs, into a scratch folder, and compare them.
+
+On the same kind of machine they are equal to the bit. On another one sums are taken in another order: then every tensor
+and column of floats must lie within a tolerance, and all else must be equal.
 
 What `grpo verify` must take on trust is what only a model or a reward function can say. This is the check of it: tokens
 and log probabilities from the engine, scores from the functions, weights from the update. The run is only read.
@@ -13,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, canonical_json, is_finished, open_artifact
-from pipeline.compare import first_difference
+from pipeline.compare import Deviation
 from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir, open_run
 from pipeline.stage import StageCall, run_stage
-from pipeline.view import Format, print_rows
+from pipeline.view import Format, console, print_rows
+from stages.closeness import TOLERANCE, deviations, machine_changes
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
 from stages.evaluate import EvaluateResources
@@ -35,15 +39,20 @@ class Replayed:
     stage: str
     dataset: str
     result: str
-    """equal; differs; other recipe = today's code or settings ask for something else, so nothing was computed."""
+    """equal = to the bit; close = within the tolerance; differs; other recipe = today's code or settings ask for
+    something else, so nothing was computed."""
     stored: str
     computed: str | None
     found: str
     seconds: float
+    deviations: Sequence[Deviation] = ()
+    """The columns or tensors that are not equal to the bit."""
+    machine: Sequence[str] = ()
+    """In what the machine differs from the one that stored the artifact; only where the artifacts are not equal."""
 
     @property
-    def is_equal(self) -> bool:
-        return self.result == "equal"
+    def is_fine(self) -> bool:
+        return self.result in ("equal", "close")
 
 
 @dataclass(slots=True)
@@ -53,6 +62,7 @@ class Replayer:
     run: RunDir
     scratch: Path
     engine: Engine | None = None
+    tolerance: float = TOLERANCE
     scorer: Scorer = field(default_factory=Scorer)
     config: RunConfig = field(init=False)
 
@@ -82,10 +92,14 @@ class Replayer:
         result = run_stage(replace(call, places=places), resources=self._resources(stage))
         seconds = round(time.monotonic() - started, 3)
         for name, artifact in result.outputs.items():
-            is_equal = artifact.digest == stored[name].digest
-            found = "" if is_equal else _first(name, stored[name], artifact)
-            word = "equal" if is_equal else "differs"
-            yield Replayed(iteration, stage, name, word, stored[name].digest, artifact.digest, found, seconds)
+            digests = stored[name].digest, artifact.digest
+            if digests[0] == digests[1]:
+                yield Replayed(iteration, stage, name, "equal", *digests, "", seconds)
+                continue
+            odd = deviations(name, stored[name], artifact, self.tolerance)
+            word = "close" if all(d.is_close for d in odd) else "differs"
+            machine = machine_changes(stored[name], artifact)
+            yield Replayed(iteration, stage, name, word, *digests, _found(odd), seconds, odd, machine)
 
     def _resources(self, stage: str) -> Any:
         if stage == "score":
@@ -134,13 +148,30 @@ def changes(call: StageCall, stored: Artifact) -> list[str]:
     return found
 
 
-def _first(name: str, stored: Artifact, computed: Artifact) -> str:
-    """Say where the rows or files part first."""
-    differences = first_difference(name, stored, computed)
-    if not differences:
-        return "ids alone differ"
-    parts = [f"{d.what} stored {str(d.a)[:60]}, computed {str(d.b)[:60]}" for d in differences]
-    return f"{differences[0].where}: {'; '.join(parts)}"
+def _found(odd: Sequence[Deviation]) -> str:
+    """Say what is not equal: the first row or part beyond the tolerance, else the largest difference."""
+    if not odd:
+        return "equal values, other bytes on disk"
+    beyond = [d for d in odd if not d.is_close]
+    if not beyond:
+        worst = max(odd, key=lambda d: d.relative or 0.0)
+        return f"{len(odd)} within the tolerance, at most {_relative(worst)} in {worst.name}"
+    first = min(beyond, key=lambda d: -1 if d.row is None else d.row)
+    same = [d for d in beyond if d.where == first.where] if first.where else [first]
+    parts = [_difference(d) for d in same]
+    more = f" (and {len(beyond) - len(same)} more)" if len(beyond) > len(same) else ""
+    return f"{first.where or first.part or 'rows'}: {'; '.join(parts)}{more}"
+
+
+def _difference(odd: Deviation) -> str:
+    if odd.a is None and odd.b is None and odd.row is None:
+        of = "" if odd.relative is None else " of its largest magnitude"
+        return f"{odd.name} differs by {_relative(odd)}{of}"
+    return f"{odd.name} stored {str(odd.a)[:60]}, computed {str(odd.b)[:60]}"
+
+
+def _relative(odd: Deviation) -> str:
+    return "what no tolerance covers" if odd.relative is None else f"{odd.relative:.2g}"
 
 
 def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:
@@ -169,8 +200,10 @@ def print_replay(
     *,
     scratch: Path | None = None,
     engine: Engine | None = None,
+    tolerance: float = TOLERANCE,
 ) -> bool:
-    """Compute stages again, print a row for each artifact, and return whether all are equal. The run is only read.
+    """Compute stages again, print a row for each artifact, and return whether all are equal or close. The run is only
+    read.
 
     Args:
         path: the run.
@@ -179,10 +212,11 @@ def print_replay(
         format_: how to print.
         scratch: folder that keeps what is computed; None = a temporary one.
         engine: a running engine; None = one of the run's settings is started when it is needed.
+        tolerance: largest difference of floats, of the largest magnitude in their tensor or column.
     """
     run = open_run(path)
     folder = Path(tempfile.mkdtemp(prefix="grpo-replay-")) if scratch is None else scratch
-    replayer = Replayer(run, folder, engine)
+    replayer = Replayer(run, folder, engine, tolerance)
     rows: list[Replayed] = []
     try:
         for iteration in run.iterations() if iterations is None else iterations:
@@ -194,21 +228,64 @@ def print_replay(
         replayer.close()
         if scratch is None:
             shutil.rmtree(folder, ignore_errors=True)
-    print_rows(
-        [
-            {
-                "iteration": r.iteration,
-                "stage": r.stage,
-                "dataset": r.dataset,
-                "result": r.result,
-                "stored": r.stored[:16] if format_ is Format.table else r.stored,
-                "computed": r.computed and (r.computed[:16] if format_ is Format.table else r.computed),
-                "seconds": r.seconds,
-                "found": r.found,
-            }
-            for r in rows
-        ],
-        format_,
-        columns=("iteration", "stage", "dataset", "result", "stored", "computed", "seconds", "found"),
-    )
-    return bool(rows) and all(row.is_equal for row in rows)
+    _print(rows, format_, tolerance)
+    return bool(rows) and all(row.is_fine for row in rows)
+
+
+COLUMNS = ("iteration", "stage", "dataset", "result", "stored", "computed", "seconds", "found")
+MOST_DEVIATIONS = 20
+"""Columns and tensors that the table shows, the largest differences first; jsonl and csv have all."""
+
+
+def _print(rows: Sequence[Replayed], format_: Format, tolerance: float) -> None:
+    is_table = format_ is Format.table
+    listed = [
+        {
+            **{name: getattr(row, name) for name in COLUMNS},
+            "stored": row.stored[:16] if is_table else row.stored,
+            "computed": row.computed and (row.computed[:16] if is_table else row.computed),
+            "tolerance": tolerance,
+            "deviations": [_plain(odd) for odd in row.deviations],
+            "machine": list(row.machine),
+        }
+        for row in rows
+    ]
+    if not is_table:
+        print_rows(listed, format_, columns=(*COLUMNS, "tolerance", "deviations", "machine"))
+        return
+    print_rows(listed, format_, columns=[name for name in COLUMNS if name != "found"])
+    screen = console()
+    for row in rows:
+        if row.found:
+            text = f"iteration {row.iteration} {row.dataset} ({row.result}): {row.found}"
+            screen.print(text, markup=False, soft_wrap=True)
+    odd = [{"iteration": r.iteration, "dataset": r.dataset, **_plain(d)} for r in rows for d in r.deviations]
+    odd.sort(key=lambda d: (d["is_close"], -(float("inf") if d["relative"] is None else d["relative"])))
+    if odd:
+        columns = ("iteration", "dataset", "part", "name", "relative", "is_close", "where")
+        print_rows(odd[:MOST_DEVIATIONS], format_, columns=columns)
+    if len(odd) > MOST_DEVIATIONS:
+        screen.print(f"and {len(odd) - MOST_DEVIATIONS} more: see --format jsonl", markup=False)
+    for line in _verdict(rows, tolerance):
+        screen.print(line, markup=False, soft_wrap=True)
+
+
+def _plain(odd: Deviation) -> dict[str, Any]:
+    return {name: getattr(odd, name) for name in ("part", "name", "relative", "is_close", "where")}
+
+
+def _verdict(rows: Sequence[Replayed], tolerance: float) -> Iterator[str]:
+    """Yield what the results mean, for a person."""
+    counts = {word: sum(row.result == word for row in rows) for word in ("equal", "close", "differs", "other recipe")}
+    words = {"equal": "equal to the bit", "close": "close", "differs": "different", "other recipe": "of another recipe"}
+    told = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
+    yield f"{len(rows)} artifacts: {told or 'nothing to compute'}"
+    if counts["close"] or counts["differs"]:
+        yield (
+            f"close = every float within {tolerance:g} of the largest magnitude in its tensor or column, all else equal"
+        )
+        changes = dict.fromkeys(text for row in rows for text in row.machine)
+        if changes:
+            yield f"the machine is of another kind, so bits may differ: {'; '.join(changes)}"
+        else:
+            yield "the machine is of the same kind: equal bits were to be expected"

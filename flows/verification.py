@@ -1,4 +1,5 @@
-"""The commands that audit: verify, lineage, diff and prune. None of them imports torch, vllm or prefect.
+"""The commands that audit: verify, lineage, diff and prune. None of them imports torch, vllm or prefect, but for
+`verify --deep`, which imports torch.
 
 Functions that answer a question return whether the answer is yes; the command line makes exit code 1 of no.
 """
@@ -6,19 +7,25 @@ Functions that answer a question return whether the answer is yes; the command l
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import MANIFEST, Artifact, is_finished, open_artifact
 from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir, open_run
 from pipeline.view import Format, console, print_rows
 
+if TYPE_CHECKING:
+    from stages.deep import DeepSettings
 
-def print_verification(path: str | Path, limit: int, format_: Format) -> bool:
+
+def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "DeepSettings | None" = None) -> bool:
     """Audit a run; print the table of checks and what is wrong; return whether nothing is. Read-only.
 
-    A table goes on with the wrong rows; jsonl and csv print the wrong rows alone, and nothing when all is fine.
+    A table goes on with the wrong rows; jsonl and csv print the wrong rows alone, and nothing when all is fine. With
+    ``deep`` the sampler's log probabilities are computed again, and the mismatch of each iteration is printed too: in
+    jsonl and csv as rows whose ``kind`` is mismatch.
     """
     from stages.findings import CHECKS
     from stages.verify import verify_run
@@ -26,6 +33,13 @@ def print_verification(path: str | Path, limit: int, format_: Format) -> bool:
     run = open_run(path)
     is_shown = sys.stderr.isatty()
     findings = verify_run(run, limit=limit, progress=_show if is_shown else _ignore)
+    checks = dict(CHECKS)
+    figures: list[dict[str, Any]] = []
+    if deep is not None:
+        from stages.deep import CHECK, PROVES, check_logprobs
+
+        checks[CHECK] = PROVES
+        figures = [asdict(found) for found in check_logprobs(run, findings, deep, _show if is_shown else _ignore)]
     if is_shown:
         _show("")
     problems = [
@@ -42,11 +56,14 @@ def print_verification(path: str | Path, limit: int, format_: Format) -> bool:
         for problem in findings.problems
     ]
     if format_ is not Format.table:
-        print_rows(problems, format_, columns=PROBLEM_COLUMNS)
+        _print_machine_readable(problems, figures, format_, is_deep=deep is not None)
         return findings.is_fine
-    tallies = [{"check": name, **_tally(findings.tallies[name]), "proves": CHECKS[name]} for name in CHECKS]
+    tallies = [{"check": name, **_tally(findings.tallies[name]), "proves": checks[name]} for name in checks]
     print_rows(tallies, format_)
     screen = console()
+    if figures:
+        screen.print("log probabilities, trainer against sampler, in nats per token:", markup=False)
+        print_rows(figures, format_)
     for (check, reason), count in findings.notes.items():
         screen.print(f"not checked: {check} of {count} artifacts: {reason}", markup=False)
     if findings.pruned:
@@ -61,6 +78,19 @@ def print_verification(path: str | Path, limit: int, format_: Format) -> bool:
 
 
 PROBLEM_COLUMNS = ("check", "artifact", "dataset", "iteration", "part", "row", "rows", "found")
+FIGURE_COLUMNS = ("of_rows", "tokens", "difference_mean", "difference_max", "kl_to_sampler", "beyond")
+
+
+def _print_machine_readable(
+    problems: list[dict[str, Any]], figures: list[dict[str, Any]], format_: Format, *, is_deep: bool
+) -> None:
+    if not is_deep:
+        print_rows(problems, format_, columns=PROBLEM_COLUMNS)
+        return
+    columns = ("kind", *PROBLEM_COLUMNS, *FIGURE_COLUMNS)
+    blank = dict.fromkeys(columns)
+    rows = [{**blank, "kind": "mismatch", **figure} for figure in figures]
+    print_rows([*rows, *({**blank, "kind": "problem", **problem} for problem in problems)], format_, columns=columns)
 
 
 def _tally(tally: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from grpo.correction import Correction, correction_weights
 from grpo.kl import kl_to_sampler
 from grpo.logprobs import token_logprobs
 from grpo.loss import clip_masks, clipped_surrogate, importance_ratio, weigh_tokens
-from grpo.records import RECORD_SCHEMA, TokenFacts, completion_records
+from grpo.records import RECORD_SCHEMA, TOKEN_RECORD_SCHEMA, TokenFacts, completion_records
 
 STEP_SCHEMA = pl.Schema(
     {
@@ -69,7 +69,7 @@ class UpdateSettings:
     autocast_bf16: bool = False
     """Run the base model in bfloat16, with weights, head and loss in float32."""
     record_tokens: bool = False
-    """Keep per-token lists in the records."""
+    """Keep per-token lists in the records (``TOKEN_RECORD_SCHEMA``)."""
 
     def __post_init__(self) -> None:
         """Raise for settings that contradict each other."""
@@ -122,6 +122,8 @@ def train_on_batches(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Train in place; return the records of the completions (``RECORD_SCHEMA``) and the steps (``STEP_SCHEMA``).
 
+    With ``record_tokens`` the records are of ``TOKEN_RECORD_SCHEMA``; weights and all other numbers stay the same.
+
     ``frame`` holds the rows in training order with the columns that ``collate`` needs, and optimizer_step, microbatch
     and completion_id. An optimizer step is one gradient: the sum over its microbatches, each divided by the rows'
     ``loss_denominator``, so how rows are cut into microbatches changes nothing but rounding.
@@ -136,7 +138,8 @@ def train_on_batches(
     """
     steps = frame.partition_by("optimizer_step", maintain_order=True) if frame.height > 0 else []
     proximal = [[], *(_proximal_logprobs(model, rows, settings) for rows in steps[1:])]
-    records, step_rows = [pl.DataFrame(schema=RECORD_SCHEMA)], []
+    schema = TOKEN_RECORD_SCHEMA if settings.record_tokens else RECORD_SCHEMA
+    records, step_rows = [pl.DataFrame(schema=schema)], []
     for index, rows in enumerate(steps):
         optimizer.adamw.zero_grad(set_to_none=True)
         step_records = []
@@ -252,7 +255,27 @@ def _accumulate_gradient(
         is_clipped_low=low_N,
         is_clipped_high=high_N,
         losses=loss_N.detach(),
+        is_dual_clipped=_dual_clipped(ratio_N, advantage_N, settings) if settings.record_tokens else None,
+        is_vetoed=_vetoed(proximal_N, batch, settings.correction) if settings.record_tokens else None,
     )
+
+
+def _dual_clipped(ratio_N: Tensor, advantage_N: Tensor, settings: UpdateSettings) -> Tensor:
+    """Return which tokens have another loss with ``dual_clip`` than without, shape [N]."""
+    with_N, without_N = (
+        clipped_surrogate(
+            ratio_N, advantage_N, clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=bound
+        )
+        for bound in (settings.dual_clip, None)
+    )
+    return with_N != without_N
+
+
+def _vetoed(proximal_N: Tensor, batch: MicroBatch, correction: Correction) -> Tensor:
+    """Return the tokens of vetoed rows, shape [N]: those that a correction of nothing but vetoes gives weight 0."""
+    vetoes = Correction("none", veto_low=correction.veto_low, veto_high=correction.veto_high, unknown="on_policy")
+    weight_N = correction_weights(proximal_N, batch.sampling_logprobs_N, batch.row_N, len(batch.advantage_B), vetoes)
+    return weight_N == 0
 
 
 def _logprobs(model: PreTrainedModel, batch: MicroBatch, settings: UpdateSettings) -> tuple[Tensor, Tensor]:

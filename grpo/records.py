@@ -16,6 +16,7 @@ from grpo.collate import MicroBatch
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+TextArray = npt.NDArray[np.str_]
 
 RECORD_SCHEMA = pl.Schema(
     {
@@ -44,6 +45,19 @@ RECORD_SCHEMA = pl.Schema(
 TOKEN_LISTS = ("trainer_logprobs", "sampling_logprobs", "importance_ratios", "correction_weights", "entropies")
 """One element per completion token, null where the token did not train; null lists unless tokens are recorded."""
 
+TOKEN_RECORD_SCHEMA = pl.Schema(
+    {
+        **RECORD_SCHEMA,
+        "clip_reasons": pl.List(pl.String),
+        "mask_reasons": pl.List(pl.String),
+        "token_losses": pl.List(pl.Float32),
+    }
+)
+"""Of records with tokens. The last three columns are absent from others, whose bytes must not depend on them."""
+
+NONE = ""
+"""Stands for no reason until the reasons are a column, where it is null."""
+
 
 @dataclass(frozen=True)
 class TokenFacts:
@@ -61,17 +75,26 @@ class TokenFacts:
     is_clipped_high: Tensor
     losses: Tensor
     """The token's share of the loss of the optimizer step."""
+    is_dual_clipped: Tensor | None = None
+    """Whether the bound on ratios with A < 0 acts; None unless tokens are recorded."""
+    is_vetoed: Tensor | None = None
+    """Whether a token of its row has vetoed the row; None unless tokens are recorded."""
 
 
 def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts, *, with_tokens: bool) -> pl.DataFrame:
     """Return one row of ``RECORD_SCHEMA`` for each row of the microbatch, in order.
+
+    With tokens the rows are of ``TOKEN_RECORD_SCHEMA``, and every list has an element for each completion token: the
+    sum of ``token_losses`` in token order, as float64, is ``loss``.
 
     ``kl_to_sampler`` and ``logprob_difference_max`` are over tokens with a known sampling logprob, everything else is
     over all trainable tokens. ``masked_tokens`` counts the trainable ones whose correction weight is 0.
     """
     row_N: IntArray = batch.row_N.cpu().numpy()
     token: dict[str, FloatArray] = {
-        field.name: getattr(facts, field.name).double().cpu().numpy() for field in fields(TokenFacts)
+        field.name: value.double().cpu().numpy()
+        for field in fields(TokenFacts)
+        if (value := getattr(facts, field.name)) is not None
     }
     is_known_N = ~np.isnan(token["sampling_logprobs"])
     known_row_N = row_N[is_known_N]
@@ -99,7 +122,38 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
     place_N: IntArray = batch.completion_token_N.cpu().numpy()
     for name in TOKEN_LISTS:
         columns[name] = _as_lists(token[name], place_N, completion_B) if with_tokens else [None] * num_rows
-    return pl.DataFrame(columns).cast(RECORD_SCHEMA)
+    if not with_tokens:
+        return pl.DataFrame(columns).cast(RECORD_SCHEMA)
+    clip, mask = _reasons(token)
+    columns["clip_reasons"] = _as_texts(clip, NONE, place_N, completion_B)
+    columns["mask_reasons"] = _as_texts(mask, "loss_mask", place_N, completion_B)
+    columns["token_losses"] = _as_lists(token["losses"], place_N, completion_B)
+    return pl.DataFrame(columns).cast(TOKEN_RECORD_SCHEMA)
+
+
+def _reasons(token: dict[str, FloatArray]) -> tuple[TextArray, TextArray]:
+    """Return of each trainable token why the clip leaves it no gradient, and why it has no part in the loss.
+
+    Both may hold of one token. Of several reasons for a weight of 0 the first one counts, in the order below.
+    """
+    if "is_vetoed" not in token or "is_dual_clipped" not in token:
+        raise ValueError(
+            "the facts say nothing of vetoes and dual clips: expected is_vetoed and is_dual_clipped where tokens are "
+            "recorded; fill them in"
+        )
+    clip = np.select(
+        [token["is_clipped_low"] > 0, token["is_clipped_high"] > 0, token["is_dual_clipped"] > 0],
+        ["clipped_low", "clipped_high", "dual_clip"],
+        default=NONE,
+    )
+    has_no_weight = token["correction_weights"] == 0
+    is_unknown = ~np.isfinite(token["sampling_logprobs"])
+    mask = np.select(
+        [has_no_weight & (token["is_vetoed"] > 0), has_no_weight & is_unknown, has_no_weight],
+        ["veto", "unknown_sampler", "correction"],
+        default=NONE,
+    )
+    return clip, mask
 
 
 def _means(x_N: FloatArray, row_N: IntArray, num_rows: int) -> pl.Series:
@@ -125,12 +179,24 @@ def _as_lists(x_N: FloatArray, place_N: IntArray, completion_B: IntArray) -> pl.
     """Return one list per row, as long as the completion, null where no trainable token stands."""
     every = np.full(int(completion_B.sum()), np.nan, dtype=np.float32)
     every[place_N] = x_N
+    return _cut(pl.Series(every).fill_nan(None), completion_B)
+
+
+def _as_texts(text_N: TextArray, untrained: str, place_N: IntArray, completion_B: IntArray) -> pl.Series:
+    """Return one list per row, as long as the completion: ``untrained`` where no trainable token stands."""
+    every = np.full(int(completion_B.sum()), untrained, dtype=object)
+    every[place_N] = text_N
+    texts = pl.Series(every.tolist(), dtype=pl.String)
+    return _cut(texts.set(texts == NONE, None), completion_B)
+
+
+def _cut(every: pl.Series, completion_B: IntArray) -> pl.Series:
+    """Return the elements of all completions, laid end to end, as one list per row."""
     rows = pl.DataFrame({"row": np.arange(len(completion_B))})
     lists = (
         pl.DataFrame({"row": np.repeat(np.arange(len(completion_B)), completion_B), "x": every})
-        .with_columns(pl.col("x").fill_nan(None))
         .group_by("row", maintain_order=True)
         .agg("x")
     )
     joined = rows.join(lists, on="row", how="left", maintain_order="left")
-    return joined["x"].fill_null(pl.Series([[]], dtype=pl.List(pl.Float32)))
+    return joined["x"].fill_null(pl.Series([[]], dtype=pl.List(every.dtype)))

@@ -136,7 +136,7 @@ class Artifact:
         """
         import pyarrow.parquet as pq
 
-        from pipeline.schema import check_schema
+        from pipeline.conformance import check_schema
 
         for path in self.files():
             check_schema(pq.read_schema(path), self.manifest.dataset, path)
@@ -309,7 +309,7 @@ class ArtifactWriter:
         """Check rows against the schema and commit them as one part. The bytes depend on the rows alone."""
         import pyarrow.parquet as pq
 
-        from pipeline.schema import conform
+        from pipeline.conformance import conform
 
         table = conform(frame, self.dataset)
         with atomic_write(self.part_path(index)) as temporary:

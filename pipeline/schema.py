@@ -8,13 +8,11 @@ documentation as Arrow metadata (key ``doc``), which Parquet files keep, so that
 
 from collections.abc import Iterable
 
-import polars as pl
 import pyarrow as pa
-
-from pipeline.errors import SchemaError
 
 TOKEN_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 TOKEN_FLOATS = pa.list_(pa.float32())
+TOKEN_TEXTS = pa.list_(pa.string())
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 
 
@@ -61,6 +59,20 @@ POLICY_ITERATION = column(
 )
 OPTIMIZER_STEP = column("optimizer_step", pa.int32(), "index of the optimizer step within the iteration")
 REFERENCE_ANSWER = column("reference_answer", pa.string(), "the right answer; null = none is known", nullable=True)
+TOKEN_COLUMNS = [
+    column(name, type_, f"with update.record_tokens, else no column: {doc}", nullable=True)
+    for name, type_, doc in (
+        ("clip_reasons", TOKEN_TEXTS, "why the clip leaves a token no gradient: clipped_low, clipped_high, dual_clip"),
+        (
+            "mask_reasons",
+            TOKEN_TEXTS,
+            "why a token has no part in the loss: loss_mask; veto (the row has a token of extreme proximal / sampler "
+            "ratio); unknown_sampler; correction (it gave weight 0)",
+        ),
+        ("token_losses", TOKEN_FLOATS, "shares of the step's loss; as float64, in token order, they sum to loss"),
+    )
+]
+"""Rows have all of them or none: null columns would change the bytes, hence the digests, of runs without tokens."""
 
 SCHEMAS: dict[str, pa.Schema] = {
     "prompts": dataset(
@@ -215,6 +227,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("importance_ratios", TOKEN_FLOATS, "with update.record_tokens: per token", nullable=True),
             column("correction_weights", TOKEN_FLOATS, "with update.record_tokens: per token", nullable=True),
             column("entropies", TOKEN_FLOATS, "with update.record_tokens: per token", nullable=True),
+            *TOKEN_COLUMNS,
         ],
     ),
     "optimizer_steps": dataset(
@@ -349,44 +362,3 @@ SCHEMAS: dict[str, pa.Schema] = {
         ],
     ),
 }
-
-
-def conform(frame: pl.DataFrame | pa.Table, name: str) -> pa.Table:
-    """Return the rows as a table of exactly the schema ``name``.
-
-    Raises:
-        SchemaError: when columns are missing or unknown, a value does not fit its type, or a null stands where none
-            may.
-    """
-    schema = SCHEMAS[name]
-    table = frame.to_arrow() if isinstance(frame, pl.DataFrame) else frame
-    missing = [n for n in schema.names if n not in table.column_names]
-    unknown = [n for n in table.column_names if n not in schema.names]
-    if missing or unknown:
-        raise SchemaError(
-            f"rows for {name} lack the columns {missing} and have the unknown columns {unknown}; "
-            f"expected {schema.names}: see `grpo schema {name}`"
-        )
-    try:
-        table = table.select(schema.names).cast(schema)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise SchemaError(f"rows for {name} do not fit its schema: {error}; see `grpo schema {name}`") from error
-    return table
-
-
-def check_schema(found: pa.Schema, name: str, where: object) -> None:
-    """Raise SchemaError unless ``found`` has exactly the columns and types of the schema ``name``."""
-    expected = SCHEMAS[name]
-    if found.equals(expected, check_metadata=False):
-        return
-    differences = [
-        f"{field.name}: {found.field(field.name).type if field.name in found.names else 'missing'}, "
-        f"expected {field.type}"
-        for field in expected
-        if field.name not in found.names or not found.field(field.name).equals(field)
-    ]
-    differences += [f"{n}: unknown column" for n in found.names if n not in expected.names]
-    raise SchemaError(
-        f"{where} does not have the schema of {name} ({'; '.join(differences) or 'column order differs'}): "
-        "it was written by another version of this program, or not by it; make it again or convert it"
-    )

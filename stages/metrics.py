@@ -5,8 +5,9 @@ from typing import Any
 import polars as pl
 
 from pipeline.artifact import is_finished, open_artifact
+from pipeline.conformance import conform
 from pipeline.run_dir import RunDir
-from pipeline.schema import SCHEMAS, conform
+from pipeline.schema import SCHEMAS
 from pipeline.storage import atomic_write
 from stages.evaluate import summarize
 

@@ -73,7 +73,7 @@ class UpdateConfig(StrictModel):
     autocast_bf16: bool = False
     """bfloat16 in the model's body; weights, head and loss stay float32."""
     record_tokens: bool = False
-    """Keep lists of per-token numbers in training_records."""
+    """Keep lists in training_records with what became of each token: `grpo tokens` prints them. Changes no weight."""
     num_threads: int = Field(2, ge=1)
     """CPU threads; they change the bits of the result."""
 

@@ -25,6 +25,7 @@ from stages.verify_files import Catalog, Located, check_files, check_policies, o
 from stages.verify_inputs import check_config, check_inputs
 from stages.verify_plan import check_evaluations, check_plan
 from stages.verify_rows import check_answers, check_held_out, check_prompts, questions
+from stages.verify_tokens import check_tokens
 
 STAGES = {s.STAGE.name: s.STAGE for s in (prompts, generate, score, normalize, batch, update, evaluate)}
 
@@ -145,6 +146,7 @@ class _Audit:
             self.attempt("batches", batches.where, check)
         if records and steps and batches and self._can_derive("records", records):
             self.attempt("records", records.where, partial(check_records, findings, records, steps, batches))
+            self.attempt("records", records.where, partial(check_tokens, findings, records, batches))
 
     def _policies(self, artifact: Artifact) -> dict[str, Artifact]:
         """Return the policies among the inputs of an artifact, by digest."""

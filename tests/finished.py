@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 
 from flows.session import Session
 from pipeline.artifact import MANIFEST, content_hash, digest_of, recipe_hash
+from pipeline.conformance import conform
 from pipeline.run_dir import RunDir
-from pipeline.schema import conform
 from pipeline.storage import sha256_file
 from stages.config import load_config
-from stages.engines.base import Request
+from stages.engines.base import Engine, Request
 from stages.engines.scripted import ScriptedEngine
+from stages.iteration import outside_members
 from stages.metrics import append_metrics, iteration_metrics
 from tests.policies import EOS
 
@@ -31,12 +32,14 @@ prompts_per_iteration = 4
 group_size = 4
 max_tokens = 8
 groups_per_part = 2
+{generate}
 [[score.rewards]]
 name = "exact"
 function = "stages.rewards.matching:exact_match"
 [update]
 num_threads = 1
 learning_rate = {learning_rate}
+{update}
 [evaluate]
 every = 2
 num_prompts = 2
@@ -93,11 +96,24 @@ def answer(request: Request) -> list[int]:
     return [DIGIT_0 + 2 + request.seed % 2, EOS]
 
 
-def finished_run(folder: Path, policy: Path, *, name: str = "run", learning_rate: float = 1e-3) -> RunDir:
-    """Make a run of two iterations: 4 groups of 4 answers each, evaluated at both ends."""
+def finished_run(
+    folder: Path,
+    policy: Path,
+    *,
+    name: str = "run",
+    learning_rate: float = 1e-3,
+    generate: str = "",
+    update: str = "",
+    engine: Engine | None = None,
+) -> RunDir:
+    """Make a run of two iterations: 4 groups of 4 answers each, evaluated at both ends.
+
+    ``generate`` and ``update`` hold more lines of the tables of that name; without an engine the answers are scripted.
+    """
     rows = [{"question": f"{i} + {2 - i} =", "answer": "2"} for i in range(20)]
     source = _write_source(folder, rows)
-    return _run(folder, CONFIG.format(policy=policy, source=source, learning_rate=learning_rate), name, answer)
+    text = CONFIG.format(policy=policy, source=source, learning_rate=learning_rate, generate=generate, update=update)
+    return _run(folder, text, name, engine or ScriptedEngine(answer))
 
 
 def varied_answer(request: Request) -> list[int]:
@@ -118,7 +134,7 @@ def audited_run(folder: Path, policy: Path, *, name: str = "demo") -> RunDir:
     """
     rows = [{"question": f"{i} + {2 - i} =", "answer": None if i in (3, 4, 7) else "2"} for i in range(17)]
     text = AUDITED.format(policy=policy, source=_write_source(folder, rows))
-    return _run(folder, text, name, varied_answer)
+    return _run(folder, text, name, ScriptedEngine(varied_answer))
 
 
 def _write_source(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -127,14 +143,16 @@ def _write_source(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return source
 
 
-def _run(folder: Path, text: str, name: str, answers: Callable[[Request], list[int]]) -> RunDir:
+def _run(folder: Path, text: str, name: str, engine: Engine) -> RunDir:
     """Run all stages of all iterations of a config, with the evaluations that it asks for."""
     (folder / f"{name}.toml").write_text(text)
     config = load_config(folder / f"{name}.toml")
     run = RunDir(folder / "runs" / name)
     run.record_config(text, config.model_dump(mode="json"))
-    with closing(Session(config, run, _engine=ScriptedEngine(answers))) as session:
+    with closing(Session(config, run, _engine=engine)) as session:
         session.initial_policy()
+        for member in outside_members(config):
+            session.member_policy(member.name)
         session.held_out_prompts()
         session.evaluate(0)
         for k in range(config.iterations):

@@ -1,5 +1,6 @@
 """Tests of grpo.records: what an update leaves behind about each completion."""
 
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from grpo.collate import collate
-from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TokenFacts, completion_records
+from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TOKEN_RECORD_SCHEMA, TokenFacts, completion_records
 
 NAN = float("nan")
 
@@ -43,13 +44,15 @@ def facts() -> TokenFacts:
         is_clipped_low=torch.tensor([True, False, False]),
         is_clipped_high=torch.tensor([False, True, True]),
         losses=torch.tensor([0.5, -0.25, 0.0]),
+        is_dual_clipped=torch.tensor([False, False, False]),
+        is_vetoed=torch.tensor([False, False, False]),
     )
 
 
 def record(with_tokens: bool = False) -> list[dict[str, Any]]:
     """Return the records of the three rows as dictionaries."""
     frame = completion_records(rows(), collate(rows()), facts(), with_tokens=with_tokens)
-    assert frame.schema == RECORD_SCHEMA
+    assert frame.schema == (TOKEN_RECORD_SCHEMA if with_tokens else RECORD_SCHEMA)
     return frame.to_dicts()
 
 
@@ -96,6 +99,37 @@ def test_token_lists_stand_beside_the_completion_tokens() -> None:
     assert [second[name] for name in TOKEN_LISTS] == [[]] * 5
     assert third["sampling_logprobs"] == [None]
     assert third["trainer_logprobs"] == [-3.0]
+    assert [row["token_losses"] for row in (first, second, third)] == [[0.5, None, -0.25], [], [0.0]]
+
+
+def test_each_token_has_its_reasons() -> None:
+    first, second, third = record(with_tokens=True)
+    assert first["clip_reasons"] == ["clipped_low", None, "clipped_high"]
+    assert first["mask_reasons"] == [None, "loss_mask", None]
+    assert (second["clip_reasons"], second["mask_reasons"]) == ([], [])
+    assert (third["clip_reasons"], third["mask_reasons"]) == (["clipped_high"], ["unknown_sampler"])
+
+
+def test_a_veto_comes_before_other_reasons_for_a_weight_of_0() -> None:
+    vetoed = replace(
+        facts(),
+        correction_weights=torch.tensor([0.0, 0.0, 0.0]),
+        is_vetoed=torch.tensor([False, True, True]),
+        is_dual_clipped=torch.tensor([False, False, True]),
+        is_clipped_high=torch.tensor([False, False, False]),
+    )
+    frame = completion_records(rows(), collate(rows()), vetoed, with_tokens=True)
+    assert frame["mask_reasons"].to_list() == [["correction", "loss_mask", "veto"], [], ["veto"]]
+    assert frame["clip_reasons"].to_list() == [["clipped_low", None, None], [], ["dual_clip"]]
+
+
+def test_facts_without_vetoes_cannot_say_why() -> None:
+    with pytest.raises(ValueError, match="say nothing of vetoes and dual clips: expected is_vetoed"):
+        completion_records(rows(), collate(rows()), replace(facts(), is_vetoed=None), with_tokens=True)
+
+
+def test_columns_of_reasons_are_absent_unless_asked_for() -> None:
+    assert set(TOKEN_RECORD_SCHEMA) - set(record()[0]) == {"clip_reasons", "mask_reasons", "token_losses"}
 
 
 @pytest.mark.parametrize("name", TOKEN_LISTS)

@@ -13,9 +13,9 @@ import pytest
 
 from flows import verification
 from pipeline.artifact import MANIFEST
+from pipeline.conformance import conform
 from pipeline.retention import prunable, prune
 from pipeline.run_dir import RunDir
-from pipeline.schema import conform
 from pipeline.view import Format
 from stages.findings import CHECKS, Findings, Problem, compare
 from stages.verify import verify_run

@@ -14,15 +14,28 @@ from pipeline.view import Format
 def verify(
     run: Run,
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="Wrong rows named of each check.")] = 20,
+    deep: Annotated[bool, typer.Option("--deep", help="Compute the sampler's logprobs with the trainer's model.")] = (
+        False
+    ),
+    deep_rows: Annotated[int, typer.Option("--deep-rows", min=0, help="Rows of each iteration; 0 = all.")] = 64,
+    deep_threshold: Annotated[
+        float, typer.Option("--deep-threshold", min=0, help="Largest |trainer - sampler| of a token, nats.")
+    ] = 0.1,
+    deep_seed: Annotated[int, typer.Option("--deep-seed", help="Chooses the rows.")] = 0,
     format_: Output = Format.table,
 ) -> None:
     """Audit a run: files, chain and meaning; exit code 1 when something is wrong. Read-only.
 
-    Example: grpo verify runs/demo
+    Example: grpo verify runs/demo --deep
     """
     from flows import verification
 
-    answer(verification.print_verification(run, limit, format_))
+    settings = None
+    if deep:
+        from stages.deep import DeepSettings
+
+        settings = DeepSettings(deep_rows, deep_seed, deep_threshold)
+    answer(verification.print_verification(run, limit, format_, deep=settings))
 
 
 @app.command()
@@ -41,6 +54,22 @@ def lineage(
     from flows import verification
 
     verification.print_lineage(path, completion, depth, format_)
+
+
+@app.command()
+def tokens(
+    run: Run,
+    completion: Annotated[str, typer.Option("--completion", "-c", help="completion_id or its beginning.")],
+    iteration: Annotated[int | None, typer.Option("--iteration", "-i", help="The completion's; default: all.")] = None,
+    format_: Output = Format.table,
+) -> None:
+    """Print what the update made of each token of a completion (update.record_tokens). Read-only.
+
+    Example: grpo tokens runs/demo -i 3 -c 71a6b5940d428f02-000
+    """
+    from flows.tokens import print_tokens
+
+    print_tokens(run, iteration, completion, format_)
 
 
 @app.command()
@@ -69,9 +98,12 @@ def replay(
     stage: Annotated[str | None, typer.Option("--stage", help="One stage; default: all that are stored.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every iteration.")] = False,
     scratch: Annotated[Path | None, typer.Option("--scratch", help="Keep what is computed in this folder.")] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Of floats, relative to the largest in their tensor or column.")
+    ] = 1e-5,
     format_: Output = Format.table,
 ) -> None:
-    """Compute stored artifacts again and compare digests; exit code 1 when one differs. The run is only read.
+    """Compute stored artifacts again: equal to the bit, close, or different (exit code 1)? The run is only read.
 
     Example: grpo replay runs/demo --iteration 3
     """
@@ -83,7 +115,7 @@ def replay(
         raise UsageError("--all and --iteration exclude each other: give one")
     last = last_iteration(open_run(run), "prompts") if iteration is None else iteration
     start_working()
-    answer(print_replay(run, None if all_ else [last], stage, format_, scratch=scratch))
+    answer(print_replay(run, None if all_ else [last], stage, format_, scratch=scratch, tolerance=tolerance))
 
 
 @app.command()

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import canonical_json
+from pipeline.conformance import check_schema, conform
 from pipeline.errors import RewardError
-from pipeline.schema import SCHEMAS, check_schema, conform
+from pipeline.schema import SCHEMAS
 from pipeline.storage import atomic_write, sha256_text
 
 SAVE_SECONDS = 5.0

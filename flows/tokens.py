@@ -1,0 +1,216 @@
+"""tokens: what an update made of one completion, a line per token. Read-only; imports neither torch, vllm nor prefect.
+
+Texts, token ids and the sampler's log probabilities are stored for every completion. What the trainer said of a token
+is there where the run has ``update.record_tokens``.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ArtifactDamaged, UsageError
+from pipeline.run_dir import RunDir, open_run
+from pipeline.view import Format, console, print_rows
+
+COLUMNS = (
+    "completion_id",
+    "optimizer_step",
+    "position",
+    "token_id",
+    "text",
+    "trainer_logprob",
+    "sampling_logprob",
+    "importance_ratio",
+    "correction_weight",
+    "entropy",
+    "loss",
+    "clip_reason",
+    "mask_reason",
+)
+"""Of jsonl and csv. Null = not recorded, unknown, or without meaning for a token that did not train."""
+
+LISTS = {
+    "trainer_logprob": "trainer_logprobs",
+    "importance_ratio": "importance_ratios",
+    "correction_weight": "correction_weights",
+    "entropy": "entropies",
+    "loss": "token_losses",
+    "clip_reason": "clip_reasons",
+    "mask_reason": "mask_reasons",
+}
+"""Column -> its list in training_records."""
+
+UNTRAINED = "loss_mask"
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A completion and what is stored of it."""
+
+    iteration: int
+    completion: dict[str, Any]
+    batch: dict[str, Any] | None
+    """Its row of the batches, of its first optimizer step; None = the iteration has none yet."""
+    records: list[dict[str, Any]]
+    """One for each optimizer step that trained on it."""
+
+
+def print_tokens(path: str | Path, iteration: int | None, completion_id: str, format_: Format) -> None:
+    """Print one line per token of a completion, for each optimizer step that trained on it. Read-only.
+
+    Args:
+        path: the run.
+        iteration: the completion's; None = it is looked for in all.
+        completion_id: or its beginning.
+        format_: how to print.
+    """
+    run = open_run(path)
+    told = tell(run, iteration, completion_id)
+    rows = list(token_rows(run, told))
+    if format_ is not Format.table:
+        print_rows(rows, format_, columns=COLUMNS)
+        return
+    screen = console()
+    screen.print(_headline(told), markup=False)
+    for record in told.records:
+        step = record["optimizer_step"]
+        screen.print(f"optimizer step {step}: {_summary(record)}", markup=False)
+        print_rows([_line(row) for row in rows if row["optimizer_step"] == step], format_)
+    if not told.records:
+        print_rows([_line(row) for row in rows], format_)
+    for note in _notes(told):
+        screen.print(note, markup=False)
+
+
+def tell(run: RunDir, iteration: int | None, completion_id: str) -> Told:
+    """Return a completion of a run with its rows of batches and training_records. Read-only.
+
+    Raises:
+        UsageError: when no completion has an id that begins so, or several have.
+    """
+    import polars as pl
+
+    index, full_id = _find(run, iteration, completion_id)
+    is_it = pl.col("completion_id") == full_id
+
+    def rows(dataset: str) -> list[dict[str, Any]]:
+        if not run.has(index, dataset):
+            return []
+        return run.open(index, dataset).scan().filter(is_it).collect().to_dicts()
+
+    return Told(index, rows("completions")[0], next(iter(rows("batches")), None), rows("training_records"))
+
+
+def _find(run: RunDir, iteration: int | None, completion_id: str) -> tuple[int, str]:
+    import polars as pl
+
+    found: set[tuple[int, str]] = set()
+    for index in run.iterations() if iteration is None else [iteration]:
+        if iteration is None and not run.has(index, "completions"):
+            continue
+        ids = run.open(index, "completions").scan().select("completion_id")
+        matching = ids.filter(pl.col("completion_id").str.starts_with(completion_id)).head(1000).collect()
+        found |= {(index, name) for name in matching["completion_id"]}
+    found = {item for item in found if item[1] == completion_id} or found
+    if len(found) != 1:
+        where = "" if iteration is None else f"iteration {iteration} of "
+        raise UsageError(
+            f"{where}{run.root} has {len(found) or 'no'} completions whose id begins with {completion_id!r}, expected "
+            "one: see `grpo rows RUN completions -c completion_id`"
+        )
+    return next(iter(found))
+
+
+def token_rows(run: RunDir, told: Told) -> Iterator[dict[str, Any]]:
+    """Yield a row of ``COLUMNS`` for each token of each optimizer step; once where none trained on it. Read-only.
+
+    Raises:
+        ArtifactDamaged: when a list of training_records has another length than the completion.
+    """
+    from stages.report_groups import TokenText
+
+    token_ids: list[int] = told.completion["completion_token_ids"]
+    texts = TokenText(run).pieces(token_ids)
+    source = told.completion if told.batch is None else told.batch  # the batch's are over the full vocabulary
+    sampling = source["sampling_logprobs"] or [None] * len(token_ids)
+    mask = told.completion["loss_mask"] or [True] * len(token_ids)
+    untrained = [None if trains else UNTRAINED for trains in mask]
+    for record in told.records or [{"optimizer_step": None, "mask_reasons": untrained}]:
+        lists = {name: _list(told, record, column) for name, column in LISTS.items()}
+        if record.get("mask_reasons") is None:
+            lists["mask_reason"] = untrained
+        for place, token_id in enumerate(token_ids):
+            yield {
+                "completion_id": told.completion["completion_id"],
+                "optimizer_step": record["optimizer_step"],
+                "position": place,
+                "token_id": token_id,
+                "text": texts[place],
+                "sampling_logprob": sampling[place],
+                **{name: values[place] for name, values in lists.items()},
+            }
+
+
+def _list(told: Told, record: dict[str, Any], column: str) -> list[Any]:
+    """Return a list of the record, or nulls where it has none."""
+    count = len(told.completion["completion_token_ids"])
+    values: list[Any] | None = record.get(column)
+    if values is None:
+        return [None] * count
+    if len(values) != count:
+        raise ArtifactDamaged(
+            f"{column} of completion {told.completion['completion_id']} has {len(values)} elements in the "
+            f"training_records of iteration {told.iteration}, expected {count}, one per token: see `grpo verify`"
+        )
+    return values
+
+
+def _line(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row for the eye: short names, and quotes that show white space."""
+    reasons = [row[name] for name in ("mask_reason", "clip_reason") if row[name]]
+    return {
+        "": row["position"],
+        "token": row["token_id"],
+        "text": json.dumps(row["text"], ensure_ascii=False),
+        "trainer": row["trainer_logprob"],
+        "sampler": row["sampling_logprob"],
+        "ratio": row["importance_ratio"],
+        "weight": row["correction_weight"],
+        "entropy": row["entropy"],
+        "loss": row["loss"],
+        "reason": ", ".join(reasons) or None,
+    }
+
+
+def _headline(told: Told) -> str:
+    row = told.completion
+    advantage = None if told.batch is None else told.batch["advantage"]
+    return (
+        f"iteration {told.iteration}, completion {row['completion_id']}, written by {row['policy_name']} "
+        f"{row['policy_digest'][:8]}, {len(row['completion_token_ids'])} tokens, finish {row['finish_reason']}, "
+        f"advantage {_number(advantage)}"
+    )
+
+
+def _summary(record: dict[str, Any]) -> str:
+    return (
+        f"{record['num_tokens']} tokens trained, {record['masked_tokens']} masked, "
+        f"{record['clipped_low_tokens'] + record['clipped_high_tokens']} clipped, "
+        f"mean ratio {_number(record['importance_ratio_mean'])}, share of the loss {_number(record['loss'])}"
+    )
+
+
+def _notes(told: Told) -> Iterator[str]:
+    """Yield why numbers are missing."""
+    if told.batch is not None and told.batch["drop_reason"] is not None:
+        yield f"the row did not train: {told.batch['drop_reason']}"
+    elif not told.records:
+        yield "no update has trained on the row yet"
+    elif told.records[0]["trainer_logprobs"] is None:
+        yield "the update recorded no tokens: set update.record_tokens = true in a new run, or in a fork of this one"
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

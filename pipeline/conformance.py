@@ -1,0 +1,58 @@
+"""Do rows have the documented schema? Checked on every write and when a stage reads."""
+
+from collections.abc import Iterable
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.errors import SchemaError
+from pipeline.schema import SCHEMAS, TOKEN_COLUMNS
+
+
+def conform(frame: pl.DataFrame | pa.Table, name: str) -> pa.Table:
+    """Return the rows as a table of exactly the schema ``name``.
+
+    Raises:
+        SchemaError: when columns are missing or unknown, a value does not fit its type, or a null stands where none
+            may.
+    """
+    table = frame.to_arrow() if isinstance(frame, pl.DataFrame) else frame
+    schema = _schema_of(table.column_names, name)
+    missing = [n for n in schema.names if n not in table.column_names]
+    unknown = [n for n in table.column_names if n not in schema.names]
+    if missing or unknown:
+        raise SchemaError(
+            f"rows for {name} lack the columns {missing} and have the unknown columns {unknown}; "
+            f"expected {schema.names}: see `grpo schema {name}`"
+        )
+    try:
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise SchemaError(f"rows for {name} do not fit its schema: {error}; see `grpo schema {name}`") from error
+    return table
+
+
+def check_schema(found: pa.Schema, name: str, where: object) -> None:
+    """Raise SchemaError unless ``found`` has exactly the columns and types of the schema ``name``."""
+    expected = _schema_of(found.names, name)
+    if found.equals(expected, check_metadata=False):
+        return
+    differences = [
+        f"{field.name}: {found.field(field.name).type if field.name in found.names else 'missing'}, "
+        f"expected {field.type}"
+        for field in expected
+        if field.name not in found.names or not found.field(field.name).equals(field)
+    ]
+    differences += [f"{n}: unknown column" for n in found.names if n not in expected.names]
+    raise SchemaError(
+        f"{where} does not have the schema of {name} ({'; '.join(differences) or 'column order differs'}): "
+        "it was written by another version of this program, or not by it; make it again or convert it"
+    )
+
+
+def _schema_of(names: Iterable[str], name: str) -> pa.Schema:
+    """Return the schema ``name``, without the columns of tokens where ``names`` has none of them."""
+    schema, optional = SCHEMAS[name], {field.name for field in TOKEN_COLUMNS}
+    if not optional.isdisjoint(names):
+        return schema
+    return pa.schema([field for field in schema if field.name not in optional], metadata=schema.metadata)
