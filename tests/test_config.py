@@ -28,7 +28,10 @@ def load(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> RunConfig:
     return load_config(path, list(overrides))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+RUN_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.toml") if path.name != "audit.toml")
+
+
+@pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda p: p.name)
 def test_every_config_in_the_repository_loads(path: Path) -> None:
     assert load_config(path).iterations >= 1
 

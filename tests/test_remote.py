@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_the_lock_is_renewed_while_it_is_held(base: str, monkeypatch: pytest.Mon
         for _ in range(500):
             if objects(f"{base}/demo").get("lock.json", first) != first:
                 break
+            time.sleep(0.01)
         else:
             pytest.fail("the lock was not renewed")
 

@@ -40,21 +40,6 @@ RATINGS = [
 ]
 
 
-def cases() -> list[dict[str, Any]]:
-    path = Path(__file__).parent / "reward_cases" / "satisfaction.json"
-    return list(json.loads(path.read_text(encoding="utf-8")))
-
-
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case["case"])
-def test_the_tabulated_cases_hold(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    function = {"rating": rating, "preference": preference}[case["function"].partition(":")[2]]
-    found = function(pl.DataFrame(case["rows"]), **case["arguments"])
-    assert found["reward"].to_list() == pytest.approx(case["reward"], abs=1e-6)
-    assert [None if d is None else json.loads(d) for d in found["detail"]] == case["detail"]
-    assert all((said or "") in (error or "") for said, error in zip(case["error"], found["error"], strict=True))
-
-
 # ratings
 
 
