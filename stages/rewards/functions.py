@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -173,6 +174,7 @@ def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[
     return sha256_text(canonical_json([function, decided_by, source_hashes(module)]))
 
 
+@cache  # a module that is loaded stays what it is
 def source_hashes(module: ModuleType) -> dict[str, str]:
     """Return the hash of the source of a reward's module and of every module of the user's that it imports.
 
