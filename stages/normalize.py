@@ -37,7 +37,8 @@ def normalize_rows(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFra
         ConfigError: when a weight names a reward that does not exist, or all weights are 0.
         RewardError: when a group was scored by several versions of a reward function.
     """
-    rows = rewards.select(COLUMNS).collect()
+    few = pl.col("reward_name", "reward_recipe").cast(pl.Categorical)  # numbers instead of long texts
+    rows = rewards.select(*COLUMNS).with_columns(few).collect()
     names = rows["reward_name"].unique(maintain_order=True).to_list()
     check_recipes(rows, names)
     unknown = sorted(set(config.weights) - set(names))
@@ -66,7 +67,10 @@ def check_recipes(rewards: pl.DataFrame, names: list[str]) -> None:
         return
     mixed = (
         rewards.group_by("group_id", "reward_name", maintain_order=True)
-        .agg(pl.col("reward_recipe").n_unique().alias("versions"), pl.col("reward_recipe").unique().str.head(12))
+        .agg(
+            pl.col("reward_recipe").n_unique().alias("versions"),
+            pl.col("reward_recipe").unique().cast(pl.String).str.head(12),
+        )
         .filter(pl.col("versions") > 1)
     )
     if len(mixed):
