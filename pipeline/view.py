@@ -18,6 +18,9 @@ class Format(StrEnum):
 
 Row = Mapping[str, Any]
 
+UNLIMITED = 100_000
+LONGEST_CELL = 120
+"""Characters of a value in a table; jsonl and csv give it whole."""
 MOST_COLUMNS = 16
 """Wider rows are printed one below the other."""
 
@@ -56,7 +59,11 @@ def _print_table(rows: Sequence[Row], names: Sequence[str]) -> None:
     for row in rows:
         # Text, never markup: values come from a model
         table.add_row(*(Text(_short(row[name])) for name in names))
-    console().print(table)
+    screen = console()
+    if not sys.stdout.isatty():  # a file or a pipe is as wide as it needs to be
+        narrow, screen.width = screen.width, UNLIMITED
+        screen.width = max(narrow, screen.measure(table).maximum)
+    screen.print(table)
 
 
 def _print_records(rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -90,7 +97,8 @@ def _short(value: Any) -> str:
     if isinstance(value, list | dict):
         text = json.dumps(value, ensure_ascii=False, default=str)
         return text if len(text) <= 60 else text[:57] + "..."
-    return str(value).replace("\n", "\\n")
+    text = str(value).replace("\n", "\\n")
+    return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 3] + "..."
 
 
 def _flat(value: Any) -> Any:
