@@ -115,12 +115,11 @@ def _filtered(frame: "pl.LazyFrame", where: str, dataset: str) -> "pl.LazyFrame"
 
 def print_metrics(path: str | Path, format_: Format) -> None:
     """Print one row per iteration. Read-only."""
-    import polars as pl
 
     run = open_run(path)
     if not run.metrics.is_file():
         raise ArtifactMissing(f"{run.name} has no finished iteration yet: run it")
-    frame = pl.read_parquet(run.metrics)
+    frame = run.read_metrics()
     if format_ is Format.table:
         frame = frame.select(
             "iteration", "reward_mean", "pass_rate", "eval_pass_at_1", "eval_pass_rate", "completion_tokens_mean",

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.artifact import Artifact, canonical_json, is_finished, open_artifact
 from pipeline.compare import Deviation
-from pipeline.errors import UsageError
+from pipeline.errors import GrpoError, UsageError
 from pipeline.run_dir import RunDir, open_run
 from pipeline.stage import StageCall, run_stage
 from pipeline.view import Format, console, print_rows
@@ -28,7 +28,18 @@ from stages.evaluate import EvaluateResources
 from stages.iteration import Wiring
 from stages.rewards.scorer import Scorer
 
-STAGES = ("prompts", "generate", "score", "normalize", "batch", "update", "evaluate")
+DATASET_OF = {
+    "prompts": "prompts",
+    "generate": "completions",
+    "score": "rewards",
+    "normalize": "advantages",
+    "batch": "batches",
+    "update": "policy",
+    "evaluate": "evaluations",
+}
+STAGES = tuple(DATASET_OF)
+INITIAL = -1
+"""In place of an iteration: the evaluation before the first update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,7 @@ class Replayed:
     dataset: str
     result: str
     """equal = to the bit; close = within the tolerance; differs; other recipe = today's code or settings ask for
-    something else, so nothing was computed."""
+    something else, so nothing was computed; not computed = an input is not there any more, for example pruned."""
     stored: str
     computed: str | None
     found: str
@@ -167,29 +178,34 @@ def _difference(odd: Deviation) -> str:
     if odd.a is None and odd.b is None and odd.row is None:
         of = "" if odd.relative is None else " of its largest magnitude"
         return f"{odd.name} differs by {_relative(odd)}{of}"
-    return f"{odd.name} stored {str(odd.a)[:60]}, computed {str(odd.b)[:60]}"
+    return f"{odd.name} stored {_shortened(odd.a)}, computed {_shortened(odd.b)}"
+
+
+def _shortened(value: Any) -> str:
+    text = str(value).replace("\n", "\\n")
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _relative(odd: Deviation) -> str:
     return "what no tolerance covers" if odd.relative is None else f"{odd.relative:.2g}"
 
 
+def _not_computed(iteration: int, stage: str, error: str) -> Replayed:
+    return Replayed(iteration, stage, DATASET_OF[stage], "not computed", "", None, error, 0.0)
+
+
 def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:
-    """Return the stages of an iteration whose results are stored, or the one that is asked for. Read-only.
+    """Return the stages of an iteration whose results are stored; only the one that is asked for, if one is. Read-only.
 
     Raises:
         UsageError: when there is no such stage.
     """
-    if stage is not None:
-        if stage not in STAGES:
-            raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(STAGES)}")
-        return [stage]
-    places = dict(
-        zip(
-            STAGES, ("prompts", "completions", "rewards", "advantages", "batches", "policy", "evaluations"), strict=True
-        )
-    )
-    return [name for name in STAGES if is_finished(run.place(iteration, places[name]))]
+    if stage is not None and stage not in STAGES:
+        raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(STAGES)}")
+    if iteration == INITIAL:
+        return ["evaluate"] if stage in (None, "evaluate") and is_finished(run.initial_evaluations) else []
+    stored = [name for name, dataset in DATASET_OF.items() if is_finished(run.place(iteration, dataset))]
+    return [name for name in stored if stage in (None, name)]
 
 
 def print_replay(
@@ -219,17 +235,24 @@ def print_replay(
     replayer = Replayer(run, folder, engine, tolerance)
     rows: list[Replayed] = []
     try:
-        for iteration in run.iterations() if iterations is None else iterations:
+        for iteration in [INITIAL, *run.iterations()] if iterations is None else iterations:
             for name in wanted_stages(run, iteration, stage):
-                rows += replayer.replay(name, iteration)
+                try:
+                    rows += replayer.replay(name, iteration)
+                except GrpoError as error:  # what was computed so far shall not be lost
+                    rows.append(_not_computed(iteration, name, str(error)))
             if scratch is None:
                 shutil.rmtree(folder / f"{iteration:06d}", ignore_errors=True)
     finally:
         replayer.close()
         if scratch is None:
             shutil.rmtree(folder, ignore_errors=True)
+    if not rows:
+        raise UsageError(
+            f"{run.name} has no stored results of {stage or 'any stage'} in the iterations asked for: see `grpo ls`"
+        )
     _print(rows, format_, tolerance)
-    return bool(rows) and all(row.is_fine for row in rows)
+    return all(row.is_fine for row in rows)
 
 
 COLUMNS = ("iteration", "stage", "dataset", "result", "stored", "computed", "seconds", "found")
@@ -276,8 +299,14 @@ def _plain(odd: Deviation) -> dict[str, Any]:
 
 def _verdict(rows: Sequence[Replayed], tolerance: float) -> Iterator[str]:
     """Yield what the results mean, for a person."""
-    counts = {word: sum(row.result == word for row in rows) for word in ("equal", "close", "differs", "other recipe")}
-    words = {"equal": "equal to the bit", "close": "close", "differs": "different", "other recipe": "of another recipe"}
+    words = {
+        "equal": "equal to the bit",
+        "close": "close",
+        "differs": "different",
+        "other recipe": "of another recipe",
+        "not computed": "not computed",
+    }
+    counts = {word: sum(row.result == word for row in rows) for word in words}
     told = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
     yield f"{len(rows)} artifacts: {told or 'nothing to compute'}"
     if counts["close"] or counts["differs"]:

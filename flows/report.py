@@ -64,7 +64,7 @@ def write_report(
         ArtifactMissing: when there is no run.
         ArtifactDamaged: when a file of the run differs from its manifest.
     """
-    if groups < 1 or megabytes <= 0:
+    if groups < 1 or not 0 < megabytes < float("inf"):
         raise UsageError(f"groups is {groups} and megabytes {megabytes:g}: give at least one group and some room")
     directory = open_run(run)
     found = None

@@ -1,6 +1,5 @@
 """Comparison: where two runs part - in their settings, in a recipe, and in a row; how far apart two artifacts lie."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +95,7 @@ def compare_runs(a: RunDir, b: RunDir) -> list[Difference]:
 
 def compare_configs(a: RunDir, b: RunDir) -> Iterator[Difference]:
     """Yield every setting that differs, by its key. Read-only."""
-    flat = [_flat(json.loads(run.resolved_config.read_text(encoding="utf-8"))) for run in (a, b)]
+    flat = [_flat(run.settings()) for run in (a, b)]
     for key in sorted({*flat[0], *flat[1]}):
         values = [table.get(key, "(absent)") for table in flat]
         if canonical_json(values[0]) != canonical_json(values[1]):
@@ -281,7 +280,7 @@ def _deviation(
     row = one.row(first, named=True)
     key = next((f" {row[k]}" for k in ("completion_id", "prompt_id") if k in row), "")
     where = f"{name} row {start + first}{key}"
-    return Deviation(None, column, stated, False, where, start + first, row[column], two[column][first])
+    return Deviation(None, column, stated, False, where, start + first, row[column], two.row(first, named=True)[column])
 
 
 def _worse(known: Deviation | None, new: Deviation) -> Deviation:

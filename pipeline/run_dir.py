@@ -15,6 +15,8 @@ from pipeline.remote import local_path, open_store, url_of
 from pipeline.storage import sha256_text, write_text
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from pipeline.working_copy import WorkingCopy
 
 RESOLVED_CONFIG = "config.resolved.json"
@@ -97,6 +99,39 @@ class RunDir:
     @property
     def initial_evaluations(self) -> Path:
         return self.root / "evaluations"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the resolved config as tables. Read-only.
+
+        Raises:
+            ArtifactDamaged: when the file cannot be read.
+        """
+        try:
+            tables = json.loads(self.resolved_config.read_text(encoding="utf-8"))
+            if not isinstance(tables, dict):
+                raise ValueError("it holds no tables")
+        except (OSError, ValueError) as error:
+            raise ArtifactDamaged(
+                f"{self.resolved_config} cannot be read ({error}): restore it from a copy, or start the run's own "
+                "command again, which writes it"
+            ) from error
+        return tables
+
+    def read_metrics(self) -> "pl.DataFrame":
+        """Return `metrics.parquet`, which exists. Read-only.
+
+        Raises:
+            ArtifactDamaged: when the file cannot be read.
+        """
+        import polars as pl
+
+        try:
+            return pl.read_parquet(self.metrics)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise ArtifactDamaged(
+                f"{self.metrics} cannot be read ({str(error).splitlines()[0]}): delete it and start the run's own "
+                "command again, which makes it of the artifacts"
+            ) from error
 
     def iteration(self, index: int) -> Path:
         return self.root / "iterations" / f"{index:06d}"

@@ -15,7 +15,9 @@ from pipeline.run_dir import identity
 from pipeline.stage import Stage, StageTask
 
 IMPORTED = "import"
-"""Engine of completions that nobody knows the sampling probabilities of."""
+"""Stage and engine of completions that nobody knows the sampling probabilities of."""
+NO_POLICY = "none"
+"""Stands there for the digest of weights that do not exist here."""
 NO_PLACE = {
     "optimizer_step": pl.lit(None, pl.Int32),
     "microbatch": pl.lit(None, pl.Int32),

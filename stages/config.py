@@ -145,14 +145,12 @@ def derive_tables(run: RunDir, path: Path, overrides: list[str] | None = None) -
     Raises:
         ConfigError: when the path is no TOML file.
     """
-    recorded = json.loads(run.resolved_config.read_text(encoding="utf-8"))
-    return apply_overrides({**recorded, **load_toml(path)}, overrides or [])
+    return apply_overrides({**run.settings(), **load_toml(path)}, overrides or [])
 
 
 def recorded_config(run: RunDir) -> RunConfig:
     """Return the config that a run was made with. Read-only."""
-    tables = json.loads(run.resolved_config.read_text(encoding="utf-8"))
-    return validate(RunConfig, tables, str(run.resolved_config))
+    return validate(RunConfig, run.settings(), str(run.resolved_config))
 
 
 def check_unchanged(run: RunDir, config: RunConfig) -> None:

@@ -275,7 +275,7 @@ def _report(
         )
         for row in beyond.head(findings.limit).to_dicts()
     ]
-    findings.checked(CHECK, rows.height)
+    findings.checked(CHECK, rows.filter(pl.col("tokens") > 0).height)
     findings.wrong_rows(CHECK, where, named, beyond.height)
     total = rows.select(pl.col("tokens", "difference_sum", "kl_sum").sum(), pl.col("difference_max").max())
     sums = total.row(0, named=True)

@@ -28,7 +28,7 @@ from pipeline.errors import PolicyError, SourceError, UsageError
 from pipeline.run_dir import RunDir, identity
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
 from pipeline.storage import sha256_file
-from stages.batch import IMPORTED
+from stages.batch import IMPORTED, NO_POLICY
 from stages.policy import TOKENIZER_FILES, load_tokenizer
 from stages.prompts import tokenize
 from stages.sources import (
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 ENGINE = IMPORTED
 WRITTEN = "written"
 """Name of the author where the file names none."""
-NO_POLICY = "none"
-"""Stands for the digest of weights that do not exist here."""
 EXAMPLES = 3
 """Wrong rows that an error message shows."""
 

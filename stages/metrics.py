@@ -56,7 +56,7 @@ def recorded_metrics(run: RunDir, iteration: int) -> dict[str, Any] | None:
     """
     if not run.metrics.is_file():
         return None
-    found = pl.read_parquet(run.metrics).filter(pl.col("iteration") == iteration).to_dicts()
+    found = run.read_metrics().filter(pl.col("iteration") == iteration).to_dicts()
     wanted = [{"stage": _stage(name), "seconds": value} for name, value in _seconds(run, iteration).items()]
     return found[0] if found and found[0]["seconds"] == wanted else None
 
@@ -135,7 +135,7 @@ def append_metrics(run: RunDir, row: dict[str, Any]) -> pl.DataFrame:
     schema = pl.DataFrame(SCHEMAS["metrics"].empty_table()).schema
     frame = pl.DataFrame([row], schema=schema)
     if run.metrics.is_file():
-        earlier = pl.read_parquet(run.metrics).filter(pl.col("iteration") != row["iteration"])
+        earlier = run.read_metrics().filter(pl.col("iteration") != row["iteration"])
         frame = pl.concat([earlier, frame]).sort("iteration")
     with atomic_write(run.metrics) as temporary:
         pq.write_table(conform(frame, "metrics"), temporary, compression="zstd")

@@ -115,7 +115,7 @@ def collect(
     The groups take up to ``most_bytes`` of JSON, spread evenly over the iterations; those that an audit names come
     first. ``seed`` picks the sampled ones.
     """
-    settings = json.loads(run.resolved_config.read_text(encoding="utf-8"))
+    settings = run.settings()
     threshold = settings.get("evaluate", {}).get("pass_threshold")
     iterations = run.iterations()
     report = Report(
@@ -329,7 +329,7 @@ def _training_measures(records: pl.LazyFrame) -> Values:
 def _fill_from_metrics(run: RunDir, report: Report) -> None:
     if not run.metrics.is_file():
         return
-    stored = {row["iteration"]: row for row in pl.read_parquet(run.metrics).to_dicts()}
+    stored = {row["iteration"]: row for row in run.read_metrics().to_dicts()}
     names = [
         name
         for name, type_ in pl.read_parquet_schema(run.metrics).items()

@@ -8,9 +8,10 @@ a text, and the weights of a policy. `grpo replay` computes those again.
 Imports neither torch nor vllm nor prefect.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -21,7 +22,7 @@ from pipeline.run_dir import RunDir
 from stages import batch, evaluate, generate, normalize, prompts, score, update
 from stages.findings import Findings, Where
 from stages.verify_chain import check_advantages, check_batches, check_metrics, check_records, check_rewards
-from stages.verify_files import Catalog, Located, check_files, check_policies, open_all
+from stages.verify_files import Catalog, Located, check_files, check_policies, open_all, relative_path
 from stages.verify_inputs import check_config, check_inputs
 from stages.verify_plan import check_evaluations, check_plan
 from stages.verify_rows import check_answers, check_held_out, check_prompts, questions
@@ -51,6 +52,7 @@ def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] 
         audit.check_iteration(index)
     progress("metrics")
     finished = [index for index in run.iterations() if (index, "policy") in catalog]
+    check_due_evaluations(findings, run, catalog, finished, config)
     intact = {index for index in finished if audit.is_intact(index)}
     threshold = config.get("evaluate", {}).get("pass_threshold", 1.0)
     audit.attempt(
@@ -59,6 +61,23 @@ def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] 
         lambda: check_metrics(findings, run, finished, intact, threshold, catalog),
     )
     return findings
+
+
+def check_due_evaluations(
+    findings: Findings, run: RunDir, catalog: Catalog, finished: list[int], config: Mapping[str, Any]
+) -> None:
+    """Note evaluations that the config asks for and that are not there: a bad one could have been removed."""
+    every, last = config.get("evaluate", {}).get("every", 0), config.get("iterations")
+    if not finished or every <= 0:
+        return
+    for updates in [0, *(index + 1 for index in finished)]:
+        index, name = (updates - 1, "evaluations") if updates else (None, "initial_evaluations")
+        is_due = updates % every == 0 or updates == last
+        may_be_coming = updates == len(finished) and updates != last
+        if is_due and not may_be_coming and (index, name) not in catalog:
+            where = Where(relative_path(run.evaluations_of(updates), run.root), "evaluations", index)
+            text = f"evaluate.every is {every}, but the policy after {updates} updates has no evaluation"
+            findings.wrong("evaluations", where, text)
 
 
 class _Audit:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.artifact import MANIFEST, Artifact, open_artifact
 from pipeline.errors import ArtifactError, ArtifactMissing, SchemaError
 from pipeline.retention import PRUNED_NOTE, pruned_files
-from pipeline.run_dir import ITERATION_DATASETS, RunDir
+from pipeline.run_dir import ITERATION_DATASETS, REFERENCE, RunDir
 from pipeline.storage import sha256_file
 from stages.findings import Findings, Where, shorten
 
@@ -56,6 +56,11 @@ def open_all(run: RunDir, findings: Findings) -> Catalog:
     for index in run.iterations():
         for dataset in ITERATION_DATASETS:
             _open(run, findings, catalog, (index, dataset), run.place(index, dataset))
+        known = {*ITERATION_DATASETS, *(f"{name}{REFERENCE}" for name in ITERATION_DATASETS)}
+        for path in sorted(run.iteration(index).iterdir()):
+            if path.name not in known and not path.name.startswith("."):  # hidden: unfinished, or being removed
+                where = Where(relative_path(path, run.root), path.name, index)
+                findings.wrong("manifests", where, "no dataset of an iteration has this name")
         present = [name for name in UPDATE_DATASETS if (index, name) in catalog]
         if "policy" in present and len(present) < len(UPDATE_DATASETS):
             gone = ", ".join(name for name in UPDATE_DATASETS if name not in present)

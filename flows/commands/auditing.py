@@ -108,12 +108,12 @@ def replay(
     Example: grpo replay runs/demo --iteration 3
     """
     from flows.look import last_iteration
-    from flows.replay import print_replay
+    from flows.replay import DATASET_OF, print_replay
     from pipeline.run_dir import open_run
 
     if all_ and iteration is not None:
         raise UsageError("--all and --iteration exclude each other: give one")
-    last = last_iteration(open_run(run), "prompts") if iteration is None else iteration
+    last = last_iteration(open_run(run), DATASET_OF.get(stage or "", "completions")) if iteration is None else iteration
     start_working()
     answer(print_replay(run, None if all_ else [last], stage, format_, scratch=scratch, tolerance=tolerance))
 

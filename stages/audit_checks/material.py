@@ -4,7 +4,6 @@ Numbers come from all answers; texts of a fixed sample of whole groups per itera
 hash), so that memory is bounded and a second audit sees the same rows.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +82,7 @@ def load_material(run: RunDir, config: AuditConfig) -> Material:
             long = run.open(iteration, "rewards").scan()
             names = ("completion_id", "group_id", "reward_name", "reward")
             parts.append(long.select(_at(iteration), *names).collect())
-    settings = json.loads(run.resolved_config.read_text(encoding="utf-8"))
+    settings = run.settings()
     normalize, evaluate = settings.get("normalize") or {}, settings.get("evaluate") or {}
     # a run that is still going has answers that are not scored yet: trends end before them
     ended = [k for k in iterations if run.has(k, "advantages")] or iterations
