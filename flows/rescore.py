@@ -10,7 +10,8 @@ import polars as pl
 import tomli_w
 
 from flows.session import Reporter, open_session
-from pipeline.config import validate
+from pipeline.artifact import is_finished, open_artifact
+from pipeline.config import apply_overrides, load_toml, validate
 from pipeline.errors import ArtifactMissing, ConfigError, UsageError
 from pipeline.provenance import environment
 from pipeline.run_dir import RunDir
@@ -108,13 +109,16 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
         GrpoError: when the policy or the completions do not exist, or the config is wrong.
     """
     tables = derive_tables(source, config, overrides)
+    if "offline" not in apply_overrides(load_toml(config), overrides):
+        tables.pop("offline", None)  # what the other run was fed is its own affair
     policy = source.policy_before(at)
-    if not policy.is_dir():
+    if not is_finished(policy):
         raise ArtifactMissing(
             f"{source.name} has no policy after {at} updates ({policy} does not exist): choose --at among those of "
             f"`grpo ls {source.name}`"
         )
-    tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy)}
+    open_artifact(policy).check_sizes()  # a pruned one says so
+    tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy.resolve())}
     tables.pop("starter", None)
     if not tables.get("offline"):
         stored = [index for index in source.iterations() if index >= at and source.has(index, "completions")]
@@ -124,7 +128,8 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
                 f"--offline {offline} wants as many stored iterations of {source.name} from {at} on, there are "
                 f"{len(stored)}: lower it, or list others under [[offline]] in {config}"
             )
-        tables["offline"] = [OfflineConfig(run=source.name, iterations=chosen).model_dump()] if chosen else []
+        where = source.name if source.copy else str(source.root.resolve())
+        tables["offline"] = [OfflineConfig(run=where, iterations=chosen).model_dump()] if chosen else []
     elif offline is not None:
         raise UsageError(f"{config} has [[offline]] and the command --offline {offline}: leave one of them out")
     validate(RunConfig, tables, str(config))

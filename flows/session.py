@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.artifact import open_artifact
+from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
 from stages.config import RunConfig
@@ -105,6 +106,9 @@ class Session:
 
     def prompts(self, iteration: int) -> str:
         """Draw the questions of an iteration; return their path."""
+        if self.config.stored(iteration):
+            return self.refer_stored(iteration)
+        self._check_own(iteration)
         return self._path("prompts", self.wiring.prompts(iteration))
 
     def refer_stored(self, iteration: int) -> str:
@@ -113,8 +117,19 @@ class Session:
 
     def generate(self, iteration: int) -> str:
         """Sample groups of answers; return their path."""
+        if self.config.stored(iteration):
+            return self.refer_stored(iteration)
+        self._check_own(iteration)
         call = self.wiring.generate(iteration)
         return self._path("generate", call, None if find_finished(call) else self.ready_engine())
+
+    def _check_own(self, iteration: int) -> None:
+        """Raise UsageError when the iteration's completions are another run's: fresh ones would stand in their way."""
+        if self.run.refers(iteration, "completions"):
+            raise UsageError(
+                f"iteration {iteration} of {self.run.name} refers to the completions of another run, so nothing is "
+                "generated for it; to train on them, fork that run (grpo fork), or name it under [[offline]]"
+            )
 
     def score(self, iteration: int) -> str:
         """Score the answers; return the rewards' path."""

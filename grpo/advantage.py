@@ -172,8 +172,10 @@ def normalize_each(
     ids, columns, used = _columns(rewards_long, weights)
     group = _group_numbers(ids)
     normalized = []
+    # a member that lacks one of the rewards is unscored: the others must not move its group either
+    is_scored = ~np.isnan(np.sum([_known(column) for column in columns], axis=0))
     for column in columns:
-        values = _known(column)
+        values = np.where(is_scored, _known(column), np.nan)
         found = statistics(values, group, ddof)
         with np.errstate(invalid="ignore"):
             z = (values - found.mean[group]) / (found.std[group] + eps)

@@ -231,6 +231,10 @@ class RunDir:
         note = {"path": noted, "digest": artifact.digest}
         write_text(path, json.dumps(note, indent=2) + "\n")
 
+    def refers(self, index: int, dataset: str) -> bool:
+        """Return whether a dataset of an iteration is another run's. Read-only."""
+        return self._reference(index, dataset).is_file() and not is_finished(self.place(index, dataset))
+
     def _reference(self, index: int, dataset: str) -> Path:
         return self.iteration(index) / f"{dataset}{REFERENCE}"
 

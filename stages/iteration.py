@@ -259,4 +259,8 @@ def preflight(config: RunConfig) -> None:
     for offline in config.offline:
         source = open_run(offline.run)
         for iteration in offline.iterations:
-            source.open(iteration, "completions")
+            if source.open(iteration, "completions").manifest.stage != generate.STAGE.name:
+                raise ConfigError(
+                    f"[[offline]] names {offline.run}, whose completions no policy of this program has sampled, so "
+                    "they cannot train: name a run that generated its own"
+                )

@@ -87,4 +87,4 @@ def compute(task: StageTask) -> None:
     task.writer.write_part(0, normalize_rows(task.inputs["rewards"].scan(), task.config))
 
 
-STAGE = Stage("normalize", version=2, outputs=("advantages",), compute=compute)
+STAGE = Stage("normalize", version=3, outputs=("advantages",), compute=compute)

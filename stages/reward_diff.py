@@ -48,8 +48,9 @@ def compare(
 
 def _pairs(a: pl.DataFrame, b: pl.DataFrame) -> pl.DataFrame:
     columns = [c for c in ("iteration", "completion_id", "group_id", "reward", "advantage", "drop_reason") if c in a]
-    other = b.select("completion_id", "reward", "advantage", "drop_reason")
-    rows = a.select(columns).join(other, on="completion_id", how="inner", suffix="_b", maintain_order="left")
+    keys = [name for name in ("iteration", "completion_id") if name in a and name in b]  # one may be fed to several
+    other = b.select(*keys, "reward", "advantage", "drop_reason")
+    rows = a.select(columns).join(other, on=keys, how="inner", suffix="_b", maintain_order="left")
     return rows.rename({"reward": "reward_a", "advantage": "advantage_a", "drop_reason": "drop_reason_a"}).with_columns(
         sign_a=pl.col("advantage_a").sign(), sign_b=pl.col("advantage_b").sign()
     )
@@ -70,7 +71,7 @@ def _counts(rows: pl.DataFrame) -> dict[str, Any]:
         mean_size_a=pl.col("advantage_a").abs().mean(),
         mean_size_b=pl.col("advantage_b").abs().mean(),
         largest_move=(pl.col("advantage_b") - pl.col("advantage_a")).abs().max(),
-        rank_correlation=pl.corr("advantage_a", "advantage_b", method="spearman"),
+        rank_correlation=pl.corr("advantage_a", "advantage_b", method="spearman").fill_nan(None),
     ).row(0, named=True)
     return {**of_rows, **of_groups}
 
@@ -81,10 +82,11 @@ def _compare_rewards(rewards: tuple[pl.DataFrame, pl.DataFrame] | None, rows: pl
     parts = [combined]
     alone: list[dict[str, Any]] = []
     if rewards is not None:
-        a, b = (frame.select("completion_id", "group_id", "reward_name", "reward") for frame in rewards)
-        both = a.join(
-            b.drop("group_id"), on=["completion_id", "reward_name"], how="inner", suffix="_b", maintain_order="left"
-        ).rename({"reward": "reward_a"})
+        keys = [name for name in ("iteration", "completion_id", "reward_name") if all(name in f for f in rewards)]
+        a, b = (frame.select(*keys, "group_id", "reward") for frame in rewards)
+        both = a.join(b.drop("group_id"), on=keys, how="inner", suffix="_b", maintain_order="left").rename(
+            {"reward": "reward_a"}
+        )
         parts.insert(0, both.select("group_id", "reward_name", "reward_a", "reward_b"))
         for side, mine, other in (("only_a", a, b), ("only_b", b, a)):
             names = mine["reward_name"].unique(maintain_order=True)

@@ -20,6 +20,8 @@ from stages.rewards.functions import RewardConfig, RewardFunction, check_paramet
 from stages.rewards.scorer import Scorer, completion_columns, needs_prompts, open_scorer
 
 ROWS_PER_PART = 50_000
+COMBINED = "combined"
+"""Name of the weighted sum beside the rewards, in what is printed."""
 
 
 class ScoreConfig(StrictModel):
@@ -35,6 +37,8 @@ class ScoreConfig(StrictModel):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"score.rewards has the names {names}: give each its own")
+        if COMBINED in names:
+            raise ValueError(f"score.rewards has the name {COMBINED!r}, which stands for their sum: choose another one")
         return self
 
 

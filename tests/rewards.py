@@ -64,6 +64,25 @@ async def misbehave_async(completion: str) -> Any:
     return misbehave(completion)
 
 
+async def swallow_cancellation(completion: str) -> float:
+    """Stay for ever where the completion says so, or give up by an own time limit."""
+    if completion == "own":
+        raise TimeoutError("the server said nothing")
+    while completion == "stay":
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            continue
+    return float(len(completion))
+
+
+def mutate(completion: str, messages: list[dict[str, str]], words: list[str]) -> float:
+    """Change what was given; the reward counts it."""
+    messages.append({"role": "user", "content": completion})
+    words.append(completion)
+    return float(len(messages) + len(words) - 1)
+
+
 def leave_a_process(completion: str) -> float:
     """Start a process that would outlive everything, write its id to the file that the completion names, and die."""
     child = subprocess.Popen(["sleep", "3600"])
@@ -108,6 +127,10 @@ def seven_with_detail(word: str) -> pl.Expr:
     return pl.struct(
         reward=pl.col("completion").str.count_matches(word, literal=True), detail=pl.struct("completion", "task")
     )
+
+
+def broken_expression() -> pl.Expr:
+    raise ValueError("no such word")
 
 
 def no_such_column() -> pl.Expr:

@@ -274,10 +274,9 @@ def test_a_member_without_one_of_the_rewards_is_unscored_and_leaves_the_others_c
     rows = long_rows(("a0", "x", 1.0), ("a0", "y", 5.0), ("a1", "x", 0.0), ("a1", "y", None), ("a2", "x", 0.0))
     rows = rows.vstack(long_rows(("a2", "y", 5.0)))
     frame = advantages(normalize_each(rows, {"x": 1.0, "y": 1.0}, ddof=0, eps=0.0))
-    # x has mean 1/3 and std sqrt(2)/3, so 1 becomes sqrt(2) and 0 becomes -1/sqrt(2); y says nothing
+    # of the two scored members, x has mean 1/2 and std 1/2, so 1 becomes 1 and 0 becomes -1; y says nothing
     assert frame["drop_reason"].to_list() == [None, "unscored", None]
-    mean = (2**0.5 - 0.5**0.5) / 2
-    assert frame["advantage"].to_list() == pytest.approx([2**0.5 - mean, 0.0, -(0.5**0.5) - mean])
+    assert frame["advantage"].to_list() == pytest.approx([1.0, 0.0, -1.0])
 
 
 def test_rows_in_any_order_combine_to_the_same_rewards() -> None:

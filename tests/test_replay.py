@@ -9,6 +9,7 @@ import pytest
 
 from flows.replay import STAGES, print_replay
 from pipeline.errors import UsageError
+from pipeline.retention import prunable, prune
 from pipeline.run_dir import RunDir
 from pipeline.view import Format
 from stages.engines.base import Request
@@ -40,10 +41,32 @@ def test_every_stage_of_a_run_is_computed_again_to_the_same_digests(
     before = sorted(original.rglob("*"))
     assert print_replay(original, None, None, Format.jsonl, engine=ScriptedEngine(answer))
     rows = rows_of(capsys)
-    # seven stages with nine outputs, of which iteration 0 has no evaluation
-    assert [(r["iteration"], r["result"]) for r in rows] == [(0, "equal")] * 8 + [(1, "equal")] * 9
+    # the first evaluation; seven stages with nine outputs, of which iteration 0 has no evaluation
+    expected = [(-1, "equal")] + [(0, "equal")] * 8 + [(1, "equal")] * 9
+    assert [(r["iteration"], r["result"]) for r in rows] == expected
     assert {r["stage"] for r in rows} == set(STAGES)
     assert sorted(original.rglob("*")) == before
+
+
+def test_one_stage_is_replayed_where_it_is_stored(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_replay(original, None, "evaluate", Format.jsonl, engine=ScriptedEngine(answer))
+    assert [(r["iteration"], r["stage"]) for r in rows_of(capsys)] == [(-1, "evaluate"), (1, "evaluate")]
+    with pytest.raises(UsageError, match="no stored results of evaluate"):
+        print_replay(original, [0], "evaluate", Format.jsonl)
+
+
+def test_an_artifact_that_cannot_be_computed_does_not_lose_the_others(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(
+        prune(
+            prunable(run, 1, []),
+        )
+    )
+    assert not print_replay(run.root, [1], "update", Format.jsonl)
+    (row,) = rows_of(capsys)
+    assert row["result"] == "not computed"
+    assert "was dropped by `grpo prune`" in str(row["found"])
 
 
 def test_a_forged_reward_that_no_file_can_tell_is_found(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

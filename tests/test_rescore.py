@@ -17,7 +17,7 @@ from pipeline.config import validate
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, RecipeMismatch, RewardError, UsageError
 from pipeline.run_dir import RunDir, open_run
 from pipeline.view import Format
-from stages.config import RunConfig
+from stages.config import RunConfig, recorded_config
 from stages.metrics import iteration_metrics
 from tests.small_run import make_small_run
 
@@ -235,6 +235,26 @@ def test_offline_rows_have_no_age(run: Path, tmp_path: Path) -> None:
 
 def test_a_rescored_run_can_be_verified(run: Path, tmp_path: Path) -> None:
     assert print_verification(rescored(run, REWARDS, tmp_path / "new").root, 20, Format.table)
+
+
+def test_a_fork_of_a_fork_is_fed_by_the_fork(run: Path, tmp_path: Path) -> None:
+    settings = validate(RunConfig, fork_tables(open_run(run), 1, config(run, REWARDS), None, []), "fork")
+    fork = RunDir(tmp_path / "fork")
+    fork.record_config("", settings.model_dump(mode="json"))
+    with closing(Session(settings, fork)) as session:
+        session.initial_policy()
+        session.refer_stored(0)
+        for stage in (session.score, session.normalize, session.batch, session.update):
+            stage(0)
+    second = fork_tables(open_run(fork.root), 0, config(run, REWARDS), 1, [])
+    assert second["offline"] == [{"run": str(fork.root), "iterations": [0]}]
+
+
+def test_nothing_is_generated_over_the_completions_of_another_run(run: Path, tmp_path: Path) -> None:
+    new = rescored(run, REWARDS, tmp_path / "new", [0])
+    with closing(Session(recorded_config(new), new)) as session, pytest.raises(UsageError, match="refers to the compl"):
+        session.prompts(0)
+    assert not new.place(0, "prompts").exists()
 
 
 def test_a_fork_wants_a_policy_that_exists(run: Path) -> None:

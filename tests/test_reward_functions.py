@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.functions import RewardConfig, RewardFunction, Shape, find_reward
+from stages.rewards.functions import RewardConfig, RewardFunction, Shape, check_sources, find_reward
 
 
 def find(function: str, **arguments: Any) -> RewardFunction:
@@ -68,6 +68,30 @@ def test_the_identity_covers_the_functions_own_module_and_arguments(module: Path
     assert recipe(file="a") != before
     module.write_text(module.read_text() + "# another comment\n")
     assert recipe() != before
+
+
+def test_the_identity_covers_the_named_module_of_a_closure_from_elsewhere(module: Path) -> None:
+    helping = module.parent / "helping.py"
+    helping.write_text("def make(factor):\n    def f(completion):\n        return factor\n    return f\n")
+    module.write_text("from helping import make\nf = make(2.0)\n")
+    before = recipe()
+    module.write_text("from helping import make\nf = make(3.0)\n")
+    assert recipe() != before
+
+
+def test_a_source_that_changes_while_it_is_used_is_refused(module: Path) -> None:
+    for name in ("my_reward", "helping"):
+        sys.modules.pop(name, None)
+    reward = find("my_reward:f")
+    check_sources(reward)
+    (module.parent / "helping.py").write_text("FACTOR = 4.0\n")
+    with pytest.raises(RewardError, match="source of helping was changed"):
+        check_sources(reward)
+
+
+def test_an_expression_that_cannot_be_made_is_one_clear_error() -> None:
+    with pytest.raises(RewardError, match=r"is to return a polars expression.*no such word"):
+        find("tests.rewards:broken_expression").columns()
 
 
 def test_an_identity_function_takes_the_arguments_place(module: Path) -> None:

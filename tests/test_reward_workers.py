@@ -75,6 +75,27 @@ def test_an_async_function_that_blocks_or_dies_costs_only_its_own_row(scorer: Sc
     }
 
 
+def test_an_async_function_that_swallows_its_cancellation_cannot_hold_the_others(scorer: Scorer) -> None:
+    rows = score(scorer, "swallow_cancellation", ["stay", "xx", "xx"], time_limit=0.5)
+    assert rows["reward"].to_list() == [None, 2.0, 2.0]
+    assert rows["error"][0] == "no reward within 0.5 s (time_limit)"
+
+
+def test_a_timeout_of_the_functions_own_is_its_own_error(scorer: Scorer) -> None:
+    rows = score(scorer, "swallow_cancellation", ["own", "own"])
+    assert all(error.startswith("TimeoutError: the server said nothing") for error in rows["error"])
+
+
+def test_what_a_function_does_to_its_arguments_is_not_seen_by_the_next_row(scorer: Scorer) -> None:
+    rows = score(scorer, "mutate", ["a", "b", "c"], arguments={"words": ["x"]})
+    assert rows["reward"].to_list() == [3.0, 3.0, 3.0]
+
+
+def test_arguments_may_be_long(scorer: Scorer) -> None:
+    words = ["x" * 100] * 5000
+    assert score(scorer, "mutate", ["a"], arguments={"words": words})["reward"].to_list() == [5002.0]
+
+
 def test_async_calls_wait_beside_each_other(scorer: Scorer) -> None:
     started = time.monotonic()
     rows = score(scorer, "misbehave_async", ["sleep"] * 64, time_limit=0.5, concurrency=32)
@@ -154,11 +175,14 @@ def test_a_note_is_never_seen_half_written() -> None:
             number += 1
             take_note(note, number, float(number))
     try:
-        seen = [NOTE.unpack_from(note, 0) for _ in range(200_000)]
+        seen = set()
+        ends = time.monotonic() + 20
+        while len(seen) < 1000 and time.monotonic() < ends:
+            seen.update(NOTE.unpack_from(note, 0) for _ in range(1000))
     finally:
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
-    assert len(set(seen)) > 100
+    assert len(seen) > 20
     assert [pair for pair in seen if min(pair) < 1] == []
 
 

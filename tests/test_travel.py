@@ -5,6 +5,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,22 @@ def test_the_five_rewards_together_put_the_kinds_of_answers_in_their_order() -> 
         totals.setdefault(row["quality"], []).append(total)
     order = sorted(totals, key=lambda quality: -sum(totals[quality]) / len(totals[quality]))
     assert order[:5] == ["grounded", "true_quote", "terse", "invented_quote", "partly_right"]
+
+
+def test_the_imported_example_can_be_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.session import Session
+    from flows.verification import print_verification
+    from pipeline.run_dir import RunDir
+    from pipeline.view import Format
+    from stages.config import load_config
+    from stages.importing import import_completions
+
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    settings = load_config(Path("configs/travel.toml"))
+    run = RunDir(tmp_path / "travel")
+    import_completions(settings.prompts, Path("configs/travel/completions.jsonl"), run)
+    run.record_config("", settings.model_dump(mode="json"))
+    with closing(Session(settings, run)) as session:
+        session.score(0)
+        session.normalize(0)
+    assert print_verification(run.root, 20, Format.table)

@@ -107,8 +107,11 @@ def import_(
     from pipeline.run_dir import run_at
     from stages.config import check_unchanged, load_config
     from stages.importing import import_completions
+    from stages.score import check_rewards
+    from stages.sources import first_row
 
     settings = load_config(config, overrides)
+    check_rewards(settings.score, first_row(settings.prompts).metadata)
     run = run_at(new or f"runs/{config.stem}")
     check_unchanged(run, settings)
     start_working()

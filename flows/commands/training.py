@@ -72,11 +72,18 @@ def fork(
     Example: grpo fork runs/demo configs/terse.toml --at 20 --offline 5
     """
     from flows.rescore import fork_tables, write_fork
+    from pipeline.config import validate
     from pipeline.run_dir import open_run, run_at
+    from stages.config import RunConfig, check_unchanged
+    from stages.iteration import preflight
 
     source = open_run(run)
     place = new or named_after(run, f"{config.stem}-{at}")
-    path = write_fork(source, at, fork_tables(source, at, config, offline, overrides or []), run_at(place))
+    tables = fork_tables(source, at, config, offline, overrides or [])
+    settings = validate(RunConfig, tables, str(config))
+    check_unchanged(run_at(place), settings)
+    preflight(settings)
+    path = write_fork(source, at, tables, run_at(place))
     _train(path, place, None)
 
 

@@ -45,7 +45,7 @@ FACTS = {
     "completion_id": "identity of the answer",
     "group_id": "identity of its group",
     "prompt_id": "identity of the question",
-    "num_tokens": "tokens of the answer, its end-of-sequence token included",
+    "num_tokens": "tokens of the answer, its end-of-sequence token included; null where they are not known",
     "finish_reason": "stop, length (cut at max_tokens) or abort",
     "policy_name": "name of the policy that wrote it",
 }

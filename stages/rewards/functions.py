@@ -81,7 +81,7 @@ class RewardFunction:
         if self.shape is Shape.frame or self.takes_anything:
             return tuple(FACTS)
         if self.shape is Shape.expression:
-            return tuple(name for name in self.call(**self.arguments).meta.root_names() if name in FACTS)
+            return tuple(name for name in _expression(self).meta.root_names() if name in FACTS)
         facts = [name for name in self.parameters if name in FACTS]
         if self.metadata_keys() and "metadata" not in facts:
             facts.append("metadata")
@@ -102,7 +102,7 @@ def find_reward(config: RewardConfig) -> RewardFunction:
     name, function, arguments = config.name, config.function, config.arguments
     try:
         call, _ = import_function(function)
-    except Exception as error:  # importing a user's module may raise anything
+    except (Exception, SystemExit) as error:  # importing a user's module may do anything
         raise RewardError(
             f"the reward {name!r} names {function!r}, which cannot be imported "
             f"({type(error).__name__}: {error}): give module:function, importable from the current directory"
@@ -128,11 +128,28 @@ def find_reward(config: RewardConfig) -> RewardFunction:
     )
 
 
+def _expression(reward: RewardFunction) -> Any:
+    """Return the expression that the function gives.
+
+    Raises:
+        RewardError: when it raises or gives something else.
+    """
+    try:
+        expression = reward.call(**reward.arguments)
+        expression.meta.root_names()
+    except Exception as error:  # a user's function may raise anything
+        raise RewardError(
+            f"the reward {reward.name!r} ({reward.config.function}) is to return a polars expression, as its return "
+            f"annotation says, but: {type(error).__name__}: {error}; correct it"
+        ) from error
+    return expression
+
+
 def _shape(signature: inspect.Signature) -> Shape:
     if "completions" in signature.parameters:
         return Shape.frame
     returned = signature.return_annotation
-    if "Expr" in (returned.rpartition(".")[2] if isinstance(returned, str) else getattr(returned, "__name__", "")):
+    if (returned.rpartition(".")[2] if isinstance(returned, str) else getattr(returned, "__name__", "")) == "Expr":
         return Shape.expression
     return Shape.completion
 
@@ -158,10 +175,12 @@ def check_parameters(reward: RewardFunction, metadata: Mapping[str, Any]) -> Non
 
 def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[str, Any]) -> str:
     """Return the hash of everything that decides the reward: the function, its sources, its arguments or identity."""
-    module = inspect.getmodule(call)
-    assert module is not None
+    named = sys.modules[function.partition(":")[0]]
+    defining = inspect.getmodule(call) or named  # a closure or an alias may come from elsewhere
     decided_by: Any = arguments
-    identity = getattr(module, f"{getattr(call, '__name__', '')}_identity", None)
+    identity = getattr(named, f"{function.partition(':')[2]}_identity", None)
+    if identity is None:
+        identity = getattr(defining, f"{getattr(call, '__name__', '')}_identity", None)
     if callable(identity):
         try:
             decided_by = identity(**arguments)
@@ -171,7 +190,7 @@ def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[
                 f"the identity of the reward {name!r} ({function}) cannot be determined: {text}; correct "
                 "score.rewards.arguments"
             ) from error
-    return sha256_text(canonical_json([function, decided_by, source_hashes(module)]))
+    return sha256_text(canonical_json([function, decided_by, {**source_hashes(defining), **source_hashes(named)}]))
 
 
 @cache  # a module that is loaded stays what it is
@@ -180,6 +199,27 @@ def source_hashes(module: ModuleType) -> dict[str, str]:
 
     Left out are the standard library, installed packages and the pipeline itself, whose own rewards count.
     """
+    return hash_sources(module)
+
+
+def check_sources(reward: RewardFunction) -> None:
+    """Check that the files are still those whose hashes stand in the recipe: worker processes import them anew.
+
+    Raises:
+        RewardError: when one was changed since this process has read it.
+    """
+    module = sys.modules[reward.config.function.partition(":")[0]]
+    before, now = source_hashes(module), hash_sources(module)
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        raise RewardError(
+            f"the source of {', '.join(changed)} was changed after this command began to use the reward "
+            f"{reward.name!r}: start the command again, which uses the new source"
+        )
+
+
+def hash_sources(module: ModuleType) -> dict[str, str]:
+    """Return what `source_hashes` does, of the files as they are now."""
     package = module.__name__.partition(".")[0]
     found: dict[str, str] = {}
     waiting = [module.__name__]
@@ -228,5 +268,6 @@ def _imported(source: str, package: str) -> Iterator[str]:
             base = node.module or ""
             if node.level:
                 base = importlib.util.resolve_name("." * node.level + base, package)
-            yield base
+            parts = base.split(".")
+            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
             yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -81,10 +81,13 @@ class WorkerPool:
         while len(self.slots) < self.num_workers:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             output: IO[bytes] | None = self.log.open("ab") if self.log else None
-            with theirs:
+            with theirs, os.fdopen(os.memfd_create("job"), "wb+") as job:
+                pickle.dump(self.job, job)
+                job.flush()
+                job.seek(0)
                 keeper = subprocess.Popen(
-                    [sys.executable, "-m", "stages.rewards.worker", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
+                    [sys.executable, "-m", "stages.rewards.worker", str(theirs.fileno()), str(job.fileno())],
+                    pass_fds=[theirs.fileno(), job.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -92,7 +95,6 @@ class WorkerPool:
                 )
             if output:
                 output.close()
-            ours.send(pickle.dumps(self.job))
             self.slots.append(Slot(self.job, ours, keeper))
 
     def close(self) -> None:
@@ -224,7 +226,9 @@ class WorkerPool:
         is_late = row != IDLE and now - since > self.job.time_limit
         if is_late and noted == slot.suspect:
             slot.is_condemned = True
-            slot.control.send(b"kill")
+            with suppress(OSError):  # it may have ended just now
+                slot.control.send(b"kill")
+            return
         # the worker may have been writing just now: the same note must be found late twice
         slot.suspect = noted if is_late else None
 
@@ -244,7 +248,9 @@ class WorkerPool:
                     f"({reason}){self._see_log()}: is its memory_limit_gib enough to import its module?"
                 )
         row = NOTE.unpack_from(slot.note, 0)[0] if slot.note is not None else IDLE
-        parcel, waiting = slot.parcel, slot.waiting
+        if slot.is_condemned and slot.suspect is not None:
+            row = slot.suspect[0]  # the note may have gone on before the end came
+        parcel, waiting, was_late = slot.parcel, slot.waiting, slot.is_condemned
         if slot.connection is not None:
             slot.connection.close()
         slot.connection, slot.note, slot.parcel, slot.waiting = None, None, None, set()
@@ -256,6 +262,9 @@ class WorkerPool:
         left = [number for number in parcel.numbers if number in waiting]
         if self.job.is_frame:
             errors.update(dict.fromkeys(left, tuple(failed(reason))))
+            return
+        if was_late and row >= 0 and row not in waiting:
+            again.append(_parcel(_part(parcel, left)))  # the late row has given its result just before the end
             return
         culprit = row if row in waiting else left[0] if len(left) == 1 else None
         if culprit is None:  # several were under way: one by one the culprit shows

@@ -37,7 +37,11 @@ def of_value(value: Any) -> Result:
     """Return the result of one completion's call."""
     score = value if isinstance(value, Score) else Score(value)
     try:
-        detail = None if score.detail is None else _utf8(json.dumps(score.detail, sort_keys=True, ensure_ascii=False))
+        detail = (
+            None
+            if score.detail is None
+            else _utf8(json.dumps(score.detail, sort_keys=True, ensure_ascii=False, allow_nan=False))
+        )
     except (TypeError, ValueError) as error:
         return Result(None, f"the detail is not JSON ({error})", None)
     found = score.reward

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from stages.rewards.base import FACTS
-from stages.rewards.functions import RewardFunction, Shape
+from stages.rewards.functions import RewardFunction, Shape, check_sources
 from stages.rewards.pool import WorkerPool
 from stages.rewards.results import of_error, of_frame, result_frame
 from stages.rewards.worker import Job
@@ -51,6 +51,8 @@ class Scorer:
         ``completions`` has completion_id, group_id, prompt_id and `completion_columns`; ``prompts`` the columns of that
         dataset, or is None when no function asks for `PROMPT_FACTS`. ``progress`` is told how many results there are.
         """
+        for reward in rewards:
+            check_sources(reward)
         # what a function over one completion asks of a prompt is sent once for each prompt, not joined to each row
         joined = {c for r in rewards for c in r.columns() if r.shape is not Shape.completion or c not in PROMPT_FACTS}
         if prompts is not None:
@@ -142,7 +144,8 @@ def facts_of(completions: pl.DataFrame, prompts: pl.DataFrame | None, wanted: se
     """Return the facts that are wanted, one row per completion, in order."""
     frame = completions
     if "num_tokens" in wanted:
-        frame = frame.with_columns(num_tokens=pl.col("completion_token_ids").list.len().cast(pl.Int64))
+        length = pl.col("completion_token_ids").list.len().cast(pl.Int64)
+        frame = frame.with_columns(num_tokens=pl.when(length > 0).then(length))  # null: imported without a tokenizer
     if prompts is not None and wanted.intersection(PROMPT_FACTS):
         frame = frame.join(
             prompt_facts(prompts).select("prompt_id", *sorted(wanted.intersection(PROMPT_FACTS))),

@@ -1,6 +1,6 @@
 """The process that runs a user's reward function, and the keeper that starts it again when it dies.
 
-    python -m stages.rewards.worker <control descriptor>
+    python -m stages.rewards.worker <control descriptor> <job descriptor>
 
 The keeper imports the function's module once, forks a worker, waits for its end, says on the control socket how it
 ended, and forks the next one: a worker that crashed or was killed is replaced within milliseconds, however long its
@@ -38,12 +38,11 @@ SEVERAL = -2
 HEARTBEAT_SECONDS = 0.1
 FLUSH_SECONDS = 0.05
 LENGTH = struct.Struct("=q")
-MAX_JOB_BYTES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker is for; sent to the keeper as its first message."""
+    """What a worker is for; the keeper reads it from a file in memory."""
 
     function: str
     is_frame: bool
@@ -98,9 +97,10 @@ def _receive(connection: socket.socket, size: int) -> bytes | None:
     return bytes(data)
 
 
-def keep(control: socket.socket) -> None:
+def keep(control: socket.socket, job_descriptor: int) -> None:
     """Fork workers until the supervisor has gone."""
-    job: Job = pickle.loads(control.recv(MAX_JOB_BYTES))
+    with os.fdopen(job_descriptor, "rb") as file:
+        job: Job = pickle.load(file)
     sys.path[:] = job.search_path
     if not job.is_frame:  # polars' threads, which a module might start, do not survive a fork
         importlib.import_module(job.function.partition(":")[0])
@@ -238,14 +238,19 @@ async def _score_together(job: Job, call: Callable[..., Any], rows: Rows, note: 
 
     async def one(number: int, arguments: dict[str, Any]) -> None:
         async with free:
-            try:
-                result = of_value(await asyncio.wait_for(call(**arguments), job.time_limit))
-            except TimeoutError:
+            asked = asyncio.create_task(call(**arguments))
+            # not wait_for: it would wait for a function that swallows its cancellation
+            done, _ = await asyncio.wait({asked}, timeout=job.time_limit)
+            if not done:
+                asked.cancel()
+                abandoned.append(asked)
                 result = failed(no_reward_within(job.time_limit))
-            except Exception as error:  # a user's function may raise anything; the error is data
-                result = of_error(error)
+            else:
+                error = asked.exception()
+                result = of_value(asked.result()) if error is None else of_error(error)
         outbox.add(number, result, time.monotonic())
 
+    abandoned: list[asyncio.Task[Any]] = []
     free = asyncio.Semaphore(job.concurrency)
     beating = asyncio.create_task(heartbeat())
     await asyncio.gather(*(one(number, arguments) for number, arguments in _arguments(job, rows)))
@@ -255,10 +260,24 @@ async def _score_together(job: Job, call: Callable[..., Any], rows: Rows, note: 
 
 def _arguments(job: Job, rows: Rows) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row's number and keyword arguments."""
-    contexts = {prompt_id: _context(job, given) for prompt_id, given in rows.contexts.items()}
+    contexts = {prompt_id: _Fresh(_context(job, given)) for prompt_id, given in rows.contexts.items()}
+    arguments, nothing = _Fresh(job.arguments), _Fresh({})
     names, columns = list(rows.facts), list(rows.facts.values())
     for number, prompt_id, *values in zip(rows.numbers, rows.prompt_ids, *columns, strict=True):
-        yield number, {**contexts.get(prompt_id, {}), **dict(zip(names, values, strict=True)), **job.arguments}
+        given = contexts.get(prompt_id, nothing)
+        yield number, {**given.copy(), **dict(zip(names, values, strict=True)), **arguments.copy()}
+
+
+class _Fresh:
+    """Gives a function lists and dictionaries of its own: one row must not see what another did with them."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.plain = {key: value for key, value in values.items() if not isinstance(value, list | dict)}
+        mutable = {key: value for key, value in values.items() if isinstance(value, list | dict)}
+        self.pickled = pickle.dumps(mutable, protocol=5) if mutable else None
+
+    def copy(self) -> dict[str, Any]:
+        return self.plain if self.pickled is None else {**self.plain, **pickle.loads(self.pickled)}
 
 
 def _context(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,4 +313,4 @@ def read_frame(data: bytes) -> Any:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor ends its workers itself
-    keep(socket.socket(fileno=int(sys.argv[1])))
+    keep(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
