@@ -50,6 +50,7 @@ UNANCHORED = {
         "correction_weight_mean", "masked_tokens", "logprob_difference_max", "importance_ratio_mean",
         "importance_ratio_max", "kl_to_sampler",
     },
+    "rewards": {"detail"},
     "evaluations": {"reward", "error", "sampling_logprobs"},
 }  # fmt: skip
 """Columns of artifacts that nothing is made from, which no other file repeats."""
