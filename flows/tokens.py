@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArtifactDamaged, UsageError
+from pipeline.errors import ArtifactDamaged
+from pipeline.lineage import find_completion
 from pipeline.run_dir import RunDir, open_run
 from pipeline.view import Format, console, print_rows
 
@@ -92,7 +93,7 @@ def tell(run: RunDir, iteration: int | None, completion_id: str) -> Told:
     """
     import polars as pl
 
-    index, full_id = _find(run, iteration, completion_id)
+    index, full_id = find_completion(run, completion_id, iteration)
     is_it = pl.col("completion_id") == full_id
 
     def rows(dataset: str) -> list[dict[str, Any]]:
@@ -101,26 +102,6 @@ def tell(run: RunDir, iteration: int | None, completion_id: str) -> Told:
         return run.open(index, dataset).scan().filter(is_it).collect().to_dicts()
 
     return Told(index, rows("completions")[0], next(iter(rows("batches")), None), rows("training_records"))
-
-
-def _find(run: RunDir, iteration: int | None, completion_id: str) -> tuple[int, str]:
-    import polars as pl
-
-    found: set[tuple[int, str]] = set()
-    for index in run.iterations() if iteration is None else [iteration]:
-        if iteration is None and not run.has(index, "completions"):
-            continue
-        ids = run.open(index, "completions").scan().select("completion_id")
-        matching = ids.filter(pl.col("completion_id").str.starts_with(completion_id)).head(1000).collect()
-        found |= {(index, name) for name in matching["completion_id"]}
-    found = {item for item in found if item[1] == completion_id} or found
-    if len(found) != 1:
-        where = "" if iteration is None else f"iteration {iteration} of "
-        raise UsageError(
-            f"{where}{run.root} has {len(found) or 'no'} completions whose id begins with {completion_id!r}, expected "
-            "one: see `grpo rows RUN completions -c completion_id`"
-        )
-    return next(iter(found))
 
 
 def token_rows(run: RunDir, told: Told) -> Iterator[dict[str, Any]]:

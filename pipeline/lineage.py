@@ -109,7 +109,7 @@ def trace(run: RunDir, completion_id: str) -> list[Step]:
     Raises:
         UsageError: when the run has no such completion, or the beginning of an id names several.
     """
-    iteration, full_id = _find(run, completion_id)
+    iteration, full_id = find_completion(run, completion_id)
     is_it = pl.col("completion_id") == full_id
     completions = run.open(iteration, "completions")
     row = completions.scan().filter(is_it).collect().row(0, named=True)
@@ -149,19 +149,24 @@ def _updates(count: int | None) -> str:
     return "from outside the run" if count is None else f"after {count} updates"
 
 
-def _find(run: RunDir, completion_id: str) -> tuple[int, str]:
-    """Return the iteration and the whole id of a completion, given its beginning."""
+def find_completion(run: RunDir, completion_id: str, iteration: int | None = None) -> tuple[int, str]:
+    """Return the iteration and the whole id of a completion, given its beginning. Read-only.
+
+    Raises:
+        UsageError: when none or several begin so, in the run or in the iteration.
+    """
     found: set[tuple[int, str]] = set()
-    for iteration in run.iterations():
-        if completions := _open(run, iteration, "completions"):
+    for index in run.iterations() if iteration is None else [iteration]:
+        if completions := _open(run, index, "completions"):
             ids = completions.scan().select("completion_id")
             matching = ids.filter(pl.col("completion_id").str.starts_with(completion_id)).head(1000).collect()
-            found |= {(iteration, name) for name in matching["completion_id"]}
+            found |= {(index, name) for name in matching["completion_id"]}
     found = {item for item in found if item[1] == completion_id} or found
     if len(found) != 1:
+        where = "" if iteration is None else f"iteration {iteration} of "
         raise UsageError(
-            f"{run.root} has {'no completion' if not found else 'several completions'} whose id begins with "
-            f"{completion_id!r}, expected one: see `grpo rows RUN completions`"
+            f"{where}{run.name} has {len(found) or 'no'} completions whose id begins with {completion_id!r}, expected "
+            "one: see `grpo rows RUN completions -c completion_id`"
         )
     return next(iter(found))
 

@@ -13,7 +13,7 @@ from stages.generate import CURRENT, request_seed
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.policy import load_tokenizer, stop_token_ids
 from stages.rewards.scorer import Scorer
-from stages.score import ScoreConfig, score_frame
+from stages.score import ScoreConfig, score_rows
 from stages.sources import SourceConfig
 
 
@@ -125,7 +125,7 @@ def compute(task: StageTask) -> None:
             rows = _answer(task, prompts, decoding, per_prompt)
             # a reward may ask who wrote the answer
             named = rows.with_columns(pl.lit(CURRENT).alias("policy_name"))
-            scored = score_frame(named, prompts, config.score, resources.scorer)
+            scored = score_rows(named, prompts, config.score, resources.scorer)
             task.writer.write_part(part, _with_rewards(rows, scored, config))
         done += len(prompts) * per_prompt
         task.progress(done, total)

@@ -111,7 +111,7 @@ def slices(completions: Artifact, columns: Sequence[str], num_rows: int) -> Iter
         yield pl.concat(waiting)
 
 
-def score_frame(
+def score_rows(
     completions: pl.DataFrame, prompts: pl.DataFrame, config: ScoreConfig, scorer: Scorer | None = None
 ) -> pl.DataFrame:
     """Return one row per completion and reward function, in the order of the completions.

@@ -16,28 +16,9 @@ from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
 from stages.metrics import append_metrics, iteration_metrics, recorded_metrics
 from tests.policies import EOS
+from tests.small_run import CONFIG, DIGIT_0
 
-CONFIG = """
-iterations = 2
-[policy]
-model = "{policy}"
-[prompts]
-source = "{source}"
-prompts_per_iteration = 2
-[generate]
-group_size = 2
-max_tokens = 8
-[[score.rewards]]
-name = "exact"
-function = "stages.rewards.matching:exact_match"
-[update]
-num_threads = 1
-[evaluate]
-every = 0
-held_out_share = 0.0
-"""
 ROWS = '{"question": "1 + 1 =", "answer": "2"}\n{"question": "0 + 2 =", "answer": "2"}\n'
-DIGIT_0 = 19
 COMPLETIONS = "iterations/000000/completions"
 PART = f"{COMPLETIONS}/part-00000.parquet"
 
@@ -70,7 +51,7 @@ def s3_server() -> Iterator[None]:
 
 
 def small_config(folder: Path, policy: str, source: str) -> RunConfig:
-    (folder / "config.toml").write_text(CONFIG.format(policy=policy, source=source))
+    (folder / "config.toml").write_text(CONFIG.format(policy=policy, source=source, iterations=2))
     return load_config(folder / "config.toml")
 
 

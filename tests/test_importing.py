@@ -17,7 +17,7 @@ from stages.importing import import_completions, read_questions
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.prompts import PromptsConfig
 from stages.rewards.functions import RewardConfig
-from stages.score import ScoreConfig, score_frame
+from stages.score import ScoreConfig, score_rows
 from stages.sources import SourceConfig
 from tests.builders import prompt_rows, write_artifact
 
@@ -111,7 +111,7 @@ def test_imported_rows_are_scored_and_compared_but_never_trained(
 ) -> None:
     prompts, completions = imported(tmp_path, WRITTEN, tiny_policy if with_tokenizer else None)
     function = RewardConfig(name="exact", function="stages.rewards.matching:exact_match")
-    rewards = score_frame(completions, prompts, ScoreConfig(rewards=[function]))
+    rewards = score_rows(completions, prompts, ScoreConfig(rewards=[function]))
     assert rewards["reward"].to_list() == [1.0, 0.0, 0.0, 1.0, 0.0]
     advantages = normalize_rows(rewards.lazy(), NormalizeConfig())
     assert advantages["advantage"].to_list() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0.5, -0.5])

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig
-from stages.score import FailureCounter, ScoreConfig, check_rewards, find_rewards, score_frame
+from stages.score import FailureCounter, ScoreConfig, check_rewards, find_rewards, score_rows
 from tests.builders import completion_rows, prompt_rows
 
 
@@ -34,7 +34,7 @@ def rewards(function: str, **arguments: Any) -> ScoreConfig:
 
 def score(config: ScoreConfig, *texts: str, **prompt: Any) -> pl.DataFrame:
     completions = completion_rows(*({"completion": text} for text in texts))
-    return score_frame(completions, prompt_rows(prompt), config)
+    return score_rows(completions, prompt_rows(prompt), config)
 
 
 def test_a_function_gets_what_its_signature_names() -> None:

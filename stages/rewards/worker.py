@@ -180,7 +180,7 @@ def work(job: Job, connection: socket.socket, note: mmap.mmap) -> None:
         while (data := read_message(connection)) is not None:
             if job.is_frame:
                 take_note(note, SEVERAL, time.monotonic())
-                write_message(connection, frame_bytes(score_frame(call, job.arguments, read_frame(data))))
+                write_message(connection, frame_bytes(call_on_frame(call, job.arguments, read_frame(data))))
             else:
                 rows: Rows = pickle.loads(data)
                 if job.is_async and len(rows.numbers) > 1:
@@ -289,7 +289,7 @@ def _context(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
     return known if job.takes_anything else {name: known[name] for name in job.parameters if name in known}
 
 
-def score_frame(call: Callable[..., Any], arguments: Mapping[str, Any], completions: Any) -> Any:
+def call_on_frame(call: Callable[..., Any], arguments: Mapping[str, Any], completions: Any) -> Any:
     """Return reward, error and detail for every row: what the function says, or the error that took all rows."""
     try:
         return of_frame(call(completions=completions, **arguments), len(completions))
