@@ -109,7 +109,7 @@ def test_a_dropped_completion_trains_nothing(run: RunDir, tmp_path: Path) -> Non
 def test_a_beginning_that_fits_none_or_several_completions_is_refused(run: RunDir) -> None:
     with pytest.raises(UsageError, match="has 32 completions whose id begins with ''"):
         trace(run, "")
-    with pytest.raises(UsageError, match="no completion whose id begins with 'zz'"):
+    with pytest.raises(UsageError, match="has no completions whose id begins with 'zz'"):
         trace(run, "zz")
 
 
