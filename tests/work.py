@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
 from stages.rewards.base import Score
 
 
@@ -50,3 +52,12 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(score, Score)
     error_text = "the function returned None" if score.reward is None else None
     return {"reward": score.reward, "detail": json.loads(json.dumps(score.detail)), "error": error_text}
+
+
+def check_case(case: dict[str, Any]) -> None:
+    """Assert that the case's function gives what was worked out by hand, to the ninth digit."""
+    found = outcome(case)
+    assert found["reward"] == pytest.approx(case["reward"], abs=1e-9)
+    assert found["detail"] == case["detail"]
+    assert (case["error"] or "") in (found["error"] or "")
+    assert (found["error"] is None) == (case["error"] is None)
