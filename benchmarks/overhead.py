@@ -5,7 +5,9 @@
 
 Runs the train flow in this process, with clocks around the functions that do the work, the files and the hashes; the
 product itself is not changed. Times are exclusive: what a clock inside another one measures counts there only, so the
-kinds add up to the wall time of the iterations. The first iterations (imports, warm-up) are left out.
+kinds add up to the wall time of the iterations. Only the flow's own thread is clocked: what runs beside it costs what
+it slows the others, and the time that the flow waits for it ("beside"). The first iterations (imports, warm-up) and the
+last one (the run's end) are left out.
 
 `--model-size` puts a random Qwen2 model of about that size, with the tokenizer of the config's policy (or of the run's
 starter), in place of the policy. Such a model earns nothing on a real task, so its answers get a reward that merely
@@ -34,8 +36,21 @@ from typing import Any
 from flows.environment import prepare
 
 SAMPLING, TRAINING = "engine.generate", "train_on_batches"
-OTHER = "other"
-KINDS = (SAMPLING, TRAINING, "engine.load", "checkpoint", "Parquet", "hashing", "fsync", "artifacts", "Prefect", OTHER)
+OTHER, BESIDE = "other", "beside"
+KINDS = (
+    SAMPLING,
+    TRAINING,
+    "engine.load",
+    "checkpoint",
+    "Parquet",
+    "hashing",
+    "fsync",
+    "artifacts",
+    "Prefect",
+    BESIDE,
+    OTHER,
+)
+STAGES = ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer", "metrics")
 LEGEND = {
     SAMPLING: "vLLM, the requests' way there and back included",
     TRAINING: "torch",
@@ -46,6 +61,7 @@ LEGEND = {
     "fsync": "waiting for the device",
     "artifacts": "manifests, recipes, look-ups, renames",
     "Prefect": "a task's state changes",
+    BESIDE: "waiting for tasks that run beside: prompts, optimizer, metrics",
     OTHER: "the stages' own work and what is in no other kind",
 }
 
@@ -61,7 +77,7 @@ class Clock:
         self.mark = read()
         self.spent: dict[tuple[str, str], float] = defaultdict(float)
         self.iterations: list[dict[tuple[str, str], float]] = []
-        self.trained: list[int] = []
+        self.has_begun = False
 
     def settle(self) -> None:
         """Book the time since the last change."""
@@ -95,12 +111,32 @@ class Clock:
 
         return timed
 
-    def end_iteration(self, num_trained: int) -> None:
-        """Put the times since the last end away as those of one iteration."""
+    def begin_iteration(self) -> None:
+        """Put the times since the last beginning away as those of one iteration."""
         self.settle()
-        self.iterations.append(dict(self.spent))
-        self.trained.append(num_trained)
+        if self.has_begun:
+            self.iterations.append(dict(self.spent))
+            print(f"iteration {len(self.iterations) - 1}: {sum(self.spent.values()):.3f} s", file=sys.stderr)
+        self.has_begun = True
         self.spent.clear()
+
+
+class TimedTask:
+    """A Prefect task with a clock around its calls; all else is the task's."""
+
+    def __init__(self, task: Any, clock: Clock, stage: str) -> None:
+        self.task, self.clock, self.stage = task, clock, stage
+
+    def __call__(self, *args: Any) -> Any:
+        with self.clock.during("Prefect", self.stage):  # what Session's method leaves over
+            return self.task(*args)
+
+    def submit(self, *args: Any) -> Any:
+        with self.clock.during("Prefect", self.stage):
+            return self.task.submit(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
 
 
 def install(clock: Clock) -> None:
@@ -113,9 +149,10 @@ def install(clock: Clock) -> None:
     import pipeline.run_dir
     import pipeline.stage
     import stages.iteration
-    import stages.metrics
+    import stages.optimizer
     import stages.policy
     import stages.update
+    from flows.beside import Beside
     from flows.session import Session
     from pipeline.artifact import Artifact, ArtifactWriter
     from stages.engines.process import EngineProcess
@@ -151,30 +188,17 @@ def install(clock: Clock) -> None:
     replace(pipeline.artifact.open_artifact, "artifacts")
     replace(pipeline.artifact._verify, "artifacts")
     replace(pipeline.stage.find_finished, "artifacts")
-    for name in ("prompts", "generate", "score", "normalize", "batch", "update", "evaluate", "held_out_prompts"):
-        replace(getattr(flows.train, name), "Prefect", name)  # the task: what Session's method leaves over
+    for name in (*STAGES, "evaluate", "held_out_prompts"):
+        setattr(flows.train, name, TimedTask(getattr(flows.train, name), clock, name))
         replace_method(Session, name, OTHER, name)
-    replace(flows.train.train_iteration, OTHER, "between")
-    replace(stages.metrics.iteration_metrics, OTHER, "metrics")
-    replace(stages.metrics.append_metrics, OTHER, "metrics")
+    replace_method(Beside, "wait_for", BESIDE)
+    train_iteration = flows.train.train_iteration
 
+    def timed_iteration(*args: Any) -> bool:
+        clock.begin_iteration()
+        return train_iteration(*args)
 
-class Listener:
-    """A Reporter that only hears where iterations end."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def stage(self, label: str) -> Callable[..., None]:
-        return lambda *_: None
-
-    def finished(self, label: str, result: Any) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def iteration(self, row: dict[str, Any]) -> None:
-        self.clock.end_iteration(row["num_trained"])
-        print(f"iteration {row['iteration']}: {sum(self.clock.iterations[-1].values()):.3f} s", file=sys.stderr)
+    flows.train.train_iteration = timed_iteration
 
 
 def random_checkpoint(size: str, tokenizer: Path, vocab_size: int, directory: Path) -> int:
@@ -227,7 +251,7 @@ def distinct_share(completion: str) -> float:
     return len(set(completion)) / max(len(completion), 1)
 
 
-def report(clock: Clock, warm_up: int, title: str) -> dict[str, Any]:
+def report(clock: Clock, warm_up: int, num_trained: list[int], title: str) -> dict[str, Any]:
     """Return the figures of the iterations after the warm-up."""
     measured = clock.iterations[warm_up:]
     walls = [sum(iteration.values()) for iteration in measured]
@@ -241,7 +265,7 @@ def report(clock: Clock, warm_up: int, title: str) -> dict[str, Any]:
     return {
         "title": title,
         "iterations": len(measured),
-        "rows_trained": statistics.median(clock.trained[warm_up:]),
+        "rows_trained": statistics.median(num_trained[warm_up : len(clock.iterations)]),
         "wall_milliseconds": 1000 * statistics.median(walls),
         "kinds": {kind: figures(lambda _, k, kind=kind: k == kind) for kind in KINDS},
         "outside": figures(lambda _, k: k not in (SAMPLING, TRAINING)),
@@ -291,12 +315,13 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run the flow with clocks; return the figures."""
-    from flows.train import reporter_of_flow, train
+    from flows.train import train
+    from pipeline.run_dir import RunDir
     from pipeline.stage import silent
     from stages.config import load_config
     from stages.starter import make_starter
 
-    path, overrides = arguments.config, [*arguments.overrides, f"iterations={arguments.iterations}"]
+    path, overrides = arguments.config, [*arguments.overrides, f"iterations={arguments.iterations + 1}"]
     config = load_config(path, overrides)
     title = f"{path.name}, {config.policy.model}"
     if arguments.model_size:
@@ -313,14 +338,11 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     clock = Clock(time.thread_time if arguments.cpu else time.perf_counter)
     install(clock)
     run = (arguments.run or scratch / "runs" / "overhead").resolve()
-    token = reporter_of_flow.set(Listener(clock))
-    try:
-        train(config=str(path.resolve()), run=str(run), overrides=overrides)
-    finally:
-        reporter_of_flow.reset(token)
-    if len(clock.iterations) != arguments.iterations:
-        raise SystemExit(f"{run} was not empty: name another directory")
-    return report(clock, arguments.warm_up, title)
+    if run.exists():
+        raise SystemExit(f"{run} exists: name another directory")
+    train(config=str(path.resolve()), run=str(run), overrides=overrides)
+    num_trained = RunDir(run).read_metrics()["num_trained"].to_list()
+    return report(clock, arguments.warm_up, num_trained, title)
 
 
 if __name__ == "__main__":

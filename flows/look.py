@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.run_dir import ITERATION_DATASETS, RunDir, is_run, open_run, runs_in
+from pipeline.run_dir import CHECKPOINTS, ITERATION_DATASETS, RunDir, is_run, open_run, runs_in
 from pipeline.view import Format, console, print_rows
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def open_dataset(path: str | Path, dataset: str, iteration: int | None) -> Artif
         return open_artifact(run.held_out_prompts)
     if dataset == "evaluations" and iteration == -1:
         return open_artifact(run.initial_evaluations)
-    known = [name for name in ITERATION_DATASETS if name != "policy"]
+    known = [name for name in ITERATION_DATASETS if name not in CHECKPOINTS]
     if dataset not in known:
         raise UsageError(f"there is no dataset {dataset!r}: choose one of {', '.join([*known, 'held_out_prompts'])}")
     return run.open(last_iteration(run, dataset) if iteration is None else iteration, dataset)

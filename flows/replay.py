@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, canonical_json, is_finished, open_artifact
 from pipeline.compare import Deviation
@@ -27,6 +27,9 @@ from stages.engines.base import Engine
 from stages.evaluate import EvaluateResources
 from stages.iteration import Wiring
 from stages.rewards.scorer import Scorer
+
+if TYPE_CHECKING:
+    from stages.update import Trainer
 
 DATASET_OF = {
     "prompts": "prompts",
@@ -100,11 +103,16 @@ class Replayer:
         places = {name: folder / name for name in call.places}
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        result = run_stage(replace(call, places=places), resources=self._resources(stage))
+        resources = self._resources(stage, iteration)
+        outputs = dict(run_stage(replace(call, places=places), resources=resources).outputs)
+        if stage == "update" and is_finished(self.run.place(iteration, "optimizer")):
+            stored["optimizer"] = self.run.open(iteration, "optimizer")
+            outputs["optimizer"] = self._optimizer(resources, iteration, outputs["policy"], folder)
         seconds = round(time.monotonic() - started, 3)
-        for name, artifact in result.outputs.items():
+        for name, artifact in outputs.items():
             digests = stored[name].digest, artifact.digest
-            if digests[0] == digests[1]:
+            # the state's digest vouches for the policy too, which may have come out a little different
+            if stored[name].manifest.content == artifact.manifest.content:
                 yield Replayed(iteration, stage, name, "equal", *digests, "", seconds)
                 continue
             odd = deviations(name, stored[name], artifact, self.tolerance)
@@ -112,7 +120,14 @@ class Replayer:
             machine = machine_changes(stored[name], artifact)
             yield Replayed(iteration, stage, name, word, *digests, _found(odd), seconds, odd, machine)
 
-    def _resources(self, stage: str) -> Any:
+    def _optimizer(self, trainer: "Trainer", iteration: int, policy: Artifact, folder: Path) -> Artifact:
+        """Return the state of the trainer that has just made the policy."""
+        trainer.digest = policy.digest
+        call = Wiring(self.config, self.run).optimizer(iteration)
+        call = replace(call, inputs={"policy": policy}, places={"optimizer": folder / "optimizer"})
+        return run_stage(call, resources=trainer).main
+
+    def _resources(self, stage: str, iteration: int) -> Any:
         if stage == "score":
             return self.scorer
         if stage == "evaluate":
@@ -120,9 +135,12 @@ class Replayer:
         if stage == "generate":
             return self._started_engine()
         if stage == "update":
+            from stages.optimizer import resume
             from stages.update import Trainer, resolve_device
 
-            return Trainer(device=resolve_device(self.config.resources.device))  # new: weights come from the files
+            trainer = Trainer(device=resolve_device(self.config.resources.device))  # new: weights come from the files
+            resume(trainer, self.run, self.config.update, iteration)
+            return trainer
         return None
 
     def _started_engine(self) -> Engine:

@@ -17,6 +17,7 @@ from pipeline.provenance import environment
 from pipeline.run_dir import RunDir
 from pipeline.storage import write_text
 from stages.config import OfflineConfig, RunConfig, check_unchanged, derive_tables
+from stages.iteration import optimizer_beside
 from stages.score import check_rewards
 
 
@@ -118,7 +119,10 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
             f"`grpo ls {source.name}`"
         )
     open_artifact(policy).check_sizes()  # a pruned one says so
-    tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy.resolve())}
+    kept = {key: value for key, value in tables.get("policy", {}).items() if key == "keep_optimizer"}
+    tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy.resolve()), **kept}
+    if at and kept.get("keep_optimizer", True):
+        optimizer_beside(policy).check_sizes()
     tables.pop("starter", None)
     if not tables.get("offline"):
         stored = [index for index in source.iterations() if index >= at and source.has(index, "completions")]

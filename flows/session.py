@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from pipeline.artifact import open_artifact
@@ -15,6 +16,8 @@ from stages.engines.base import Engine, EngineSettings
 from stages.engines.process import EngineProcess
 from stages.evaluate import EvaluateResources
 from stages.iteration import Wiring
+from stages.metrics import append_metrics, iteration_metrics, recorded_metrics
+from stages.optimizer import resume
 from stages.policy import check_policy, checkpoint_path, context_length, looks_local
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
@@ -71,16 +74,23 @@ class Session:
     _engine: Engine | None = None
     _trainer: Trainer | None = None
     _scorer: Scorer | None = None
+    _publishing: Lock = field(default_factory=Lock)
 
     @property
     def wiring(self) -> Wiring:
         return Wiring(self.config, self.run)
 
-    def perform(self, label: str, call: StageCall, resources: Any = None) -> StageResult:
-        """Return the stage's artifacts, computed or found; the reporter is told."""
-        result = run_stage(call, resources=resources, progress=self.reporter.stage(label))
+    def perform(
+        self, label: str, call: StageCall, resources: Any = None, *, progress: Progress | None = None
+    ) -> StageResult:
+        """Return the stage's artifacts, computed or found; the reporter is told.
+
+        A stage that runs beside others brings a ``progress`` of its own: the reporter shows one stage at a time.
+        """
+        result = run_stage(call, resources=resources, progress=progress or self.reporter.stage(label))
         if not result.reused:
-            self.run.publish()
+            with self._publishing:
+                self.run.publish()
         self.reporter.finished(label, result)
         return result
 
@@ -105,11 +115,11 @@ class Session:
         return self._path("prompts", self.wiring.held_out_prompts())
 
     def prompts(self, iteration: int) -> str:
-        """Draw the questions of an iteration; return their path."""
+        """Draw the questions of an iteration; return their path. May run beside other stages."""
         if self.config.stored(iteration):
             return self.refer_stored(iteration)
         self._check_own(iteration)
-        return self._path("prompts", self.wiring.prompts(iteration))
+        return str(self.perform("prompts", self.wiring.prompts(iteration), progress=silent).main.path)
 
     def refer_stored(self, iteration: int) -> str:
         """Take completions that another run has stored as those of an iteration; return their path."""
@@ -145,17 +155,34 @@ class Session:
         return self._path("batch", self.wiring.batch(iteration))
 
     def update(self, iteration: int) -> str:
-        """Train on the rows; return the next policy's path. Afterwards the trainer's model equals it."""
-        result = self.perform("update", self.wiring.update(iteration), self.trainer())
-        if not result.reused:
-            self.trainer().digest = result.main.digest
+        """Train on the rows; return the next policy's path. Afterwards the trainer is at that policy."""
+        call = self.wiring.update(iteration)
+        trainer = None if find_finished(call) else self.trainer_after(iteration)
+        result = self.perform("update", call, trainer)
+        if trainer is not None:
+            trainer.digest = result.main.digest
         return str(result.main.path)
+
+    def optimizer(self, iteration: int) -> str:
+        """Keep the optimizer's state after an iteration's update; return its path. May run beside other stages."""
+        call = self.wiring.optimizer(iteration)
+        trainer = None if find_finished(call) else self.trainer_after(iteration + 1)
+        return str(self.perform("optimizer", call, trainer, progress=silent).main.path)
 
     def evaluate(self, num_updates: int) -> str:
         """Answer the held-out questions; return the answers' path."""
         call = self.wiring.evaluate(num_updates)
         resources = None if find_finished(call) else EvaluateResources(self.ready_engine(), self.scorer())
         return self._path("evaluate", call, resources)
+
+    def metrics(self, iteration: int) -> str:
+        """Put the iteration's row into `metrics.parquet`, show it, return its path. May run beside other stages."""
+        row = recorded_metrics(self.run, iteration)
+        if row is None:
+            row = iteration_metrics(self.run, iteration, self.config.evaluate.pass_threshold)
+            append_metrics(self.run, row)
+        self.reporter.iteration(row)
+        return str(self.run.metrics)
 
     def _path(self, label: str, call: StageCall, resources: Any = None) -> str:
         return str(self.perform(label, call, resources).main.path)
@@ -191,10 +218,11 @@ class Session:
             self._scorer = Scorer(self.config.resources.reward_workers, self.run.logs / "rewards.log")
         return self._scorer
 
-    def trainer(self) -> Trainer:
-        """Return the trainer, which keeps model and optimizer between iterations."""
+    def trainer_after(self, num_updates: int) -> Trainer:
+        """Return the trainer as it is after so many iterations; it keeps model and optimizer between them."""
         if self._trainer is None:
             self._trainer = Trainer(device=resolve_device(self.config.resources.device))
+        resume(self._trainer, self.run, self.config.update, num_updates, self.reporter.note)
         return self._trainer
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.beside import ONE_BY_ONE, Beside
 from flows.session import Reporter, Session, SilentReporter, open_session
 from flows.watchdog import temporary_server_watched
 from pipeline.artifact import is_finished, open_artifact
@@ -19,14 +20,13 @@ from pipeline.stage import find_finished
 from stages.config import check_unchanged, load_config
 from stages.evaluate import summarize
 from stages.iteration import outside_members, preflight
-from stages.metrics import append_metrics, iteration_metrics, recorded_metrics
 
 session_of_flow: ContextVar[Session] = ContextVar("session_of_flow")
 SILENT = SilentReporter()
 reporter_of_flow: ContextVar[Reporter] = ContextVar("reporter_of_flow", default=SILENT)
 
 
-@flow(name="train", persist_result=False)
+@flow(name="train", persist_result=False, task_runner=ONE_BY_ONE)
 def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     """Train a policy; return the path of its last checkpoint.
 
@@ -43,28 +43,36 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
         run_dir.record_config(Path(config).read_text(encoding="utf-8"), settings.model_dump(mode="json"))
         run_dir.record_environment({**environment(), "git_diff": git_state()["diff"]})
         token = session_of_flow.set(session)
+        beside = Beside()
         try:
             initial_policy()
             for member in outside_members(settings):
                 member_policy(member.name)
             for num_updates in range(settings.iterations + 1):
-                if num_updates:
-                    train_iteration(session, num_updates - 1)
+                was_done = num_updates == 0 or train_iteration(session, beside, num_updates - 1)
                 if session.wiring.is_evaluated(num_updates):
                     evaluate_once(session, num_updates)
-                if num_updates:
-                    report(session, num_updates - 1)
+                if not was_done:
+                    beside.begin(metrics, num_updates - 1)
+                elif num_updates:
+                    session.metrics(num_updates - 1)
                 if num_updates in (0, settings.iterations) and session.wiring.is_evaluated(num_updates):
+                    beside.wait_for_all()
                     session.reporter.evaluation(num_updates, summarize_evaluation(session, num_updates))
+            if settings.iterations:
+                keep_optimizer(session, beside, settings.iterations - 1)
+            beside.wait_for_all()
         finally:
+            beside.end()
             session_of_flow.reset(token)
     return str(run_dir.policy_before(settings.iterations))
 
 
-def train_iteration(session: Session, iteration: int) -> None:
-    """Run the six stages of an iteration, or find that this config has run them. Finished ones cost no Prefect task.
+def train_iteration(session: Session, beside: Beside, iteration: int) -> bool:
+    """Run the six stages of an iteration; return whether this config had run them. Finished ones cost no Prefect task.
 
-    In an offline iteration the completions of another run take the place of the first two stages.
+    In an offline iteration the completions of another run take the place of the first two stages. While the engine
+    samples, there is time for what it does not need: the next prompts, and what the last iteration has left to write.
     """
     wiring = session.wiring
     is_offline = session.config.stored(iteration) is not None
@@ -72,17 +80,29 @@ def train_iteration(session: Session, iteration: int) -> None:
         sampled = () if is_offline else (wiring.prompts, wiring.generate)
         calls = (*sampled, wiring.score, wiring.normalize, wiring.batch, wiring.update)
         if all(find_finished(call(iteration)) is not None for call in calls):
-            return
+            return True
     session.warm_up(iteration)
     if is_offline:
         refer_stored(iteration)
     else:
-        prompts(iteration)
+        beside.wait_for(prompts, iteration)
+        if iteration + 1 < session.config.iterations and session.config.stored(iteration + 1) is None:
+            beside.begin(prompts, iteration + 1)
         generate(iteration)
     score(iteration)
     normalize(iteration)
     batch(iteration)
+    if iteration:
+        keep_optimizer(session, beside, iteration - 1)
     update(iteration)
+    beside.begin(optimizer, iteration)
+    return False
+
+
+def keep_optimizer(session: Session, beside: Beside, iteration: int) -> None:
+    """Have the optimizer's state after an iteration on disk before it changes: it may be on its way, or be lost."""
+    if beside.is_begun(optimizer, iteration) or not is_finished(session.run.place(iteration, "optimizer")):
+        beside.wait_for(optimizer, iteration)
 
 
 def evaluate_once(session: Session, num_updates: int) -> None:
@@ -98,15 +118,6 @@ def evaluate_once(session: Session, num_updates: int) -> None:
 def summarize_evaluation(session: Session, num_updates: int) -> dict[str, float | None]:
     """Return the figures of an evaluation."""
     return summarize(open_artifact(session.run.evaluations_of(num_updates)).read())
-
-
-def report(session: Session, iteration: int) -> None:
-    """Put the iteration's row into `metrics.parquet` and show it."""
-    row = recorded_metrics(session.run, iteration)
-    if row is None:
-        row = iteration_metrics(session.run, iteration, session.config.evaluate.pass_threshold)
-        append_metrics(session.run, row)
-    session.reporter.iteration(row)
 
 
 stage_task = task(cache_policy=NO_CACHE, persist_result=False)
@@ -170,6 +181,18 @@ def batch(iteration: int) -> str:
 def update(iteration: int) -> str:
     """Train on the rows."""
     return session_of_flow.get().update(iteration)
+
+
+@stage_task
+def optimizer(iteration: int) -> str:
+    """Keep the optimizer's state after an update."""
+    return session_of_flow.get().optimizer(iteration)
+
+
+@stage_task
+def metrics(iteration: int) -> str:
+    """Put the iteration's row into `metrics.parquet` and show it."""
+    return session_of_flow.get().metrics(iteration)
 
 
 @stage_task

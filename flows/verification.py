@@ -210,7 +210,7 @@ def prune_run(path: str | Path, keep_policies: int, *, initial: bool, dry_run: b
         done: Sequence[Pruned] = items if dry_run else list(prune(items))
     rows = [
         {
-            "policy": _below(item.artifact, run.root),
+            "checkpoint": _below(item.artifact, run.root),
             "updates": item.num_updates,
             "files": len(item.files),
             "bytes": item.num_bytes,
@@ -218,10 +218,12 @@ def prune_run(path: str | Path, keep_policies: int, *, initial: bool, dry_run: b
         }
         for item in done
     ]
-    print_rows(rows, format_, columns=("policy", "updates", "files", "bytes", "digest"))
+    print_rows(rows, format_, columns=("checkpoint", "updates", "files", "bytes", "digest"))
     if format_ is Format.table:
         verb = "would be dropped" if dry_run else "dropped"
-        console().print(f"{sum(item.num_bytes for item in done):,} bytes of {len(done)} policies {verb}", markup=False)
+        console().print(
+            f"{sum(item.num_bytes for item in done):,} bytes of {len(done)} checkpoints {verb}", markup=False
+        )
 
 
 def _needed(path: str | Path) -> set[int]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import UsageError
@@ -24,7 +25,7 @@ WEIGHTS = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """A policy whose files are dropped, or would be."""
+    """A policy, or the optimizer's state beside it, whose files are dropped, or would be."""
 
     num_updates: int
     """Iterations behind the policy; 0 = the initial one."""
@@ -52,7 +53,7 @@ def pruned_files(artifact: Artifact) -> frozenset[str]:
 
 
 def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:
-    """Return the policies whose checkpoints may go, oldest first. Read-only.
+    """Return the policies whose checkpoints may go, each with its optimizer's state, oldest first. Read-only.
 
     The last ``keep_policies`` stay, and those after ``needed`` updates, which the run's next iterations load. The
     initial policy stays unless ``initial``: without it a run can neither be continued nor replayed from its start.
@@ -71,7 +72,8 @@ def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initia
             "members of coming groups): leave --initial out"
         )
     going = [n for n in existing if n not in kept and (n or initial)]
-    found = (_pruned(run, n) for n in going)
+    places = [(n, place) for n in going for place in (run.policy_before(n), run.optimizer_before(n))]
+    found = (_pruned(run, n, place) for n, place in places if place is not None and is_finished(place))
     return [item for item in found if item is not None]
 
 
@@ -79,8 +81,8 @@ def _counts(run: RunDir) -> list[int]:
     return [0, *(index + 1 for index in run.iterations())]
 
 
-def _pruned(run: RunDir, num_updates: int) -> Pruned | None:
-    artifact = open_artifact(run.policy_before(num_updates))
+def _pruned(run: RunDir, num_updates: int, place: Path) -> Pruned | None:
+    artifact = open_artifact(place)
     if not artifact.path.resolve().is_relative_to(run.root.resolve()):
         return None
     files = tuple(n for n in artifact.manifest.files if n.endswith(WEIGHTS) and (artifact.path / n).is_file())

@@ -32,9 +32,12 @@ ITERATION_DATASETS = (
     "training_records",
     "optimizer_steps",
     "policy",
+    "optimizer",
     "evaluations",
 )
 """Folders of an iteration in the order of the stages; ``policy`` holds the weights after its update."""
+CHECKPOINTS = ("policy", "optimizer")
+"""Those that hold tensors; all others hold rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class RunDir:
         held_out_prompts/               the questions of every evaluation
         evaluations/                    of the initial policy
         iterations/000000/              one folder per dataset: prompts, completions, rewards, advantages, batches,
-                                        training_records, optimizer_steps, policy (after the update), evaluations;
+                                        training_records, optimizer_steps, policy and optimizer (after the update),
+                                        evaluations;
                                         <dataset>.reference.json stands for one that lies in another run
         logs/                           what the inference engine printed
 
@@ -151,6 +155,10 @@ class RunDir:
     def policy_before(self, index: int) -> Path:
         """Return the place of the policy that iteration ``index`` samples from and updates."""
         return self.place(index - 1, "policy") if index else self.initial_policy
+
+    def optimizer_before(self, index: int) -> Path | None:
+        """Return the place of the optimizer's state that belongs to that policy; the initial policy has none."""
+        return self.place(index - 1, "optimizer") if index else None
 
     def iterations(self) -> list[int]:
         """Return the iterations that exist, finished or not, in order. Read-only."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
-from pipeline.errors import ConfigError, PolicyError
+from pipeline.errors import ArtifactMissing, ConfigError, PolicyError
+from pipeline.remote import url_of
 from pipeline.run_dir import RunDir, open_run
 from pipeline.stage import StageCall
-from stages import batch, evaluate, generate, normalize, policy, prompts, score, update
+from stages import batch, evaluate, generate, normalize, optimizer, policy, prompts, score, update
 from stages.config import RunConfig
 from stages.generate import CURRENT, MemberConfig, check_room
-from stages.policy import check_policy, checkpoint_path, context_length, hub_config, looks_local
+from stages.policy import PolicyConfig, check_policy, checkpoint_path, context_length, hub_config, looks_local
 from stages.score import check_rewards, find_rewards
 from stages.sources import SourceConfig, source_identity
 
@@ -32,16 +33,16 @@ class Wiring:
 
     def member_policy(self, member: MemberConfig) -> StageCall:
         """Return the call that takes a member's checkpoint from outside into the run."""
-        config = policy.PolicyConfig(model=member.policy)
+        config = PolicyConfig(model=member.policy, keep_optimizer=False)
         return self._policy(config, checkpoint_path(member.policy), self.run.member(member.name))
 
-    def _policy(self, config: policy.PolicyConfig, source: Path | None, place: Path) -> StageCall:
+    def _policy(self, config: PolicyConfig, source: Path | None, place: Path) -> StageCall:
         if source is None:
             return StageCall(policy.STAGE, config, {}, {"policy": place})
         if is_finished(source) and open_artifact(source).manifest.stage == update.STAGE.name:
             # the policy of another run: its digest vouches for what that one was trained on
             trained = config.model_copy(update={"model": "policy of a run"})
-            return StageCall(policy.STAGE, trained, {"policy": open_artifact(source)}, {"policy": place})
+            return StageCall(policy.STAGE, trained, _with_optimizer(open_artifact(source), config), {"policy": place})
         # a checkpoint is what its files are, wherever they lie
         anonymous = config.model_copy(update={"model": "local files"})
         return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, policy.source_identity(str(source)))
@@ -167,6 +168,12 @@ class Wiring:
             {name: self.run.place(iteration, name) for name in update.STAGE.outputs},
         )
 
+    def optimizer(self, iteration: int) -> StageCall:
+        """Return the call that keeps the optimizer's state after an iteration's update."""
+        after = open_artifact(self.run.policy_before(iteration + 1))
+        place = self.run.place(iteration, "optimizer")
+        return StageCall(optimizer.STAGE, optimizer.OptimizerConfig(), {"policy": after}, {"optimizer": place})
+
     def evaluate(self, num_updates: int) -> StageCall:
         """Return the call that evaluates the policy after ``num_updates`` iterations."""
         return StageCall(
@@ -202,6 +209,37 @@ def member_updates(member: MemberConfig, iteration: int) -> int | None:
     if head != "iteration":
         return None
     return min(int(number), iteration)
+
+
+def _with_optimizer(policy: Artifact, config: PolicyConfig) -> dict[str, Artifact]:
+    """Return the inputs of a policy that comes from a run: it, and unless unwanted the optimizer's state beside it.
+
+    Raises:
+        ArtifactMissing: when the state is not there.
+    """
+    return (
+        {"policy": policy, "optimizer": optimizer_beside(policy.path)} if config.keep_optimizer else {"policy": policy}
+    )
+
+
+def optimizer_beside(policy: Path) -> Artifact:
+    """Return the optimizer's state that belongs to the policy of a run.
+
+    Raises:
+        ArtifactMissing: when it is not there.
+    """
+    place = policy.with_name(optimizer.STAGE.name)
+    url = url_of(place)
+    if not is_finished(place) and url is not None:
+        from pipeline.working_copy import bring
+
+        bring(url)
+    if not is_finished(place):
+        raise ArtifactMissing(
+            f"the optimizer's state that belongs to {policy} is not there ({place} is no finished artifact): run the "
+            "command of that run again, which makes it, or begin with a new optimizer (policy.keep_optimizer = false)"
+        )
+    return open_artifact(place)
 
 
 def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None:

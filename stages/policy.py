@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STARTER = "starter"
 OPTIMIZER_FILE = "optimizer/state.safetensors"
-"""In a policy artifact: a folder of its own, where neither transformers nor vLLM looks for weights."""
+"""In the initial policy of a fork: a folder of its own, where neither transformers nor vLLM looks for weights."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -175,9 +175,9 @@ def compute(task: StageTask) -> None:
 
     source, revision = task.resources or task.config.model, task.config.revision
     target = task.writer.directory
-    state = Path(source) / OPTIMIZER_FILE
-    if "policy" in task.inputs and task.config.keep_optimizer and state.is_file():
+    if "optimizer" in task.inputs:
         (target / OPTIMIZER_FILE).parent.mkdir(exist_ok=True)
+        [state] = task.inputs["optimizer"].path.glob("*.safetensors")
         shutil.copyfile(state, target / OPTIMIZER_FILE)
     try:
         save_policy(load_policy(str(source), revision=revision), target)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import UsageError
-from pipeline.run_dir import ITERATION_DATASETS, RunDir
+from pipeline.run_dir import CHECKPOINTS, ITERATION_DATASETS, RunDir
 from stages.evaluate import summarize
 from stages.metrics import STAGE_DATASETS
 from stages.report_groups import TokenText, choose_groups, encoded_size, group_views
@@ -212,7 +212,7 @@ def _open(run: RunDir, iteration: int, report: Report, position: int) -> Data:
         if dataset in STAGE_DATASETS and is_here:  # another run's seconds are not this run's
             stage = artifact.manifest.stage
             seconds[stage] = (seconds.get(stage) or 0.0) + artifact.manifest.seconds
-        if dataset != "policy":
+        if dataset not in CHECKPOINTS:
             data[dataset] = artifact.scan()
     _add(report.families.setdefault("seconds", {}), seconds, position)
     return data

@@ -1,8 +1,8 @@
 """update: batches and a policy -> the next policy and a record of what happened to every row.
 
 The order, the microbatches and the denominators are in the batches; this stage only does the arithmetic of `grpo`.
-The next policy holds what transformers and vLLM load as it stands; the optimizer's state lies in a folder of its own,
-where neither of them looks for weights.
+The next policy holds what transformers and vLLM load as it stands; the optimizer's state becomes an artifact of its own
+(stages/optimizer.py).
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import polars as pl
 from pydantic import Field, model_validator
 
+from pipeline.artifact import Artifact
 from pipeline.config import StrictModel
 from pipeline.errors import GrpoError, PolicyError
-from pipeline.stage import Stage, StageTask
-from stages.policy import OPTIMIZER_FILE, copy_tokenizer
+from pipeline.stage import Progress, Stage, StageTask, silent
+from stages.policy import copy_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,13 +131,41 @@ class UpdateConfig(StrictModel):
 
 @dataclass(slots=True)
 class Trainer:
-    """The model and optimizer of the last update, kept so that the next one need not read them back."""
+    """Model and optimizer, kept in memory from one update to the next."""
 
     device: str = "cpu"
     digest: str | None = None
     """Of the policy artifact that the model equals."""
     model: "PreTrainedModel | None" = None
     optimizer: "Optimizer | None" = None
+
+    def is_at(self, policy: Artifact) -> bool:
+        """Return whether model and optimizer are those after the policy's update."""
+        return self.model is not None and self.optimizer is not None and self.digest == policy.digest
+
+    def at(self, policy: Artifact) -> tuple["PreTrainedModel", "Optimizer"]:
+        """Return model and optimizer as they are after the policy's update."""
+        assert self.model is not None, "resume it first"
+        assert self.optimizer is not None
+        assert self.is_at(policy), f"the trainer is at {self.digest}, not at {policy.path}"
+        return self.model, self.optimizer
+
+    def load(self, policy: Artifact, state: Path, config: UpdateConfig) -> None:
+        """Read the policy's weights, and the optimizer's state from a file; where there is none it begins anew.
+
+        Raises:
+            PolicyError: when one of them cannot be read, or the two do not belong together.
+        """
+        from grpo.optimize import load_optimizer, make_optimizer
+        from grpo.policy import load_policy
+
+        settings, self.digest = config.settings(), None
+        try:
+            model = load_policy(policy.path, device=self.device, gradient_checkpointing=config.gradient_checkpointing)
+            optimizer = load_optimizer(state, model, settings) if state.is_file() else make_optimizer(model, settings)
+        except ValueError as error:
+            raise PolicyError(str(error)) from error
+        self.model, self.optimizer, self.digest = model, optimizer, policy.digest
 
 
 def resolve_device(device: str) -> str:
@@ -147,60 +176,49 @@ def resolve_device(device: str) -> str:
 
 
 def compute(task: StageTask) -> None:
-    """Train on the batches. ``task.resources`` is a `Trainer`."""
-    from grpo.optimize import deterministic, save_optimizer, train_on_batches
+    """Train on the batches. ``task.resources`` is a `Trainer` at the policy."""
     from grpo.policy import save_policy
 
-    config: UpdateConfig = task.config
-    trainer: Trainer = task.resources
-    policy = task.inputs["policy"]
-    batches = task.inputs["batches"].read().filter(pl.col("drop_reason").is_null())
-    deterministic(config.num_threads)
-    settings = config.settings()
-    model, optimizer = _load(trainer, config, settings, policy.path, policy.digest)
-    trainer.digest = None  # until the next policy is whole, the model equals no artifact
-    try:
-        records, steps = train_on_batches(model, optimizer, batches, settings, _listener(task, batches))
-    except ArithmeticError as error:
-        raise GrpoError(str(error)) from error
-    target = task.writer.directory
-    (target / OPTIMIZER_FILE).parent.mkdir(exist_ok=True)
-    save_policy(model, target)
-    copy_tokenizer(policy.path, target)
-    save_optimizer(optimizer, model, target / OPTIMIZER_FILE)
+    policy, trainer = task.inputs["policy"], task.resources
+    model, _ = trainer.at(policy)
+    records, steps = train(trainer, task.inputs["batches"], task.config, task.progress)
+    save_policy(model, task.writer.directory)
+    copy_tokenizer(policy.path, task.writer.directory)
     task.writers["training_records"].write_part(0, records)
     task.writers["optimizer_steps"].write_part(0, steps)
 
 
-def _load(
-    trainer: Trainer, config: UpdateConfig, settings: "UpdateSettings", path: Path, digest: str
-) -> tuple["PreTrainedModel", "Optimizer"]:
-    """Return model and optimizer as the policy artifact has them; from memory when they are there."""
-    from grpo.optimize import load_optimizer, make_optimizer
-    from grpo.policy import load_policy
+def train(
+    trainer: Trainer, batches: Artifact, config: UpdateConfig, progress: Progress = silent
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Train on the rows that are not dropped; return training records and optimizer steps.
 
-    if trainer.digest == digest and trainer.model is not None and trainer.optimizer is not None:
-        return trainer.model, trainer.optimizer
+    Afterwards the trainer is at no artifact: that is for the caller to say, who knows whether one was made.
+    """
+    from grpo.optimize import deterministic, train_on_batches
+
+    assert trainer.model is not None
+    assert trainer.optimizer is not None
+    rows = batches.read().filter(pl.col("drop_reason").is_null())
+    deterministic(config.num_threads)
+    trainer.digest = None
+    listener = _listener(progress, rows)
     try:
-        model = load_policy(path, device=trainer.device, gradient_checkpointing=config.gradient_checkpointing)
-        state = path / OPTIMIZER_FILE
-        optimizer = load_optimizer(state, model, settings) if state.is_file() else make_optimizer(model, settings)
-    except ValueError as error:
-        raise PolicyError(str(error)) from error
-    trainer.model, trainer.optimizer = model, optimizer
-    return model, optimizer
+        return train_on_batches(trainer.model, trainer.optimizer, rows, config.settings(), listener)
+    except ArithmeticError as error:
+        raise GrpoError(str(error)) from error
 
 
-def _listener(task: StageTask, batches: pl.DataFrame) -> Callable[..., Any]:
+def _listener(progress: Progress, batches: pl.DataFrame) -> Callable[..., Any]:
     total = batches.select(pl.struct("optimizer_step", "microbatch").n_unique()).item() if len(batches) else 0
     done = 0
 
     def listen(*_: Any) -> None:
         nonlocal done
         done += 1
-        task.progress(done, total)
+        progress(done, total)
 
     return listen
 
 
-STAGE = Stage("update", version=1, outputs=("training_records", "optimizer_steps", "policy"), compute=compute)
+STAGE = Stage("update", version=2, outputs=("training_records", "optimizer_steps", "policy"), compute=compute)

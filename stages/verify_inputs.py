@@ -34,6 +34,7 @@ REQUIRED_INPUTS = {
     "training_records": {"batches", "policy"},
     "optimizer_steps": {"batches", "policy"},
     "policy": {"batches", "policy"},
+    "optimizer": {"policy"},
     "evaluations": {"prompts", "policy"},
     "initial_evaluations": {"prompts", "policy"},
 }
@@ -50,6 +51,7 @@ STAGE_OF = {
     "training_records": "update",
     "optimizer_steps": "update",
     "policy": "update",
+    "optimizer": "optimizer",
     "evaluations": "evaluate",
     "initial_evaluations": "evaluate",
 }
@@ -124,6 +126,8 @@ def _source_in_run(key: tuple[int | None, str], name: str, artifact: Artifact) -
         return (None, "held_out_prompts") if name == "prompts" else policy_key(config.get("policy_iteration"))
     if index is None:
         return None
+    if dataset == "optimizer":
+        return (index, "policy")
     if name.startswith("policy:"):
         member = name.removeprefix("policy:")
         updates = config.get("policy_iterations", {}).get(member)

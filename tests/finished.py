@@ -156,7 +156,7 @@ def _run(folder: Path, text: str, name: str, engine: Engine) -> RunDir:
         session.held_out_prompts()
         session.evaluate(0)
         for k in range(config.iterations):
-            for stage in ("prompts", "generate", "score", "normalize", "batch", "update"):
+            for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
                 getattr(session, stage)(k)
             if (k + 1) % config.evaluate.every == 0:
                 session.evaluate(k + 1)

@@ -57,5 +57,6 @@ def make_small_run(folder: Path, policy: Path, iterations: int = 1) -> Path:
             for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch):
                 stage(iteration)
             session.update(iteration)
+            session.optimizer(iteration)
             append_metrics(run_dir, iteration_metrics(run_dir, iteration, pass_threshold=1.0))
     return run_dir.root

@@ -73,6 +73,7 @@ def start(
             for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch):
                 stage(index)
             session.update(index)
+            session.optimizer(index)
             if recorded_metrics(run, index) is None:
                 append_metrics(run, iteration_metrics(run, index, pass_threshold=1.0))
     return run

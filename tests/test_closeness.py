@@ -171,15 +171,18 @@ def run(original: Path, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def scale_weight(run: RunDir, file: str, by: float) -> str:
-    """Multiply the largest element of a tensor in the last policy, as another machine's rounding would; name it."""
-    place = run.policy_before(2)
+FILES = {"policy": "model.safetensors", "optimizer": "state.safetensors"}
+
+
+def scale_weight(run: RunDir, dataset: str, by: float) -> str:
+    """Multiply the largest element of a tensor of the last update, as another machine's rounding would; name it."""
+    place, file = run.place(1, dataset), FILES[dataset]
     order = [artifact.path for artifact in run.artifacts()]
     found = load_file(place / file)
     name = next(key for key, value in found.items() if value.dim() == 2)
     flat = found[name].view(-1)
     flat[flat.abs().argmax()] *= by
-    kept = {"format": "pt"} if file == "model.safetensors" else {"num_steps": "2"}
+    kept = {"format": "pt"} if dataset == "policy" else {"num_steps": "2"}
     save_file(found, place / file, metadata=kept)
     fix_hashes(place)
     fix_chain(order)
@@ -191,31 +194,30 @@ def replayed(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
     return {row["dataset"]: row for row in rows}
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer/state.safetensors"])
-def test_a_policy_within_the_tolerance_is_close_and_beyond_it_differs(
-    run: RunDir, file: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("dataset", "file"), FILES.items())
+def test_a_checkpoint_within_the_tolerance_is_close_and_beyond_it_differs(
+    run: RunDir, dataset: str, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = scale_weight(run, file, 1 + 1e-6)
+    name = scale_weight(run, dataset, 1 + 1e-6)
     assert print_replay(run.root, [1], "update", Format.jsonl)
     rows = replayed(capsys)
-    assert {dataset: row["result"] for dataset, row in rows.items()} == {
-        "training_records": "equal", "optimizer_steps": "equal", "policy": "close",
-    }  # fmt: skip
-    (odd,) = rows["policy"]["deviations"]
+    others = dict.fromkeys(("training_records", "optimizer_steps", "policy", "optimizer"), "equal")
+    assert {name: row["result"] for name, row in rows.items()} == {**others, dataset: "close"}
+    (odd,) = rows[dataset]["deviations"]
     assert (odd["part"], odd["name"], odd["is_close"]) == (file, name, True)
     assert odd["relative"] == pytest.approx(1e-6, rel=0.1)
-    assert rows["policy"]["machine"] == []
+    assert rows[dataset]["machine"] == []
     assert not print_replay(run.root, [1], "update", Format.jsonl, tolerance=1e-7)
-    row = replayed(capsys)["policy"]
+    row = replayed(capsys)[dataset]
     assert (row["result"], row["tolerance"]) == ("differs", 1e-7)
     assert row["found"].startswith(f"{file}: {name} differs by ")
 
 
 def test_the_table_says_what_close_means(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    name = scale_weight(run, "model.safetensors", 1 + 1e-6)
+    name = scale_weight(run, "policy", 1 + 1e-6)
     assert print_replay(run.root, [1], "update", Format.table)
     output = capsys.readouterr().out
-    assert "3 artifacts: 2 equal to the bit, 1 close" in output
+    assert "4 artifacts: 3 equal to the bit, 1 close" in output
     assert re.search(
         rf"iteration 1 policy \(close\): 1 within the tolerance, at most [\d.]+e-0[67] in {name}\n", output
     )
@@ -239,7 +241,7 @@ def test_a_forged_token_is_never_close(run: RunDir, capsys: pytest.CaptureFixtur
 
 
 def test_pruned_weights_can_only_be_told_apart_by_their_hash(run: RunDir) -> None:
-    scale_weight(run, "model.safetensors", 1 + 1e-6)
+    scale_weight(run, "policy", 1 + 1e-6)
     (run.policy_before(2) / "model.safetensors").unlink()
     stored, computed = run.open(1, "policy"), run.open(0, "policy")
     found = {d.part: (d.name, d.a) for d in closeness.deviations("policy", stored, computed, 1e9)}

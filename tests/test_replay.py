@@ -41,8 +41,8 @@ def test_every_stage_of_a_run_is_computed_again_to_the_same_digests(
     before = sorted(original.rglob("*"))
     assert print_replay(original, None, None, Format.jsonl, engine=ScriptedEngine(answer))
     rows = rows_of(capsys)
-    # the first evaluation; seven stages with nine outputs, of which iteration 0 has no evaluation
-    expected = [(-1, "equal")] + [(0, "equal")] * 8 + [(1, "equal")] * 9
+    # the first evaluation; eight stages with ten outputs, of which iteration 0 has no evaluation
+    expected = [(-1, "equal")] + [(0, "equal")] * 9 + [(1, "equal")] * 10
     assert [(r["iteration"], r["result"]) for r in rows] == expected
     assert {r["stage"] for r in rows} == set(STAGES)
     assert sorted(original.rglob("*")) == before

@@ -210,8 +210,8 @@ def test_a_fork_trains_on_stored_completions_under_new_rewards(run: Path, tmp_pa
     initial = next(a for a in new.artifacts() if a.path.name == "initial_policy")
     assert initial.manifest.inputs["policy"]["digest"] == old_policy.digest
     assert initial.manifest.files["model.safetensors"] == old_policy.manifest.files["model.safetensors"]
-    state = "optimizer/state.safetensors"
-    assert initial.manifest.files[state] == old_policy.manifest.files[state]
+    state = open_run(run).open(0, "optimizer").manifest.files["state.safetensors"]
+    assert initial.manifest.files["optimizer/state.safetensors"] == state
     advantages = new.open(0, "advantages").read()["advantage"]
     assert (-advantages).to_list() == open_run(run).open(1, "advantages").read()["advantage"].to_list()
     assert len(new.open(0, "training_records").read()) == 2

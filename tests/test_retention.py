@@ -18,7 +18,7 @@ from stages.config import recorded_config
 from stages.engines.scripted import ScriptedEngine
 from tests.finished import answer, finished_run
 
-WEIGHTS = {"model.safetensors", "optimizer/state.safetensors"}
+GOING = {"policy": "model.safetensors", "optimizer": "state.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def files(run: RunDir) -> set[str]:
 
 def test_only_weights_and_optimizer_states_of_older_policies_go(run: RunDir) -> None:
     before = files(run)
-    (item,) = prune(prunable(run, 1, []))
-    assert (item.num_updates, set(item.files)) == (1, WEIGHTS)
-    assert before - files(run) == {f"iterations/000000/policy/{name}" for name in WEIGHTS}
-    assert files(run) - before == {f"iterations/000000/policy/{PRUNED_NOTE}"}
+    items = prune(prunable(run, 1, []))
+    assert [(item.num_updates, item.files) for item in items] == [(1, (name,)) for name in GOING.values()]
+    assert before - files(run) == {f"iterations/000000/{place}/{name}" for place, name in GOING.items()}
+    assert files(run) - before == {f"iterations/000000/{place}/{PRUNED_NOTE}" for place in GOING}
 
 
 def test_the_manifest_stays_and_the_note_repeats_its_hashes(run: RunDir) -> None:
@@ -52,17 +52,17 @@ def test_the_manifest_stays_and_the_note_repeats_its_hashes(run: RunDir) -> None
     artifact = open_artifact(run.policy_before(1))
     assert artifact.digest == digest
     note = json.loads((artifact.path / PRUNED_NOTE).read_text())["files"]
-    assert note == {name: artifact.manifest.files[name]["sha256"] for name in WEIGHTS}
-    assert pruned_files(artifact) == WEIGHTS
+    assert note == {"model.safetensors": artifact.manifest.files["model.safetensors"]["sha256"]}
+    assert pruned_files(artifact) == {"model.safetensors"}
 
 
-@pytest.mark.parametrize(("keep", "going"), [(1, [1]), (2, []), (9, [])])
+@pytest.mark.parametrize(("keep", "going"), [(1, [1, 1]), (2, []), (9, [])])
 def test_the_last_policies_stay(run: RunDir, keep: int, going: list[int]) -> None:
     assert [item.num_updates for item in prunable(run, keep, [])] == going
 
 
 def test_the_initial_policy_goes_only_when_asked(run: RunDir) -> None:
-    assert [item.num_updates for item in prunable(run, 1, [], initial=True)] == [0, 1]
+    assert [item.num_updates for item in prunable(run, 1, [], initial=True)] == [0, 1, 1]
 
 
 def test_a_needed_policy_stays(run: RunDir) -> None:
@@ -89,13 +89,13 @@ def test_a_pruning_that_was_killed_goes_on(run: RunDir) -> None:
     shutil.copyfile(run.policy_before(2) / "model.safetensors", policy.path / "model.safetensors")
     (again,) = prune(prunable(run, 1, []))
     assert again.files == ("model.safetensors",)
-    assert pruned_files(policy) == WEIGHTS
+    assert pruned_files(policy) == {"model.safetensors"}
 
 
 def test_a_policy_of_another_run_is_left_alone(run: RunDir, tmp_path: Path) -> None:
     (run.policy_before(1)).rename(tmp_path / "theirs")
     run.policy_before(1).symlink_to(tmp_path / "theirs", target_is_directory=True)
-    assert prunable(run, 1, []) == []
+    assert [item.artifact.manifest.dataset for item in prunable(run, 1, [])] == ["optimizer"]
 
 
 def test_policies_of_coming_groups_are_kept_by_the_command(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,14 +113,15 @@ def test_policies_of_coming_groups_are_kept_by_the_command(run: RunDir, capsys: 
 def test_a_dry_run_drops_nothing(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(run)
     verification.prune_run(run.root, 1, initial=False, dry_run=True, format_=Format.table)
-    assert "bytes of 1 policies would be dropped" in capsys.readouterr().out
+    assert "bytes of 2 checkpoints would be dropped" in capsys.readouterr().out
     assert files(run) - {".lock"} == before - {".lock"}
 
 
 def test_the_command_prints_what_went(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
-    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert (row["policy"], row["updates"], row["files"]) == ("iterations/000000/policy", 1, 2)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["checkpoint"] for row in rows] == ["iterations/000000/policy", "iterations/000000/optimizer"]
+    assert [(row["updates"], row["files"]) for row in rows] == [(1, 1), (1, 1)]
     assert not (run.policy_before(1) / "model.safetensors").exists()
 
 
@@ -134,7 +135,7 @@ def test_a_pruned_run_goes_on(tmp_path: Path, tiny_policy: Path) -> None:
     list(prune(prunable(run, 1, [])))
     with closing(Session(recorded_config(run), run, _engine=ScriptedEngine(answer))) as session:
         for k in range(3):
-            for stage in ("prompts", "generate", "score", "normalize", "batch", "update"):
+            for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
                 getattr(session, stage)(k)
 
 

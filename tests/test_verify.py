@@ -57,7 +57,7 @@ def test_a_finished_run_is_fine_and_every_check_has_looked_at_something(original
 
 
 def test_an_unfinished_run_is_fine(run: RunDir) -> None:
-    for dataset in ("policy", "optimizer_steps", "training_records", "batches", "evaluations"):
+    for dataset in ("optimizer", "policy", "optimizer_steps", "training_records", "batches", "evaluations"):
         shutil.rmtree(run.place(1, dataset))
     pq.write_table(conform(pl.read_parquet(run.metrics).head(1), "metrics"), run.metrics)
     assert found(run) == set()
@@ -92,11 +92,11 @@ def test_a_changed_byte_is_found_in_its_file(run: RunDir) -> None:
 
 
 def test_a_missing_and_an_additional_file_are_found(run: RunDir) -> None:
-    (run.policy_before(2) / "optimizer" / "state.safetensors").unlink()
+    (run.place(1, "optimizer") / "state.safetensors").unlink()
     (run.policy_before(1) / "adapter.safetensors").touch()
     told = {(p.where.path, p.part, p.found) for p in verify_run(run).problems if p.check == "files"}
     assert told == {
-        ("iterations/000001/policy", "optimizer/state.safetensors", "the file is gone"),
+        ("iterations/000001/optimizer", "state.safetensors", "the file is gone"),
         ("iterations/000000/policy", "adapter.safetensors", "the manifest does not list this file"),
     }
 
@@ -294,7 +294,7 @@ def test_pruned_checkpoints_are_told_and_are_no_damage(run: RunDir) -> None:
     assert findings.problems == []
     assert [(where.path, name) for where, name in findings.pruned] == [
         ("iterations/000000/policy", "model.safetensors"),
-        ("iterations/000000/policy", "optimizer/state.safetensors"),
+        ("iterations/000000/optimizer", "state.safetensors"),
     ]
 
 

@@ -63,7 +63,7 @@ def local(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunDir
 
 def test_a_run_on_a_store_has_the_digests_of_a_local_one(base: str, config: RunConfig, local: RunDir) -> None:
     remote = start(f"{base}/runs/demo", config, iterations=2)
-    assert len(digests(local)) == 17
+    assert len(digests(local)) == 19
     assert digests(remote) == digests(local)
 
 
@@ -84,7 +84,7 @@ def test_the_manifest_of_an_artifact_is_written_last(
     start(url, config)
     written = {name: info["created"] for name, info in open_store(url).fs.find(url, detail=True).items()}
     manifests = [name for name in written if name.endswith("/manifest.json")]
-    assert len(manifests) == 9
+    assert len(manifests) == 10
     for manifest in manifests:
         folder = manifest.removesuffix("manifest.json")
         files = [time for name, time in written.items() if name.startswith(folder) and name != manifest]

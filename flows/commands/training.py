@@ -90,7 +90,10 @@ def fork(
 @app.command()
 def stage(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="prompts, generate, score, normalize, batch, update or evaluate.")
+        str,
+        typer.Argument(
+            metavar="NAME", help="prompts, generate, score, normalize, batch, update, optimizer or evaluate."
+        ),
     ],
     run: Run,
     iteration: Annotated[int, typer.Option("--iteration", "-i", min=0, help="Which iteration.")],
@@ -104,7 +107,7 @@ def stage(
     from pipeline.run_dir import open_run
     from stages.config import recorded_config
 
-    names = ("prompts", "generate", "score", "normalize", "batch", "update", "evaluate")
+    names = ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer", "evaluate")
     if name not in names:
         raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(names)}")
     run_dir = open_run(run)
@@ -112,6 +115,8 @@ def stage(
     reporter = TerminalReporter()
     with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
         path = getattr(session, name)(iteration + 1 if name == "evaluate" else iteration)
+        if name == "update":
+            session.optimizer(iteration)  # else the next update would have to train on these rows once more
     print(run_dir.shown(Path(path)))
 
 

@@ -1,0 +1,43 @@
+"""Beside: tasks that run in a thread beside their flow, while it waits for the engine."""
+
+from typing import Any
+
+from prefect import Task
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+ONE_BY_ONE: TaskRunner[PrefectFuture[Any]] = ThreadPoolTaskRunner(max_workers=1)  # type: ignore[assignment]
+"""For the flow: what is begun runs in the order in which it was begun."""
+
+
+class Beside:
+    """Tasks that run beside the flow, one after another in the order in which they were begun."""
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[str, int], PrefectFuture[str]] = {}
+
+    def begin(self, stage: Task[[int], str], iteration: int) -> None:
+        """Have the stage's task run after those begun before."""
+        self._begun[stage.name, iteration] = stage.submit(iteration)
+
+    def is_begun(self, stage: Task[[int], str], iteration: int) -> bool:
+        """Return whether the task was begun and not yet waited for."""
+        return (stage.name, iteration) in self._begun
+
+    def wait_for(self, stage: Task[[int], str], iteration: int) -> None:
+        """Wait until the task is done, and raise what it raised; one that was not begun runs now."""
+        future = self._begun.pop((stage.name, iteration), None)
+        if future is None:
+            stage(iteration)
+        else:
+            future.result()
+
+    def wait_for_all(self) -> None:
+        """Wait for every task that was begun, and raise what the first of them raised."""
+        while self._begun:
+            self._begun.pop(next(iter(self._begun))).result()
+
+    def end(self) -> None:
+        """Wait until nothing runs any more, whatever came of it: the flow ends for a reason of its own."""
+        while self._begun:
+            self._begun.pop(next(iter(self._begun))).wait()

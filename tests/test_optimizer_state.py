@@ -1,0 +1,135 @@
+"""The optimizer's state: an artifact of its own that may come late or be lost, and is then made again from batches."""
+
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from flows.rescore import fork_tables
+from flows.session import Session
+from pipeline.artifact import is_finished
+from pipeline.config import validate
+from pipeline.errors import ArtifactMissing, PolicyError
+from pipeline.retention import prunable, prune
+from pipeline.run_dir import RunDir, open_run
+from stages.config import RunConfig, recorded_config
+from stages.engines.scripted import ScriptedEngine
+from tests.finished import answer, finished_run, fix_hashes
+
+STATE = "state.safetensors"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> RunDir:
+    """Return a finished run of two iterations, not to be changed."""
+    return finished_run(tmp_path_factory.mktemp("state"), tiny_policy)
+
+
+@pytest.fixture
+def run(original: RunDir, tmp_path: Path) -> RunDir:
+    """Return a copy of the finished run."""
+    shutil.copytree(original.root, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def forget(run: RunDir, iteration: int, *datasets: str) -> None:
+    for name in datasets:
+        shutil.rmtree(run.place(iteration, name))
+
+
+def session_of(run: RunDir) -> Session:
+    return Session(recorded_config(run), run, _engine=ScriptedEngine(answer))
+
+
+def test_a_policy_holds_no_optimizer_and_a_state_names_its_policy(original: RunDir) -> None:
+    policy, state = original.open(1, "policy"), original.open(1, "optimizer")
+    assert [name for name in policy.manifest.files if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert (list(state.manifest.files), state.manifest.rows) == ([STATE], None)
+    assert {name: facts["digest"] for name, facts in state.manifest.inputs.items()} == {"policy": policy.digest}
+
+
+def test_a_state_that_was_lost_is_made_again_to_the_bit(original: RunDir, run: RunDir) -> None:
+    forget(run, 1, "optimizer")
+    with closing(session_of(run)) as session:
+        session.optimizer(1)
+    assert run.open(1, "optimizer").digest == original.open(1, "optimizer").digest
+
+
+def test_without_any_state_training_starts_again_from_the_initial_policy(original: RunDir, run: RunDir) -> None:
+    forget(run, 0, "optimizer")
+    forget(run, 1, "optimizer", "policy", "training_records", "optimizer_steps")
+    with closing(session_of(run)) as session:
+        session.update(1)
+        session.optimizer(1)
+    assert not is_finished(run.place(0, "optimizer"))
+    for dataset in ("policy", "optimizer", "training_records", "optimizer_steps"):
+        assert run.open(1, dataset).digest == original.open(1, dataset).digest
+
+
+def test_the_moments_matter(original: RunDir, run: RunDir) -> None:
+    """An update that began with a new optimizer would give other weights: the tests above would notice."""
+    forget(run, 1, "optimizer", "policy", "training_records", "optimizer_steps")
+    with closing(session_of(run)) as session:
+        trainer = session.trainer_after(1)
+        assert trainer.optimizer is not None
+        trainer.optimizer.adamw.state.clear()
+        session.update(1)
+    assert run.open(1, "policy").digest != original.open(1, "policy").digest
+
+
+def test_other_weights_than_those_stored_are_refused(run: RunDir) -> None:
+    """As another machine's rounding would give them: here the stored ones are replaced."""
+    forget(run, 1, "optimizer")
+    shutil.copyfile(run.policy_before(1) / "model.safetensors", run.policy_before(2) / "model.safetensors")
+    fix_hashes(run.policy_before(2))
+    with closing(session_of(run)) as session, pytest.raises(PolicyError, match="gives other weights than those stored"):
+        session.optimizer(1)
+    assert not run.place(1, "optimizer").exists()
+
+
+def test_a_pruned_state_is_not_taken_for_one(run: RunDir) -> None:
+    list(prune(prunable(run, 1, [])))
+    forget(run, 1, "optimizer")
+    with closing(session_of(run)) as session:
+        session.optimizer(1)
+    assert is_finished(run.place(1, "optimizer"))
+
+
+def test_a_state_without_its_file_is_missed(run: RunDir) -> None:
+    forget(run, 1, "optimizer", "policy", "training_records", "optimizer_steps")
+    (run.place(0, "optimizer") / STATE).unlink()
+    with closing(session_of(run)) as session, pytest.raises(Exception, match=r"state\.safetensors is gone"):
+        session.update(1)
+
+
+def rewards_only(folder: Path) -> Path:
+    path = folder / "other.toml"
+    path.write_text('[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.matching:exact_match"\n')
+    return path
+
+
+def test_a_fork_wants_the_state_or_the_word_that_none_is_wanted(run: RunDir, tmp_path: Path) -> None:
+    forget(run, 0, "optimizer")
+    with pytest.raises(ArtifactMissing, match=r"optimizer's state .* is not there .*policy\.keep_optimizer = false"):
+        fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, [])
+    wish = ["policy.keep_optimizer=false"]
+    settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, wish), "fork")
+    fork = RunDir(tmp_path / "fork")
+    with closing(Session(settings, fork)) as session:
+        session.initial_policy()
+    assert not (fork.initial_policy / "optimizer").exists()
+
+
+def test_a_group_member_from_a_run_brings_no_optimizer(run: RunDir, tmp_path: Path) -> None:
+    config = recorded_config(run).model_dump(mode="json")
+    members = [
+        {"name": "now", "policy": "current", "count": 2},
+        {"name": "sibling", "policy": str(run.policy_before(1)), "count": 2},
+    ]
+    config["generate"] |= {"members": members, "group_size": None}
+    settings = validate(RunConfig, config, "members")
+    new = RunDir(tmp_path / "new")
+    with closing(Session(settings, new)) as session:
+        session.member_policy("sibling")
+    assert not (new.member("sibling") / "optimizer").exists()
