@@ -47,6 +47,23 @@ class BatchConfig(StrictModel):
     = none are. Does not apply to offline iterations."""
 
 
+NEEDED = (
+    "completion_id",
+    "group_id",
+    "prompt_token_ids",
+    "completion_token_ids",
+    "loss_mask",
+    "sampling_logprobs",
+    "kept_mass",
+    "temperature",
+    "finish_reason",
+    "engine",
+    "policy_digest",
+    "policy_iteration",
+)
+"""Columns of completions that the order depends on, or that training reads: texts stay on disk."""
+
+
 def batch_rows(
     completions: pl.DataFrame,
     advantages: pl.DataFrame,
@@ -157,9 +174,8 @@ def _step(rows: pl.DataFrame, config: BatchConfig, *, step: int) -> pl.DataFrame
 
 def compute(task: StageTask) -> None:
     """Order the rows of an iteration."""
-    completions = task.inputs["completions"].read()
     frame = batch_rows(
-        completions,
+        task.inputs["completions"].scan().select(NEEDED).collect(),
         task.inputs["advantages"].scan().select("completion_id", "advantage", "drop_reason").collect(),
         task.config,
         seed=task.parameters["seed"],

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import polars as pl
+import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config import StrictModel
 from pipeline.run_dir import identity
 from pipeline.stage import Stage, StageTask
 from stages.engines.base import Engine, Generated, Request, Sampling
-from stages.generate import CURRENT, request_seed
+from stages.generate import CURRENT, list_column, request_seed
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.policy import load_tokenizer, stop_token_ids
 from stages.rewards.scorer import Scorer
@@ -85,8 +86,8 @@ def evaluation_rows(
         pl.lit(policy_digest).alias("policy_digest"),
         pl.lit(policy_iteration, dtype=pl.Int32).alias("policy_iteration"),
         pl.Series("completion", texts),
-        pl.Series("completion_token_ids", [g.token_ids for g in generated], dtype=pl.List(pl.Int32)),
-        pl.Series("sampling_logprobs", [g.logprobs for g in generated], dtype=pl.List(pl.Float32)),
+        list_column("completion_token_ids", [g.token_ids for g in generated], pa.int32()),
+        list_column("sampling_logprobs", [g.logprobs for g in generated], pa.float32()),
         pl.Series("finish_reason", [g.finish_reason for g in generated]),
         pl.Series("seed", seeds, dtype=pl.Int64),
         pl.lit(temperature, dtype=pl.Float32).alias("temperature"),

@@ -7,13 +7,15 @@ engine the very batches that an undisturbed run would have sent.
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
@@ -158,8 +160,8 @@ def completion_rows(
         pl.lit(author.name).alias("policy_name"),
         pl.lit(author.digest).alias("policy_digest"),
         pl.lit(author.iteration, dtype=pl.Int32).alias("policy_iteration"),
-        pl.Series("completion_token_ids", [g.token_ids for g in generated], dtype=pl.List(pl.Int32)),
-        pl.Series("sampling_logprobs", [g.logprobs for g in generated], dtype=pl.List(pl.Float32)),
+        list_column("completion_token_ids", [g.token_ids for g in generated], pa.int32()),
+        list_column("sampling_logprobs", [g.logprobs for g in generated], pa.float32()),
         pl.lit(None, dtype=pl.List(pl.Boolean)).alias("loss_mask"),
         pl.Series("completion", list(texts)),
         pl.Series("finish_reason", [g.finish_reason for g in generated]),
@@ -170,11 +172,16 @@ def completion_rows(
         pl.lit(sampling.top_k, dtype=pl.Int32).alias("top_k"),
         pl.lit(sampling.min_p, dtype=pl.Float32).alias("min_p"),
         pl.lit(info.logprobs_mode).alias("logprobs_mode"),
-        pl.Series("kept_mass", [g.kept_mass for g in generated], dtype=pl.List(pl.Float32)),
+        list_column("kept_mass", [g.kept_mass for g in generated], pa.float32()),
         pl.lit(info.name).alias("engine"),
         pl.lit(info.version).alias("engine_version"),
     )
     return frame.select(SCHEMAS["completions"].names)
+
+
+def list_column(name: str, values: Sequence[Any], of: pa.DataType) -> pl.Series:
+    """Return a column of lists; Arrow reads nested Python lists twenty times as fast as polars."""
+    return pl.Series(name, pa.array(values, pa.large_list(of)))
 
 
 def check_room(config: GenerateConfig, context: int) -> int:
@@ -207,25 +214,37 @@ def authors(task: StageTask) -> Mapping[str, Author]:
 
 
 def compute(task: StageTask) -> None:
-    """Generate the missing parts. ``task.resources`` is the engine."""
+    """Generate the missing parts; one is written while the next is sampled. ``task.resources`` is the engine."""
     config: GenerateConfig = task.config
     prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null()).with_row_index("position")
     by_name = authors(task)
     meter = _Meter(task, total=len(prompts) * config.size)
     part = first_index = 0
-    for member in config.plan():
-        indices = range(first_index, first_index + member.count)
-        first_index += member.count
-        for rows in prompts.iter_slices(config.groups_per_part):
-            if not task.writer.has_part(part):
-                task.writer.write_part(part, _generate_part(task, by_name[member.name], rows, indices, meter))
-            meter.finish_part(len(rows) * member.count)
-            part += 1
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        last: Future[None] | None = None
+        for member in config.plan():
+            indices = range(first_index, first_index + member.count)
+            first_index += member.count
+            for rows in prompts.iter_slices(config.groups_per_part):
+                if not task.writer.has_part(part):
+                    make_rows = _sample(task, by_name[member.name], rows, indices, meter)
+                    if last is not None:
+                        last.result()
+                    last = beside.submit(_write_part, task, part, make_rows)
+                meter.finish_part(len(rows) * member.count)
+                part += 1
+        if last is not None:
+            last.result()
 
 
-def _generate_part(
+def _write_part(task: StageTask, part: int, make_rows: Callable[[], pl.DataFrame]) -> None:
+    task.writer.write_part(part, make_rows())
+
+
+def _sample(
     task: StageTask, author: Author, prompts: pl.DataFrame, indices: range, meter: "_Meter"
-) -> pl.DataFrame:
+) -> Callable[[], pl.DataFrame]:
+    """Have the engine answer; return what makes rows of the answers, for which it need not wait."""
     config: GenerateConfig = task.config
     engine: Engine = task.resources
     sampling = Sampling(
@@ -242,19 +261,24 @@ def _generate_part(
     requests = [Request(ids, s) for ids, s in zip(token_ids, seeds, strict=True)]
     engine.load(author.path)
     generated = engine.generate(requests, sampling, meter.update)
-    tokenizer = load_tokenizer(author.path)
-    texts = tokenizer.batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
-    return completion_rows(
-        prompts,
-        generated,
-        seeds,
-        texts,
-        indices,
-        recipe=task.recipe,
-        author=author,
-        sampling=sampling,
-        info=engine.info,
-    )
+    info = engine.info
+
+    def make_rows() -> pl.DataFrame:
+        tokenizer = load_tokenizer(author.path)
+        texts = tokenizer.batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
+        return completion_rows(
+            prompts,
+            generated,
+            seeds,
+            texts,
+            indices,
+            recipe=task.recipe,
+            author=author,
+            sampling=sampling,
+            info=info,
+        )
+
+    return make_rows
 
 
 class _Meter:

@@ -1,5 +1,6 @@
 """Generation: who writes which row, seeds, parts, and what a restart does."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,33 @@ def test_no_room_for_a_prompt_is_refused() -> None:
     assert check_room(GenerateConfig(max_tokens=100), context=128) == 28
     with pytest.raises(ConfigError, match=r"max_tokens is 128, but the model's context is 128 tokens"):
         check_room(GenerateConfig(max_tokens=128), context=128)
+
+
+def test_a_part_is_written_while_the_next_is_sampled(tmp_path: Path, tiny_artifact: Artifact) -> None:
+    first = tmp_path / ".completions.partial" / "part-00000.parquet"
+    seen: list[bool] = []
+
+    def wait(request: Request) -> list[int]:
+        if request.prompt_token_ids == [5, 7]:  # the second prompt, a part of its own
+            deadline = time.monotonic() + 30
+            while not first.is_file() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            seen.append(first.is_file())
+        return answer(request)
+
+    run(tmp_path, tiny_artifact, ScriptedEngine(wait), group_size=2, groups_per_part=1)
+    assert seen == [True, True]
+
+
+def test_a_part_that_cannot_be_written_is_told_and_the_others_are_kept(tmp_path: Path, tiny_artifact: Artifact) -> None:
+    """The second prompt is answered with a token that no tokenizer has; its neighbours' parts stay."""
+
+    def odd(request: Request) -> list[int]:
+        return [-1] if request.prompt_token_ids == [5, 7] else answer(request)
+
+    with pytest.raises(OverflowError):
+        run(tmp_path, tiny_artifact, ScriptedEngine(odd), group_size=2, groups_per_part=1)
+    hidden = tmp_path / ".completions.partial"
+    assert sorted(path.name for path in hidden.glob("part-*")) == ["part-00000.parquet"]
+    again = run(tmp_path, tiny_artifact, group_size=2, groups_per_part=1).main
+    assert again.digest == run(tmp_path / "other", tiny_artifact, group_size=2, groups_per_part=1).main.digest

@@ -253,12 +253,21 @@ def _is_users(name: str, path: Path, package: str) -> bool:
         return name.startswith(f"{LIBRARY}.") and name != f"{LIBRARY}.base"
     if top == package:
         return True
-    installed = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return not any(path.resolve().is_relative_to(folder) for folder in installed)
+    return not any(path.resolve().is_relative_to(folder) for folder in _installed_folders())
 
 
-def _imported(source: str, package: str) -> Iterator[str]:
-    """Yield the names that a module imports; of ``from a import b`` both a and a.b, which may be a module."""
+@cache
+def _installed_folders() -> frozenset[Path]:
+    return frozenset(Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+@cache  # the same sources are hashed in every iteration
+def _imported(source: str, package: str) -> tuple[str, ...]:
+    """Return the names that a module imports; of ``from a import b`` both a and a.b, which may be a module."""
+    return tuple(_names_imported(source, package))
+
+
+def _names_imported(source: str, package: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
