@@ -161,4 +161,4 @@ def _score_parts(task: StageTask, scorer: Scorer) -> None:
         report(0)
 
 
-STAGE = Stage("score", version=2, outputs=("rewards",), compute=compute)
+STAGE = Stage("score", version=3, outputs=("rewards",), compute=compute)

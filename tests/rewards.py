@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,17 @@ def leave_a_process(completion: str) -> float:
     with open(completion, "w") as file:  # noqa: PTH123
         file.write(str(child.pid))
     os._exit(1)
+
+
+def be_late(completion: str) -> float:
+    """Stop the worker's keeper while the first text is late; the second one lets it go on, and do what it was told."""
+    if completion == "late":
+        os.kill(os.getppid(), signal.SIGSTOP)
+        time.sleep(2.5)
+    elif completion == "next":
+        os.kill(os.getppid(), signal.SIGCONT)
+        time.sleep(0.2)
+    return float(len(completion))
 
 
 def length_in_frame(completions: pl.DataFrame, scale: float = 1.0) -> pl.Series:

@@ -172,6 +172,29 @@ def test_another_config_for_the_same_run_is_refused(grpo: Grpo, run: Path) -> No
     assert (run / "config.resolved.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--set", "generate.num_threads=4096"], "generate.num_threads is 4096"),
+        (["--run", "runs/config"], "was made with another config"),
+    ],
+)
+def test_a_fork_is_refused_before_anything_is_written(
+    grpo: Grpo, folder: Path, run: Path, arguments: list[str], fragment: str
+) -> None:
+    (folder / "other.toml").write_text("[update]\nlearning_rate = 0.5\n")
+    before = sorted(folder.rglob("*"))
+    expect_refusal(grpo(folder, "fork", str(run), "other.toml", "--at", "0", *arguments), fragment)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("text", "fragment"), [("[]", "it holds no tables"), ("{", "Expecting property name")])
+def test_settings_of_a_run_that_are_none_are_refused(grpo: Grpo, run: Path, text: str, fragment: str) -> None:
+    (run / "config.resolved.json").write_text(text)
+    result = grpo(run.parent.parent, "stage", "prompts", str(run), "-i", "0")
+    expect_refusal(result, "config.resolved.json cannot be read", fragment, "restore it from a copy")
+
+
 def test_a_run_that_another_process_writes_is_refused(grpo: Grpo, run: Path) -> None:
     from pipeline.run_dir import RunDir
 

@@ -3,12 +3,20 @@
 import csv
 import io
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from flows import look
-from pipeline.view import Format
+from pipeline.artifact import MANIFEST
+from pipeline.run_dir import RunDir
+from pipeline.view import Format, print_rows
+from stages.metrics import recorded_metrics
+from tests.finished import manifest_of
 from tests.policies import EOS
 from tests.small_run import DIGIT_0, make_small_run
 
@@ -81,6 +89,39 @@ def test_metrics_are_those_of_the_rows(run: Path, capsys: pytest.CaptureFixture[
         "eval_pass_at_1": None,
     }
     assert {key: row[key] for key in expected} == expected
+
+
+def test_metrics_that_stand_in_the_table_are_used_while_the_artifacts_are_the_same(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    copy = RunDir(tmp_path / "copy")
+    row = recorded_metrics(copy, 0)
+    assert row is not None
+    assert (row["iteration"], row["reward_mean"]) == (0, 0.25)
+    assert recorded_metrics(copy, 1) is None
+    place = copy.place(0, "rewards")
+    manifest = manifest_of(place)
+    (place / MANIFEST).write_text(json.dumps({**manifest, "seconds": manifest["seconds"] + 1}))
+    assert recorded_metrics(copy, 0) is None
+
+
+def test_a_table_in_a_file_is_as_wide_as_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    values = [letter * 60 for letter in "abc"]
+    print_rows([dict(zip(("one", "two", "three"), values, strict=True))], Format.table)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert values in lines
+
+
+def test_a_reader_that_stops_early_ends_a_looking_command_without_a_word() -> None:
+    """As `| head` does."""
+    command = [sys.executable, "-m", "flows.cli", "schema", "completions"]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait() == -signal.SIGPIPE
 
 
 @pytest.mark.parametrize("dataset", [None, "completions"])

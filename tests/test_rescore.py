@@ -1,6 +1,7 @@
 """Re-scoring stored completions, comparing two scorings, and training on the result, on a small scripted run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -14,7 +15,15 @@ from flows.session import Session, SilentReporter
 from flows.try_reward import try_reward
 from flows.verification import print_verification
 from pipeline.config import validate
-from pipeline.errors import ArtifactDamaged, ArtifactMissing, ConfigError, RecipeMismatch, RewardError, UsageError
+from pipeline.errors import (
+    ArtifactDamaged,
+    ArtifactMissing,
+    ConfigError,
+    PolicyError,
+    RecipeMismatch,
+    RewardError,
+    UsageError,
+)
 from pipeline.run_dir import RunDir, open_run
 from pipeline.view import Format
 from stages.config import RunConfig, recorded_config
@@ -124,6 +133,15 @@ def test_completions_that_moved_or_were_replaced_are_refused(run: Path, tmp_path
         new.open(0, "completions")
 
 
+def test_an_iteration_that_has_completions_takes_no_others_for_them(run: Path, tmp_path: Path) -> None:
+    new = rescored(run, REWARDS, tmp_path / "new", [0])
+    before, source = contents(new.root), open_run(run)
+    with pytest.raises(RecipeMismatch, match=r"iteration 0 of .*new has other completions .* use a new run directory"):
+        new.refer(0, "completions", source.open(1, "completions"))
+    new.refer(0, "completions", source.open(0, "completions"))
+    assert contents(new.root) == before
+
+
 def test_rescoring_starts_neither_torch_nor_vllm_nor_prefect(run: Path, tmp_path: Path) -> None:
     path = config(run, REWARDS)
     code = (
@@ -220,15 +238,16 @@ def test_a_fork_trains_on_stored_completions_under_new_rewards(run: Path, tmp_pa
 
 
 def test_offline_rows_have_no_age(run: Path, tmp_path: Path) -> None:
-    text = f'[batch]\nmax_policy_age = 0\n[[offline]]\nrun = "{run}"\niterations = [0, 1]\n'
+    """The stored iteration 0 feeds iteration 1, whose own policy has seen one update more than its author."""
+    text = f'[batch]\nmax_policy_age = 0\n[[offline]]\nrun = "{run}"\niterations = [1, 0]\n'
     settings = validate(RunConfig, fork_tables(open_run(run), 0, config(run, text), None, []), "fork")
     new = RunDir(tmp_path / "fork")
     with closing(Session(settings, new)) as session:
         session.initial_policy()
-        session.refer_stored(0)
+        session.refer_stored(1)
         for stage in (session.score, session.normalize, session.batch):
-            stage(0)
-    assert set(new.open(0, "batches").read()["drop_reason"]) == {None, "zero_variance"}
+            stage(1)
+    assert set(new.open(1, "batches").read()["drop_reason"]) == {None, "zero_variance"}
     new.record_config("", settings.model_dump(mode="json"))
     assert print_verification(new.root, 20, Format.table)
 
@@ -271,6 +290,20 @@ def test_stored_completions_without_correction_are_refused(run: Path) -> None:
     text = f'[update]\ncorrection = "none"\n[[offline]]\nrun = "{run}"\niterations = [0]\n'
     with pytest.raises(ConfigError, match="nothing would weigh what they are worth"):
         fork_tables(open_run(run), 0, config(run, text), None, [])
+
+
+def test_stored_completions_of_another_tokenizer_are_refused(run: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_policy, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"4"', '"four"'))
+    tables = {"policy": {"model": str(tmp_path / "other")}, "offline": [{"run": str(run), "iterations": [0]}]}
+    settings = validate(RunConfig, {**open_run(run).settings(), **tables}, "new")
+    new = RunDir(tmp_path / "new")
+    with closing(Session(settings, new)) as session:
+        session.initial_policy()
+        with pytest.raises(PolicyError, match=r"the policy of .*small has another tokenizer than the run's policy"):
+            session.refer_stored(0)
+    assert not new.has(0, "prompts")
 
 
 def test_looking_commands_follow_references(run: Path, tmp_path: Path) -> None:

@@ -61,6 +61,17 @@ def test_of_ten_thousand_completions_exactly_those_that_misbehave_are_null_and_e
     assert {i: errors[i][: len(WRONG[kind])] for i, kind in wrong.items()} == {i: WRONG[k] for i, k in wrong.items()}
 
 
+def test_a_late_row_that_gives_its_result_just_before_the_end_leaves_the_next_one_blameless() -> None:
+    """The worker is ended for the first row while it is at the second one, which another worker scores."""
+    scorer = Scorer(num_workers=1)  # of four rows, the first two go to it together
+    try:
+        rows = score(scorer, "be_late", ["late", "next", "x", "xx"], time_limit=1.0)
+    finally:
+        scorer.close()
+    assert rows["error"].to_list() == [None] * 4
+    assert rows["reward"].to_list() == [4.0, 4.0, 1.0, 2.0]
+
+
 def test_an_async_function_that_blocks_or_dies_costs_only_its_own_row(scorer: Scorer) -> None:
     texts = ["xx"] * 200
     wrong = {20: "hang", 60: "exit", 100: "crash", 140: "raise", 180: "sleep"}

@@ -2,16 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from pipeline.artifact import ArtifactWriter
 from pipeline.errors import RewardError
+from pipeline.stage import StageCall, run_stage
+from stages import score as stage
 from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig
-from stages.score import FailureCounter, ScoreConfig, check_rewards, find_rewards, score_rows
-from tests.builders import completion_rows, prompt_rows
+from stages.score import FailureCounter, ScoreConfig, check_rewards, find_rewards, score_rows, slices
+from tests.builders import completion_rows, fill, new_writer, prompt_rows, seal, write_artifact
 
 
 def length(completion: str) -> float:
@@ -58,7 +62,7 @@ def test_several_functions_give_a_row_each() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("raise", "ValueError: no number in it (test_score.py:27)"),
+        ("raise", "ValueError: no number in it (test_score.py:31)"),
         ("nan", "the function returned nan"),
         ("infinite", "the function returned inf"),
         ("none", "the function returned None"),
@@ -131,3 +135,53 @@ def test_a_parameter_that_nothing_fills_is_named_before_anything_is_scored() -> 
     with pytest.raises(RewardError, match=r"wants \['refernce'\], but there is only .*'reference'"):
         check_rewards(rewards("tests.test_score:misspelt"), {})
     check_rewards(rewards("tests.test_score:misspelt"), {"refernce": "x"})
+
+
+def test_failures_add_up_over_the_parts_of_a_dataset() -> None:
+    config = rewards("tests.test_score:troublesome")
+    rows = score(config, "fine", "raise")
+    counter = FailureCounter(find_rewards(config), num_completions=4, max_failed_share=0.25)
+    counter.add(rows)
+    assert str(counter) == ", r: 1 failed"
+    with pytest.raises(RewardError, match="'r' could not score 2 of 4 completions"):
+        counter.add(rows)
+
+
+def test_slices_go_over_the_borders_of_files_and_lose_no_row(tmp_path: Path) -> None:
+    rows = completion_rows(*({"completion": str(i)} for i in range(5)))
+    writer = new_writer(tmp_path / "completions", "completions")
+    writer.write_part(0, rows[:3])
+    writer.write_part(1, rows[3:])
+    found = [part["completion"].to_list() for part in slices(seal(writer), ["completion"], 2)]
+    assert found == [["0", "1"], ["2", "3"], ["4"]]
+
+
+def stopped_call(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: list[float | None]) -> StageCall:
+    """Return the scoring of three texts in parts of two rows, of which a killed process has left the first one.
+
+    No function of this config gives the rewards that stand in it, so that they show whether it was kept.
+    """
+    monkeypatch.setattr(stage, "ROWS_PER_PART", 2)
+    texts = completion_rows({"completion": "a"}, {"completion": "bb"}, {"completion": "ccc"})
+    config = rewards("tests.test_score:length")
+    inputs = {"completions": write_artifact(folder / "completions", "completions", texts)}
+    call = StageCall(stage.STAGE, config, inputs, {"rewards": folder / "rewards"})
+    writer = ArtifactWriter(folder / "rewards", "rewards", call.recipe())
+    writer.open()
+    left = [
+        {"completion_id": f"c{i}", "reward": reward, "error": "too long" if reward is None else None}
+        for i, reward in enumerate(kept)
+    ]
+    writer.write_part(0, fill("rewards", left, group_id="g", reward_name="r", reward_recipe="r"))
+    return call
+
+
+def test_parts_that_a_killed_process_has_scored_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = stopped_call(tmp_path, monkeypatch, [8.0, 9.0])
+    assert run_stage(call).main.read()["reward"].to_list() == [8.0, 9.0, 3.0]
+
+
+def test_failures_in_parts_that_were_kept_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = stopped_call(tmp_path, monkeypatch, [8.0, None])
+    with pytest.raises(RewardError, match=r"could not score 1 of 3 completions.* first error: too long"):
+        run_stage(call)

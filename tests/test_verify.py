@@ -106,6 +106,26 @@ def test_a_missing_manifest_is_found_with_those_that_name_it(run: RunDir) -> Non
     assert {("manifests", "iterations/000000/advantages"), ("inputs", "iterations/000000/batches")} <= found(run)
 
 
+def test_what_is_no_dataset_of_an_iteration_is_found_unless_it_is_hidden(run: RunDir) -> None:
+    (run.iteration(1) / "rewards.old").mkdir()
+    (run.iteration(1) / ".rewards.partial").mkdir()
+    assert found(run) == {("manifests", "iterations/000001/rewards.old")}
+
+
+@pytest.mark.parametrize(("place", "updates"), [("evaluations", 0), ("iterations/000001/evaluations", 2)])
+def test_an_evaluation_that_is_due_and_not_there_is_found(run: RunDir, place: str, updates: int) -> None:
+    shutil.rmtree(run.root / place)
+    (problem,) = problems_of(run, "evaluations")
+    assert (problem.where.path, f"after {updates} updates has no evaluation" in problem.found) == (place, True)
+
+
+def test_the_evaluation_of_the_last_policy_may_be_coming_while_the_run_goes_on(run: RunDir) -> None:
+    config = json.loads(run.resolved_config.read_text())
+    run.resolved_config.write_text(json.dumps({**config, "iterations": 3}))
+    shutil.rmtree(run.place(1, "evaluations"))
+    assert problems_of(run, "evaluations") == []
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"manifest_version": 1}', "\xff"])
 def test_a_manifest_of_nonsense_is_a_finding_and_no_crash(run: RunDir, text: str) -> None:
     (run.place(0, "prompts") / MANIFEST).write_bytes(text.encode("latin-1"))

@@ -131,8 +131,9 @@ def open_scorer(num_workers: int = 2, log: Path | None = None) -> Iterator[Score
 def completion_columns(rewards: Sequence[RewardFunction]) -> list[str]:
     """Return the columns of completions that the functions need."""
     wanted = {column for reward in rewards for column in reward.columns()} - set(PROMPT_FACTS)
-    columns = {"completion_id", "group_id", "prompt_id", *wanted} - {"num_tokens"}
-    return [*sorted(columns), *(["completion_token_ids"] if "num_tokens" in wanted else [])]
+    if "num_tokens" in wanted:
+        wanted |= {"completion", "completion_token_ids"}
+    return sorted({"completion_id", "group_id", "prompt_id", *wanted} - {"num_tokens"})
 
 
 def needs_prompts(rewards: Sequence[RewardFunction]) -> bool:
@@ -145,7 +146,8 @@ def facts_of(completions: pl.DataFrame, prompts: pl.DataFrame | None, wanted: se
     frame = completions
     if "num_tokens" in wanted:
         length = pl.col("completion_token_ids").list.len().cast(pl.Int64)
-        frame = frame.with_columns(num_tokens=pl.when(length > 0).then(length))  # null: imported without a tokenizer
+        is_known = (length > 0) | (pl.col("completion") == "")  # else a text was imported without a tokenizer
+        frame = frame.with_columns(num_tokens=pl.when(is_known).then(length))
     if prompts is not None and wanted.intersection(PROMPT_FACTS):
         frame = frame.join(
             prompt_facts(prompts).select("prompt_id", *sorted(wanted.intersection(PROMPT_FACTS))),
