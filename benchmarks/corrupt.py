@@ -40,7 +40,7 @@ from pipeline.storage import sha256_file
 from pipeline.view import Format, print_rows
 from stages import batch, normalize
 from stages.metrics import append_metrics, iteration_metrics
-from stages.verify import verify_run
+from stages.verify.run import verify_run
 
 UNHASHED = ("environment", "started_at", "seconds")
 """Fields of a manifest that no hash covers; ``seconds`` stands in the metrics as well."""

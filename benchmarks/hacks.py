@@ -73,8 +73,8 @@ def main() -> None:
     from flows.train import train
     from pipeline.config import load_toml
     from pipeline.run_dir import open_run
-    from stages.audit import audit
-    from stages.audit_checks.config import AuditConfig
+    from stages.audit.config import AuditConfig
+    from stages.audit.run import audit
 
     config = load_toml(arguments.config)
     arguments.runs.mkdir(parents=True, exist_ok=True)

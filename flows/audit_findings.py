@@ -5,8 +5,8 @@ from typing import Any
 
 from pipeline.run_dir import open_run
 from pipeline.view import Format, console, print_rows
-from stages.audit import audit, load_audit_config
-from stages.audit_checks.findings import AuditReport, Finding, RowRef
+from stages.audit.findings import AuditReport, Finding, RowRef
+from stages.audit.run import audit, load_audit_config
 
 COLUMNS = ("check", "severity", "message", "value", "threshold", "rows")
 ROWS_SHOWN = 3

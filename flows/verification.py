@@ -17,7 +17,7 @@ from pipeline.run_dir import RunDir, open_run
 from pipeline.view import Format, console, print_rows
 
 if TYPE_CHECKING:
-    from stages.deep import DeepSettings
+    from stages.verify.deep import DeepSettings
 
 
 def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "DeepSettings | None" = None) -> bool:
@@ -27,8 +27,8 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
     ``deep`` the sampler's log probabilities are computed again, and the mismatch of each iteration is printed too: in
     jsonl and csv as rows whose ``kind`` is mismatch.
     """
-    from stages.findings import CHECKS
-    from stages.verify import verify_run
+    from stages.verify.findings import CHECKS
+    from stages.verify.run import verify_run
 
     run = open_run(path)
     is_shown = sys.stderr.isatty()
@@ -36,7 +36,7 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
     checks = dict(CHECKS)
     figures: list[dict[str, Any]] = []
     if deep is not None:
-        from stages.deep import CHECK, PROVES, check_logprobs
+        from stages.verify.deep import CHECK, PROVES, check_logprobs
 
         checks[CHECK] = PROVES
         figures = [asdict(found) for found in check_logprobs(run, findings, deep, _show if is_shown else _ignore)]

@@ -14,9 +14,9 @@ from flows.audit_findings import audit_run
 from pipeline.errors import ArtifactMissing, ConfigError
 from pipeline.run_dir import RunDir
 from pipeline.view import Format
-from stages.audit import CHECKS, audit, load_audit_config
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import AuditReport, Finding, RowRef
+from stages.audit.config import AuditConfig
+from stages.audit.findings import AuditReport, Finding, RowRef
+from stages.audit.run import CHECKS, audit, load_audit_config
 from tests import audit_runs
 from tests.audit_runs import Group, iterations_of, write_run
 

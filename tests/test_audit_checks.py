@@ -7,11 +7,11 @@ import polars as pl
 import pytest
 
 from pipeline.run_dir import RunDir
-from stages.audit import CHECKS
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import Outcome
-from stages.audit_checks.material import load_material, names_reference
-from stages.audit_checks.units import repeated_share, sequences
+from stages.audit.config import AuditConfig
+from stages.audit.findings import Outcome
+from stages.audit.material import load_material, names_reference
+from stages.audit.run import CHECKS
+from stages.audit.units import repeated_share, sequences
 from tests.audit_runs import Group, write_run
 
 WORDS = [f"word{i}" for i in range(400)]

@@ -22,7 +22,7 @@ from pipeline.view import Format
 from stages.config import recorded_config
 from stages.metrics import append_metrics, iteration_metrics
 from stages.normalize import normalize_rows
-from stages.verify import verify_run
+from stages.verify.run import verify_run
 from tests.finished import audited_run, fix_hashes, forge, manifest_of, replace_value
 
 ROOT = Path(__file__).parent.parent

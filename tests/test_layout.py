@@ -32,7 +32,7 @@ def test_the_generic_package_names_resolve_inside_the_repository(name: str) -> N
         "pipeline.run_dir",
         "pipeline.schema",
         "stages.iteration",
-        "stages.verify",
+        "stages.verify.run",
     ],
 )
 def test_looking_and_configuring_import_nothing_heavy(module: str) -> None:

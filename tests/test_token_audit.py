@@ -20,7 +20,7 @@ from pipeline.errors import SchemaError, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from pipeline.view import Format
-from stages.verify import verify_run
+from stages.verify.run import verify_run
 from tests.finished import DIGIT_0, finished_run
 from tests.policies import EOS
 from tests.small_run import make_small_run

@@ -32,7 +32,7 @@ def verify(
 
     settings = None
     if deep:
-        from stages.deep import DeepSettings
+        from stages.verify.deep import DeepSettings
 
         settings = DeepSettings(deep_rows, deep_seed, deep_threshold)
     answer(verification.print_verification(run, limit, format_, deep=settings))

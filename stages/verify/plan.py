@@ -13,9 +13,9 @@ import polars as pl
 
 from pipeline.artifact import Artifact
 from pipeline.run_dir import identity
-from stages.findings import PART, Findings, Rule, Where, WrongRow, apply_rules, compare
 from stages.generate import GenerateConfig, request_seed
-from stages.verify_rows import fingerprint, scan
+from stages.verify.findings import PART, Findings, Rule, Where, WrongRow, apply_rules, compare
+from stages.verify.rows import fingerprint, scan
 
 HASHED = {"prompt": "the prompt is not that of the input"}
 """What a differing fingerprint means."""

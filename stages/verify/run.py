@@ -20,13 +20,13 @@ from pipeline.artifact import Artifact
 from pipeline.errors import GrpoError
 from pipeline.run_dir import RunDir
 from stages import batch, evaluate, generate, normalize, prompts, score, update
-from stages.findings import Findings, Where
-from stages.verify_chain import check_advantages, check_batches, check_metrics, check_records, check_rewards
-from stages.verify_files import Catalog, Located, check_files, check_policies, open_all, relative_path
-from stages.verify_inputs import check_config, check_inputs
-from stages.verify_plan import check_evaluations, check_plan
-from stages.verify_rows import check_answers, check_held_out, check_prompts, questions
-from stages.verify_tokens import check_tokens
+from stages.verify.chain import check_advantages, check_batches, check_metrics, check_records, check_rewards
+from stages.verify.files import Catalog, Located, check_files, check_policies, open_all, relative_path
+from stages.verify.findings import Findings, Where
+from stages.verify.inputs import check_config, check_inputs
+from stages.verify.plan import check_evaluations, check_plan
+from stages.verify.rows import check_answers, check_held_out, check_prompts, questions
+from stages.verify.tokens import check_tokens
 
 STAGES = {s.STAGE.name: s.STAGE for s in (prompts, generate, score, normalize, batch, update, evaluate)}
 

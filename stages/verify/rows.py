@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from pipeline.artifact import Artifact
 from stages.batch import IMPORTED, NO_POLICY
-from stages.findings import PART, Findings, Rule, Where, WrongRow, apply_rules, shorten
 from stages.sources import SourceRow, is_held_out
+from stages.verify.findings import PART, Findings, Rule, Where, WrongRow, apply_rules, shorten
 
 DECODE_ROWS = 8192
 """Rows decoded at a time: bounds the memory that Python's lists of token ids take."""

@@ -10,15 +10,15 @@ from pathlib import Path
 from pipeline.config import load_toml, validate
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import AuditReport, Outcome
-from stages.audit_checks.leaks import held_out_leak, prompt_copy, reference_in_prompt, reference_verbatim
-from stages.audit_checks.material import Material, load_material
-from stages.audit_checks.outcomes import class_change, reward_against_reference, saturation
-from stages.audit_checks.phrases import rewarded_phrase
-from stages.audit_checks.rewards import dominant_part, policy_share, reward_length
-from stages.audit_checks.text import duplicates_across_prompts, duplicates_in_group, empty_format, repetition
-from stages.audit_checks.training import evaluation_gap, jumps, truncated
+from stages.audit.config import AuditConfig
+from stages.audit.findings import AuditReport, Outcome
+from stages.audit.leaks import held_out_leak, prompt_copy, reference_in_prompt, reference_verbatim
+from stages.audit.material import Material, load_material
+from stages.audit.outcomes import class_change, reward_against_reference, saturation
+from stages.audit.phrases import rewarded_phrase
+from stages.audit.rewards import dominant_part, policy_share, reward_length
+from stages.audit.text import duplicates_across_prompts, duplicates_in_group, empty_format, repetition
+from stages.audit.training import evaluation_gap, jumps, truncated
 
 CHECKS: dict[str, Callable[[Material, AuditConfig], Outcome]] = {
     "reward_length": reward_length,

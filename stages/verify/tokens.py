@@ -2,9 +2,9 @@
 
 import polars as pl
 
-from stages.findings import PART, Findings, Rule, apply_rules
-from stages.verify_files import Located
-from stages.verify_rows import scan
+from stages.verify.files import Located
+from stages.verify.findings import PART, Findings, Rule, apply_rules
+from stages.verify.rows import scan
 
 TOLERANCE = 1e-9
 """Relative, for sums whose order polars chooses."""

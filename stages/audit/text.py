@@ -2,10 +2,10 @@
 
 import polars as pl
 
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.audit_checks.material import Material, normalized
-from stages.audit_checks.units import bands, plain, repeated_share, signatures, similarity, words
+from stages.audit.config import AuditConfig
+from stages.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
+from stages.audit.material import Material, normalized
+from stages.audit.units import bands, plain, repeated_share, signatures, similarity, words
 
 
 def numbered(material: Material, window: list[int]) -> pl.DataFrame:

@@ -22,8 +22,8 @@ from pipeline.retention import pruned_files
 from pipeline.run_dir import RunDir, identity
 from stages.batch import IMPORTED
 from stages.config import RunConfig, recorded_config
-from stages.findings import Findings, Tally, Where, WrongRow
-from stages.verify_files import relative_path
+from stages.verify.files import relative_path
+from stages.verify.findings import Findings, Tally, Where, WrongRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

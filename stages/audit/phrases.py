@@ -7,11 +7,11 @@ the check takes its share among the answers over their group's mean reward, minu
 
 import polars as pl
 
-from stages.audit_checks.config import AuditConfig, RewardedPhraseConfig
-from stages.audit_checks.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.audit_checks.material import Material
-from stages.audit_checks.rewards import by_reward
-from stages.audit_checks.units import plain, sequences
+from stages.audit.config import AuditConfig, RewardedPhraseConfig
+from stages.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
+from stages.audit.material import Material
+from stages.audit.rewards import by_reward
+from stages.audit.units import plain, sequences
 
 START, END = "[start]", "[end]"
 LENGTHS = (1, 2, 3)

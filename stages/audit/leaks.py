@@ -2,11 +2,11 @@
 
 import polars as pl
 
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.audit_checks.material import Material, names_reference, normalized
-from stages.audit_checks.text import numbered
-from stages.audit_checks.units import plain, sequences, words
+from stages.audit.config import AuditConfig
+from stages.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
+from stages.audit.material import Material, names_reference, normalized
+from stages.audit.text import numbered
+from stages.audit.units import plain, sequences, words
 
 
 def prompt_copy(material: Material, config: AuditConfig) -> Outcome:

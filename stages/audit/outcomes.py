@@ -2,9 +2,9 @@
 
 import polars as pl
 
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.audit_checks.material import Material
+from stages.audit.config import AuditConfig
+from stages.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
+from stages.audit.material import Material
 
 NO_TREND = "too few iterations for a trend"
 

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from stages.audit_checks.material import normalized
+from stages.audit.material import normalized
 
 NUM_HASHES = 64
 BANDS = 8

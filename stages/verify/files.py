@@ -19,7 +19,7 @@ from pipeline.errors import ArtifactError, ArtifactMissing, SchemaError
 from pipeline.retention import PRUNED_NOTE, pruned_files
 from pipeline.run_dir import ITERATION_DATASETS, REFERENCE, RunDir
 from pipeline.storage import sha256_file
-from stages.findings import Findings, Where, shorten
+from stages.verify.findings import Findings, Where, shorten
 
 UPDATE_DATASETS = ("training_records", "optimizer_steps", "policy")
 """Outputs of one stage: where one is, the others must be."""

@@ -11,10 +11,10 @@ import polars as pl
 from pipeline.artifact import Artifact
 from pipeline.run_dir import RunDir
 from stages import batch, normalize
-from stages.findings import PART, Findings, Rule, Where, apply_rules, compare, shorten
 from stages.metrics import iteration_metrics
-from stages.verify_files import Catalog, Located
-from stages.verify_rows import fingerprint, scan
+from stages.verify.files import Catalog, Located
+from stages.verify.findings import PART, Findings, Rule, Where, apply_rules, compare, shorten
+from stages.verify.rows import fingerprint, scan
 
 TOLERANCE = 1e-9
 """Relative; for sums whose order another version of polars may choose otherwise, and for figures of metrics."""

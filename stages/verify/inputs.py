@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.artifact import Artifact, canonical_json, open_artifact
 from pipeline.errors import ArtifactError
 from pipeline.run_dir import RunDir
-from stages.findings import Findings, Where, shorten
-from stages.verify_files import Catalog, Located, policy_key, relative_path
+from stages.verify.files import Catalog, Located, policy_key, relative_path
+from stages.verify.findings import Findings, Where, shorten
 
 OWN_TABLE = {
     "completions": "generate",

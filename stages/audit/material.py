@@ -12,7 +12,7 @@ import polars as pl
 from pipeline.artifact import is_finished, open_artifact
 from pipeline.errors import ArtifactMissing
 from pipeline.run_dir import RunDir
-from stages.audit_checks.config import AuditConfig
+from stages.audit.config import AuditConfig
 
 TEXT_COLUMNS = ("completion", "prompt", "reference")
 

@@ -6,9 +6,9 @@ Correlations are taken within groups, where GRPO compares: a long prompt that as
 import numpy as np
 import polars as pl
 
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.audit_checks.material import Material
+from stages.audit.config import AuditConfig
+from stages.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
+from stages.audit.material import Material
 
 COMBINED = "the combined reward"
 

@@ -2,8 +2,8 @@
 
 import polars as pl
 
-from stages.audit_checks.config import AuditConfig
-from stages.audit_checks.findings import (
+from stages.audit.config import AuditConfig
+from stages.audit.findings import (
     Finding,
     Outcome,
     RowRef,
@@ -13,7 +13,7 @@ from stages.audit_checks.findings import (
     percent,
     row_refs,
 )
-from stages.audit_checks.material import Material
+from stages.audit.material import Material
 
 MAD_TO_STD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
