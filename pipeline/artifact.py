@@ -318,14 +318,17 @@ class ArtifactWriter:
             )
         self._counts[self.part_path(index).name] = _drops(frame)
 
-    def _finish_file(self, name: str) -> str:
-        """Return a file's hash, its bytes safe on the device. Parts were synced when they were committed."""
-        path = self.directory / name
-        path.chmod(0o644)  # safetensors makes its files private
-        digest = sha256_file(path)
-        if not name.endswith(".parquet"):
-            sync_file(path)
-        return digest
+    def _finish_files(self, names: list[str]) -> dict[str, str]:
+        """Return the files' hashes, their bytes safe on the device. Parts were synced when they were committed."""
+        paths = [self.directory / name for name in names]
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            for path in paths:
+                path.chmod(0o644)  # safetensors makes its files private
+            synced = [threads.submit(sync_file, path) for path in paths if path.suffix != ".parquet"]
+            hashes = dict(zip(names, threads.map(sha256_file, paths), strict=True))
+            for future in synced:
+                future.result()
+        return hashes
 
     def seal(
         self,
@@ -342,8 +345,7 @@ class ArtifactWriter:
         drops: Counter[str] = Counter()
         files: dict[str, dict[str, Any]] = {}
         with explain_full_device(self.place):
-            with ThreadPoolExecutor(HASH_THREADS) as threads:
-                hashes = dict(zip(names, threads.map(self._finish_file, names), strict=True))
+            hashes = self._finish_files(names)
             for name in names:
                 path = self.directory / name
                 rows = None
