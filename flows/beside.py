@@ -32,6 +32,11 @@ class Beside:
         else:
             future.result()
 
+    def settle(self, stage: Task[[int], str]) -> None:
+        """Wait for every iteration of the stage that was begun, and raise what the first of them raised."""
+        for name, iteration in [key for key in self._begun if key[0] == stage.name]:
+            self._begun.pop((name, iteration)).result()
+
     def wait_for_all(self) -> None:
         """Wait for every task that was begun, and raise what the first of them raised."""
         while self._begun:

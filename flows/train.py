@@ -92,6 +92,7 @@ def train_iteration(session: Session, beside: Beside, iteration: int) -> bool:
     score(iteration)
     normalize(iteration)
     batch(iteration)
+    beside.settle(metrics)  # a killed run lacks the figures of its last iteration at most
     if iteration:
         keep_optimizer(session, beside, iteration - 1)
     update(iteration)

@@ -57,6 +57,20 @@ def test_an_error_is_told_where_the_task_is_waited_for(task: Any) -> None:
     assert task.ran == [-1, 2]
 
 
+def test_a_stage_is_settled_and_others_go_on(task: Any) -> None:
+    other = StandIn("metrics", task.threads)
+    beside = Beside()
+    for stage, iteration in ((other, 1), (other, 2), (task, 3)):
+        beside.begin(stage, iteration)  # type: ignore[arg-type]
+    beside.settle(other)
+    assert other.ran == [1, 2]
+    assert not beside.is_begun(other, 1)
+    assert beside.is_begun(task, 3)
+    beside.begin(other, -3)
+    with pytest.raises(ValueError, match="metrics of -3"):
+        beside.settle(other)
+
+
 def test_at_the_end_errors_are_not_told_but_nothing_runs_any_more(task: Any) -> None:
     beside = Beside()
     beside.begin(task, 1)

@@ -8,7 +8,7 @@ import pytest
 
 from flows.rescore import fork_tables
 from flows.session import Session
-from pipeline.artifact import is_finished
+from pipeline.artifact import is_finished, open_artifact
 from pipeline.config import validate
 from pipeline.errors import ArtifactMissing, PolicyError
 from pipeline.retention import prunable, prune
@@ -16,6 +16,10 @@ from pipeline.run_dir import RunDir, open_run
 from stages.config import RunConfig, recorded_config
 from stages.engines.scripted import ScriptedEngine
 from tests.finished import answer, finished_run, fix_hashes
+from tests.stores import new_machine, start
+
+pytest_plugins = ["tests.stores"]
+"""Its fixtures: base, config."""
 
 STATE = "state.safetensors"
 
@@ -119,6 +123,21 @@ def test_a_fork_wants_the_state_or_the_word_that_none_is_wanted(run: RunDir, tmp
     with closing(Session(settings, fork)) as session:
         session.initial_policy()
     assert not (fork.initial_policy / "optimizer").exists()
+
+
+def test_a_fork_of_a_run_on_a_store_brings_weights_and_state(
+    base: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(f"{base}/runs/demo", config, iterations=1)
+    new_machine(tmp_path / "other", monkeypatch)
+    source = open_run(f"{base}/runs/demo")
+    settings = validate(RunConfig, fork_tables(source, 1, rewards_only(tmp_path), None, []), "fork")
+    fork = RunDir(tmp_path / "fork")
+    with closing(Session(settings, fork)) as session:
+        session.initial_policy()
+    files = open_artifact(fork.initial_policy).manifest.files
+    assert files["optimizer/state.safetensors"] == source.open(0, "optimizer").manifest.files[STATE]
+    assert files["model.safetensors"] == source.open(0, "policy").manifest.files["model.safetensors"]
 
 
 def test_a_group_member_from_a_run_brings_no_optimizer(run: RunDir, tmp_path: Path) -> None:

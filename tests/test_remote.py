@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,37 +16,13 @@ from pipeline.remote import open_store
 from pipeline.run_dir import RunDir, open_run, run_at
 from stages.config import RunConfig
 from stages.sources import SourceConfig, first_row
-from tests.stores import PART, ROWS, copy, digests, new_machine, objects, overwrite, s3_server, small_config, start
+from tests.stores import PART, ROWS, copy, digests, new_machine, objects, overwrite, small_config, start
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with s3_server():
-        yield
-
-
-@pytest.fixture(params=["memory", "s3"])
-def base(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of an empty place; this machine is new to it."""
-    if request.param == "s3":
-        request.getfixturevalue("server")
-    new_machine(tmp_path / "work", monkeypatch)
-    return f"{request.param}://bucket/{tmp_path.parent.name}/{tmp_path.name}"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> RunConfig:
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "rows.jsonl").write_text(ROWS)
-    return small_config(folder, str(tiny_policy), str(folder / "rows.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def local(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Return a local run of two iterations; not to be changed."""
-    return start(tmp_path_factory.mktemp("runs") / "local", config, iterations=2)
+pytest_plugins = ["tests.stores"]
+"""Its fixtures: server, base, config, local."""
 
 
 def test_a_second_writer_on_another_machine_is_refused(

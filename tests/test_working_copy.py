@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,45 +19,17 @@ from tests.stores import (
     COMPLETIONS,
     DIGIT_0,
     PART,
-    ROWS,
     copy,
     digests,
     files,
     new_machine,
     objects,
     overwrite,
-    s3_server,
-    small_config,
     start,
 )
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with s3_server():
-        yield
-
-
-@pytest.fixture(params=["memory", "s3"])
-def base(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of an empty place; this machine is new to it."""
-    if request.param == "s3":
-        request.getfixturevalue("server")
-    new_machine(tmp_path / "work", monkeypatch)
-    return f"{request.param}://bucket/{tmp_path.parent.name}/{tmp_path.name}"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> RunConfig:
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "rows.jsonl").write_text(ROWS)
-    return small_config(folder, str(tiny_policy), str(folder / "rows.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def local(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Return a local run of two iterations; not to be changed."""
-    return start(tmp_path_factory.mktemp("runs") / "local", config, iterations=2)
+pytest_plugins = ["tests.stores"]
+"""Its fixtures: server, base, config, local."""
 
 
 def test_a_run_on_a_store_has_the_digests_of_a_local_one(base: str, config: RunConfig, local: RunDir) -> None:
