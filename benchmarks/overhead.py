@@ -191,7 +191,8 @@ def install(clock: Clock) -> None:
     for name in (*STAGES, "evaluate", "held_out_prompts"):
         setattr(flows.train, name, TimedTask(getattr(flows.train, name), clock, name))
         replace_method(Session, name, OTHER, name)
-    replace_method(Beside, "wait_for", BESIDE)
+    for name in ("wait_for", "settle", "wait_for_all"):
+        replace_method(Beside, name, BESIDE)
     train_iteration = flows.train.train_iteration
 
     def timed_iteration(*args: Any) -> bool:

@@ -26,23 +26,41 @@ class Beside:
 
     def wait_for(self, stage: Task[[int], str], iteration: int) -> None:
         """Wait until the task is done, and raise what it raised; one that was not begun runs now."""
-        future = self._begun.pop((stage.name, iteration), None)
-        if future is None:
-            stage(iteration)
+        if self.is_begun(stage, iteration):
+            self._wait_for((stage.name, iteration))
         else:
-            future.result()
+            stage(iteration)
 
     def settle(self, stage: Task[[int], str]) -> None:
         """Wait for every iteration of the stage that was begun, and raise what the first of them raised."""
-        for name, iteration in [key for key in self._begun if key[0] == stage.name]:
-            self._begun.pop((name, iteration)).result()
+        for key in [key for key in self._begun if key[0] == stage.name]:
+            self._wait_for(key)
+
+    def raise_failed(self) -> None:
+        """Raise what a task has raised already, lest the flow works on for long; wait for nothing."""
+        for key in [key for key, future in self._begun.items() if _has_failed(future)]:
+            self._wait_for(key)
 
     def wait_for_all(self) -> None:
         """Wait for every task that was begun, and raise what the first of them raised."""
         while self._begun:
-            self._begun.pop(next(iter(self._begun))).result()
+            self._wait_for(next(iter(self._begun)))
+
+    def _wait_for(self, key: tuple[str, int]) -> None:
+        try:
+            self._begun[key].result()
+        except Exception:
+            del self._begun[key]
+            raise
+        del self._begun[key]  # not before: an interrupted wait leaves it to `end`
 
     def end(self) -> None:
         """Wait until nothing runs any more, whatever came of it: the flow ends for a reason of its own."""
         while self._begun:
             self._begun.pop(next(iter(self._begun))).wait()
+
+
+def _has_failed(future: Any) -> bool:
+    """Return whether a task of a thread is over and has failed; `future.state` would ask the server."""
+    thread = future.wrapped_future
+    return thread.done() and bool(thread.result().is_failed())

@@ -17,7 +17,7 @@ from pipeline.provenance import environment
 from pipeline.run_dir import RunDir
 from pipeline.storage import write_text
 from stages.config import OfflineConfig, RunConfig, check_unchanged, derive_tables
-from stages.iteration import optimizer_beside
+from stages.optimizer import state_beside
 from stages.score import check_rewards
 
 
@@ -110,7 +110,8 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
         GrpoError: when the policy or the completions do not exist, or the config is wrong.
     """
     tables = derive_tables(source, config, overrides)
-    if "offline" not in apply_overrides(load_toml(config), overrides):
+    wished = apply_overrides(load_toml(config), overrides)
+    if "offline" not in wished:
         tables.pop("offline", None)  # what the other run was fed is its own affair
     policy = source.policy_before(at)
     if not is_finished(policy):
@@ -119,10 +120,10 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
             f"`grpo ls {source.name}`"
         )
     open_artifact(policy).check_sizes()  # a pruned one says so
-    kept = {key: value for key, value in tables.get("policy", {}).items() if key == "keep_optimizer"}
-    tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy.resolve()), **kept}
-    if at and kept.get("keep_optimizer", True):
-        optimizer_beside(policy).check_sizes()
+    own = {key: value for key, value in wished.get("policy", {}).items() if key == "keep_optimizer"}
+    tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy.resolve()), **own}
+    if at and own.get("keep_optimizer", True):
+        state_beside(open_artifact(policy)).check_sizes()
     tables.pop("starter", None)
     if not tables.get("offline"):
         stored = [index for index in source.iterations() if index >= at and source.has(index, "completions")]

@@ -88,9 +88,12 @@ class Session:
         A stage that runs beside others brings a ``progress`` of its own: the reporter shows one stage at a time.
         """
         result = run_stage(call, resources=resources, progress=progress or self.reporter.stage(label))
-        if not result.reused:
-            with self._publishing:
+        if not result.reused and self._publishing.acquire(blocking=False):
+            # else another thread is at it, and the next one to finish a stage publishes this artifact too
+            try:
                 self.run.publish()
+            finally:
+                self._publishing.release()
         self.reporter.finished(label, result)
         return result
 

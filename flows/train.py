@@ -52,15 +52,13 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
                 was_done = num_updates == 0 or train_iteration(session, beside, num_updates - 1)
                 if session.wiring.is_evaluated(num_updates):
                     evaluate_once(session, num_updates)
-                if not was_done:
-                    beside.begin(metrics, num_updates - 1)
-                elif num_updates:
-                    session.metrics(num_updates - 1)
+                if num_updates:
+                    report(session, beside, num_updates - 1, was_done=was_done)
                 if num_updates in (0, settings.iterations) and session.wiring.is_evaluated(num_updates):
                     beside.wait_for_all()
                     session.reporter.evaluation(num_updates, summarize_evaluation(session, num_updates))
             if settings.iterations:
-                keep_optimizer(session, beside, settings.iterations - 1)
+                have_state(session, beside, settings.iterations - 1)
             beside.wait_for_all()
         finally:
             beside.end()
@@ -82,28 +80,40 @@ def train_iteration(session: Session, beside: Beside, iteration: int) -> bool:
         if all(find_finished(call(iteration)) is not None for call in calls):
             return True
     session.warm_up(iteration)
+    if iteration and not beside.is_begun(optimizer, iteration - 1):
+        have_state(session, beside, iteration - 1)  # lost ones are made before hours are spent on sampling
     if is_offline:
         refer_stored(iteration)
     else:
         beside.wait_for(prompts, iteration)
         if iteration + 1 < session.config.iterations and session.config.stored(iteration + 1) is None:
             beside.begin(prompts, iteration + 1)
+        beside.raise_failed()
         generate(iteration)
-    score(iteration)
-    normalize(iteration)
-    batch(iteration)
+    for stage in (score, normalize, batch):
+        beside.raise_failed()
+        stage(iteration)
     beside.settle(metrics)  # a killed run lacks the figures of its last iteration at most
     if iteration:
-        keep_optimizer(session, beside, iteration - 1)
+        have_state(session, beside, iteration - 1)
     update(iteration)
     beside.begin(optimizer, iteration)
     return False
 
 
-def keep_optimizer(session: Session, beside: Beside, iteration: int) -> None:
-    """Have the optimizer's state after an iteration on disk before it changes: it may be on its way, or be lost."""
-    if beside.is_begun(optimizer, iteration) or not is_finished(session.run.place(iteration, "optimizer")):
+def have_state(session: Session, beside: Beside, iteration: int) -> None:
+    """Have the optimizer's state after an iteration on disk: it may be there, on its way, or lost."""
+    if beside.is_begun(optimizer, iteration) or find_finished(session.wiring.optimizer(iteration)) is None:
         beside.wait_for(optimizer, iteration)
+
+
+def report(session: Session, beside: Beside, iteration: int, *, was_done: bool) -> None:
+    """Put the iteration's row into `metrics.parquet` and show it; beside the flow when the iteration was run now."""
+    if was_done:
+        beside.settle(metrics)  # one at a time
+        session.metrics(iteration)
+    else:
+        beside.begin(metrics, iteration)
 
 
 def evaluate_once(session: Session, num_updates: int) -> None:

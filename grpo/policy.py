@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -74,18 +74,6 @@ def save_policy(model: PreTrainedModel, directory: str | Path) -> None:
     """
     with _quiet():
         model.save_pretrained(directory, max_shard_size=ONE_FILE)
-
-
-def has_weights_of(model: PreTrainedModel, directory: str | Path) -> bool:
-    """Return whether ``save_policy`` has written these very weights into the directory, to the bit."""
-    tensors = model.state_dict()
-    with safe_open(Path(directory) / WEIGHTS_FILE, framework="pt") as file:
-        names = set(file.keys())
-        return names <= set(tensors) and all(_equal(file.get_tensor(name), tensors[name]) for name in names)
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b.cpu())
 
 
 def _is_local(path_or_name: str | Path) -> bool:

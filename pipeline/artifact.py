@@ -53,7 +53,7 @@ class Manifest:
     stage: str
     stage_version: int
     dataset: str
-    """Name of the schema, or ``policy`` for a checkpoint."""
+    """Name of the schema; ``policy`` or ``optimizer`` for a checkpoint."""
     config: dict[str, Any]
     """The stage's resolved configuration and parameters (seed, iteration, hashes of user code)."""
     inputs: dict[str, dict[str, str]]
@@ -294,9 +294,13 @@ class ArtifactWriter:
                 shutil.rmtree(self.directory, ignore_errors=True)
                 self.directory.mkdir(parents=True)
                 note.write_text(self.recipe, encoding="utf-8")
-            for path in self.directory.iterdir():
-                if path.name != RECIPE_NOTE and not fnmatch(path.name, PARTS):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.drop_unfinished()
+
+    def drop_unfinished(self) -> None:
+        """Remove what no later process could go on with: all but finished parts."""
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            if path.name != RECIPE_NOTE and not fnmatch(path.name, PARTS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def part_path(self, index: int) -> Path:
         return self.directory / f"part-{index:05d}.parquet"

@@ -122,6 +122,8 @@ def _pairs(a: RunDir, b: RunDir) -> Iterator[tuple[str, Artifact | None, Artifac
     for index in sorted({*a.iterations(), *b.iterations()}):
         for dataset in ITERATION_DATASETS:
             of_a, of_b = _open_dataset(a, index, dataset), _open_dataset(b, index, dataset)
+            if dataset == "optimizer" and not (of_a and of_b):
+                continue  # it may be missing, and follows from the rest
             if of_a or of_b:
                 yield f"iteration {index} {dataset}", of_a, of_b
 

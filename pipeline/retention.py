@@ -52,12 +52,30 @@ def pruned_files(artifact: Artifact) -> frozenset[str]:
         return frozenset()  # an unreadable note excuses nothing
 
 
-def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:
-    """Return the policies whose checkpoints may go, each with its optimizer's state, oldest first. Read-only.
+def state_of(policy: Artifact) -> Artifact | None:
+    """Return the state of the optimizer after the update that made this policy, pruned or not; None = missing.
 
-    The last ``keep_policies`` stay, and those after ``needed`` updates, which the run's next iterations load. The
-    initial policy stays unless ``initial``: without it a run can neither be continued nor replayed from its start.
-    A policy that lies in another run belongs to that run.
+    It lies beside the policy. One that was made of another policy does not count. Read-only.
+    """
+    place = policy.path.with_name("optimizer")
+    state = open_artifact(place) if is_finished(place) else None
+    belongs = state is not None and state.manifest.inputs.get("policy", {}).get("digest") == policy.digest
+    return state if belongs else None
+
+
+def is_resumable(policy: Artifact) -> bool:
+    """Return whether weights and state of the policy of an update are there, so that training can go on. Read-only."""
+    state = state_of(policy)
+    return state is not None and not pruned_files(state) and not pruned_files(policy)
+
+
+def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:
+    """Return the policies whose checkpoints may go, each after its optimizer's state, oldest first. Read-only.
+
+    The last ``keep_policies`` stay, and those after ``needed`` updates, which the run's next iterations load. So does
+    the last one with a state of the optimizer, without which a run cannot go on. The initial policy stays unless
+    ``initial``: without it a run can neither be continued nor replayed from its start. A policy that lies in another
+    run belongs to that run.
 
     Raises:
         UsageError: when no policy would be kept, or the initial policy is needed.
@@ -65,14 +83,15 @@ def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initia
     if keep_policies < 1:
         raise UsageError(f"--keep-policies is {keep_policies}: the last policy is needed to continue; keep 1 or more")
     existing = [n for n in _counts(run) if is_finished(run.policy_before(n))]
-    kept = {*existing[-keep_policies:], *needed}
+    resumable = (n for n in reversed(existing) if n == 0 or is_resumable(open_artifact(run.policy_before(n))))
+    kept = {*existing[-keep_policies:], *needed, next(resumable, 0)}
     if initial and 0 in kept:
         raise UsageError(
-            f"the initial policy of {run.root} is among those that must stay (the last {keep_policies}, and the "
-            "members of coming groups): leave --initial out"
+            f"the initial policy of {run.root} is among those that must stay (the last {keep_policies}, the members of "
+            "coming groups, and the last one with a state of the optimizer): leave --initial out"
         )
     going = [n for n in existing if n not in kept and (n or initial)]
-    places = [(n, place) for n in going for place in (run.policy_before(n), run.optimizer_before(n))]
+    places = [(n, place) for n in going for place in (run.optimizer_before(n), run.policy_before(n))]
     found = (_pruned(run, n, place) for n, place in places if place is not None and is_finished(place))
     return [item for item in found if item is not None]
 
@@ -91,7 +110,7 @@ def _pruned(run: RunDir, num_updates: int, place: Path) -> Pruned | None:
 
 
 def prune(items: Collection[Pruned]) -> Iterator[Pruned]:
-    """Drop the files, and yield each policy when it is done. The caller holds the run's lock."""
+    """Drop the files, and yield each checkpoint when it is done. The caller holds the run's lock."""
     for item in items:
         files = item.artifact.manifest.files
         noted = pruned_files(item.artifact) | set(item.files)

@@ -20,7 +20,7 @@ from pipeline.artifact import (
     recipe_hash,
     remove_artifact,
 )
-from pipeline.errors import RecipeMismatch
+from pipeline.errors import OutOfSpace, RecipeMismatch
 from pipeline.provenance import environment
 from pipeline.storage import explain_full_device, sha256_text
 
@@ -136,18 +136,23 @@ def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = si
             remove_artifact(writer.place)
         writer.open()
     task = StageTask(call.config, call.parameters, call.inputs, writers, recipe, resources, progress)
-    with explain_full_device(next(iter(call.places.values()))):
-        call.stage.compute(task)
-    sealed = {
-        name: writer.seal(
-            stage=call.stage.name,
-            stage_version=call.stage.version,
-            config=call.recipe_parts()["config"],
-            inputs=dict(call.inputs),
-            environment=environment(),
-        )
-        for name, writer in writers.items()
-    }
+    try:
+        with explain_full_device(next(iter(call.places.values()))):
+            call.stage.compute(task)
+        sealed = {
+            name: writer.seal(
+                stage=call.stage.name,
+                stage_version=call.stage.version,
+                config=call.recipe_parts()["config"],
+                inputs=dict(call.inputs),
+                environment=environment(),
+            )
+            for name, writer in writers.items()
+        }
+    except OutOfSpace:
+        for writer in writers.values():
+            writer.drop_unfinished()  # a checkpoint that fits only in part takes the room that others need
+        raise
     return StageResult(sealed, reused=False)
 
 

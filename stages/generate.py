@@ -75,7 +75,7 @@ class GenerateConfig(StrictModel):
     prefix_caching: bool = True
     """Compute the prompt of a group once."""
     groups_per_part: int = Field(256, ge=1)
-    """Groups per committed part: what a killed run loses at most."""
+    """Groups per committed part. A killed run loses the part that is sampled and the one that is written at most."""
     num_threads: int = Field(2, ge=1)
     """CPU threads of the engine; they change the bits of results."""
 
@@ -228,9 +228,9 @@ def compute(task: StageTask) -> None:
             for rows in prompts.iter_slices(config.groups_per_part):
                 if not task.writer.has_part(part):
                     make_rows = _sample(task, by_name[member.name], rows, indices, meter)
-                    if last is not None:
-                        last.result()
-                    last = beside.submit(_write_part, task, part, make_rows)
+                    before, last = last, beside.submit(_write_part, task, part, make_rows)
+                    if before is not None:
+                        before.result()
                 meter.finish_part(len(rows) * member.count)
                 part += 1
         if last is not None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
-from pipeline.errors import ArtifactMissing, ConfigError, PolicyError
-from pipeline.remote import url_of
+from pipeline.errors import ConfigError, PolicyError
 from pipeline.run_dir import RunDir, open_run
 from pipeline.stage import StageCall
 from stages import batch, evaluate, generate, normalize, optimizer, policy, prompts, score, update
 from stages.config import RunConfig
 from stages.generate import CURRENT, MemberConfig, check_room
+from stages.optimizer import state_beside
 from stages.policy import PolicyConfig, check_policy, checkpoint_path, context_length, hub_config, looks_local
 from stages.score import check_rewards, find_rewards
 from stages.sources import SourceConfig, source_identity
@@ -39,10 +39,10 @@ class Wiring:
     def _policy(self, config: PolicyConfig, source: Path | None, place: Path) -> StageCall:
         if source is None:
             return StageCall(policy.STAGE, config, {}, {"policy": place})
-        if is_finished(source) and open_artifact(source).manifest.stage == update.STAGE.name:
+        if (trained := _policy_of_run(source)) is not None:
             # the policy of another run: its digest vouches for what that one was trained on
-            trained = config.model_copy(update={"model": "policy of a run"})
-            return StageCall(policy.STAGE, trained, _with_optimizer(open_artifact(source), config), {"policy": place})
+            anonymous = config.model_copy(update={"model": "policy of a run"})
+            return StageCall(policy.STAGE, anonymous, _with_optimizer(trained, config), {"policy": place})
         # a checkpoint is what its files are, wherever they lie
         anonymous = config.model_copy(update={"model": "local files"})
         return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, policy.source_identity(str(source)))
@@ -211,35 +211,20 @@ def member_updates(member: MemberConfig, iteration: int) -> int | None:
     return min(int(number), iteration)
 
 
+def _policy_of_run(path: Path) -> Artifact | None:
+    """Return the artifact when an update has made the checkpoint."""
+    found = open_artifact(path) if is_finished(path) else None
+    return found if found is not None and found.manifest.stage == update.STAGE.name else None
+
+
 def _with_optimizer(policy: Artifact, config: PolicyConfig) -> dict[str, Artifact]:
     """Return the inputs of a policy that comes from a run: it, and unless unwanted the optimizer's state beside it.
 
     Raises:
         ArtifactMissing: when the state is not there.
     """
-    return (
-        {"policy": policy, "optimizer": optimizer_beside(policy.path)} if config.keep_optimizer else {"policy": policy}
-    )
-
-
-def optimizer_beside(policy: Path) -> Artifact:
-    """Return the optimizer's state that belongs to the policy of a run.
-
-    Raises:
-        ArtifactMissing: when it is not there.
-    """
-    place = policy.with_name(optimizer.STAGE.name)
-    url = url_of(place)
-    if not is_finished(place) and url is not None:
-        from pipeline.working_copy import bring
-
-        bring(url)
-    if not is_finished(place):
-        raise ArtifactMissing(
-            f"the optimizer's state that belongs to {policy} is not there ({place} is no finished artifact): run the "
-            "command of that run again, which makes it, or begin with a new optimizer (policy.keep_optimizer = false)"
-        )
-    return open_artifact(place)
+    state = {"optimizer": state_beside(policy)} if config.keep_optimizer else {}
+    return {"policy": policy, **state}
 
 
 def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None:
@@ -290,6 +275,8 @@ def preflight(config: RunConfig) -> None:
         check_room(config.generate, config.starter.max_context)
     elif looks_local(config.policy.model):
         check_room(config.generate, context_length(check_policy(config.policy.model)))
+        if (trained := _policy_of_run(checkpoint_path(config.policy.model))) is not None:
+            _with_optimizer(trained, config.policy)
     else:
         check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
     for member in outside_members(config):

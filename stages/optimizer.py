@@ -5,18 +5,20 @@ and so vouches for the state too. Hence it may be written while the next iterati
 kill `resume` takes the last state that is there, and trains once more on the stored batches since.
 """
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.config import StrictModel
-from pipeline.errors import PolicyError
-from pipeline.retention import pruned_files
+from pipeline.errors import ArtifactMissing, PolicyError
+from pipeline.remote import url_of
+from pipeline.retention import is_resumable, state_of
 from pipeline.run_dir import RunDir
 from pipeline.stage import Stage, StageTask
-from stages.policy import OPTIMIZER_FILE
+from pipeline.storage import sha256_file
+from stages.policy import OPTIMIZER_FILE, STATE_FILE
 from stages.update import Trainer, UpdateConfig, train
-
-STATE_FILE = "state.safetensors"
 
 
 class OptimizerConfig(StrictModel):
@@ -54,51 +56,72 @@ def resume(
     policy = open_artifact(run.policy_before(num_updates))
     if trainer.is_at(policy):
         return
+    policy.fetch()
+    policy.check_sizes()
     first = num_updates
-    while first and _state_before(run, first) is None:
+    while first and not is_resumable(open_artifact(run.policy_before(first))):
         first -= 1
-    _load(trainer, run, config, first)
+    _load(trainer, open_artifact(run.policy_before(first)), config)
     if first == num_updates:
         return
     note(f"no state of the optimizer after {num_updates} updates: training again from that after {first}")
     for iteration in range(first, num_updates):
         train(trainer, run.open(iteration, "batches"), config)
-    _check_equal(trainer, policy, first)
+    check_equal(trainer, policy, first)
     trainer.digest = policy.digest
 
 
-def _state_before(run: RunDir, num_updates: int) -> Artifact | None:
-    """Return the state that belongs to the policy after so many updates, None where it is missing or pruned."""
-    place = run.optimizer_before(num_updates)
-    if place is None or not is_finished(place):
-        return None
-    state = open_artifact(place)
-    return None if pruned_files(state) else state
-
-
-def _load(trainer: Trainer, run: RunDir, config: UpdateConfig, num_updates: int) -> None:
-    policy, state = open_artifact(run.policy_before(num_updates)), _state_before(run, num_updates)
-    file = policy.fetch() / OPTIMIZER_FILE  # a fork's initial policy has brought it along
-    policy.check_sizes()
-    if state is not None:
-        file = state.fetch() / STATE_FILE
-        state.check_sizes()
-    trainer.load(policy, file, config)
-
-
-def _check_equal(trainer: Trainer, policy: Artifact, first: int) -> None:
-    from grpo.policy import has_weights_of
-
-    assert trainer.model is not None
+def _load(trainer: Trainer, policy: Artifact, config: UpdateConfig) -> None:
     policy.fetch()
     policy.check_sizes()
-    if not has_weights_of(trainer.model, policy.path):
+    state = state_of(policy)
+    if state is not None:
+        state.fetch()
+        state.check_sizes()
+        trainer.load(policy, state.path / STATE_FILE, config)
+    elif OPTIMIZER_FILE in policy.manifest.files:  # a fork's initial policy has brought it along
+        trainer.load(policy, policy.path / OPTIMIZER_FILE, config)
+    else:
+        trainer.load(policy, None, config)
+
+
+def check_equal(trainer: Trainer, policy: Artifact, first: int) -> None:
+    """Compare weights by the bytes of their file: what a model has in memory may be named and cut otherwise."""
+    from grpo.policy import WEIGHTS_FILE, save_policy
+
+    assert trainer.model is not None
+    with tempfile.TemporaryDirectory(prefix="grpo-weights-") as folder:
+        save_policy(trainer.model, folder)
+        found = sha256_file(Path(folder) / WEIGHTS_FILE)
+    if found != policy.manifest.files[WEIGHTS_FILE]["sha256"]:
         raise PolicyError(
-            f"the optimizer's state that belongs to {policy.path} is not there, and training again from iteration "
-            f"{first} on gives other weights than those stored: expected a machine of the same kind with the same "
-            f"versions (grpo replay says what differs); continue on one, or delete {policy.path} and all that came "
-            "after it, and it is made here"
+            f"the optimizer's state that belongs to {policy.path} is not there, and training again from the policy "
+            f"after {first} updates gives other weights than those stored: expected a machine of the same kind with "
+            f"the same versions (grpo replay says what differs); go on there, or, to go on here, delete the policy of "
+            f"iteration {first} and everything that was made after it"
         )
+
+
+def state_beside(policy: Artifact) -> Artifact:
+    """Return the optimizer's state that belongs to the policy of a run; one on a store is brought here.
+
+    Raises:
+        ArtifactMissing: when it is not there.
+    """
+    place = policy.path.with_name(STAGE.name)
+    url = url_of(place)
+    if not is_finished(place) and url is not None:
+        from pipeline.working_copy import bring
+
+        bring(url)
+    state = state_of(policy)
+    if state is None:
+        raise ArtifactMissing(
+            f"{place} is not the optimizer's state that belongs to {policy.path}: make it again (grpo stage optimizer "
+            "RUN --iteration N), put it there if the policy is a copy, or begin with a new optimizer "
+            "(policy.keep_optimizer = false)"
+        )
+    return state
 
 
 STAGE = Stage("optimizer", version=1, outputs=("optimizer",), compute=compute)

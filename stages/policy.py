@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 STARTER = "starter"
 OPTIMIZER_FILE = "optimizer/state.safetensors"
 """In the initial policy of a fork: a folder of its own, where neither transformers nor vLLM looks for weights."""
+STATE_FILE = "state.safetensors"
+"""In the artifact of an optimizer's state."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -177,8 +179,7 @@ def compute(task: StageTask) -> None:
     target = task.writer.directory
     if "optimizer" in task.inputs:
         (target / OPTIMIZER_FILE).parent.mkdir(exist_ok=True)
-        [state] = task.inputs["optimizer"].path.glob("*.safetensors")
-        shutil.copyfile(state, target / OPTIMIZER_FILE)
+        shutil.copyfile(task.inputs["optimizer"].path / STATE_FILE, target / OPTIMIZER_FILE)
     try:
         save_policy(load_policy(str(source), revision=revision), target)
         if Path(source).is_dir():

@@ -150,19 +150,20 @@ class Trainer:
         assert self.is_at(policy), f"the trainer is at {self.digest}, not at {policy.path}"
         return self.model, self.optimizer
 
-    def load(self, policy: Artifact, state: Path, config: UpdateConfig) -> None:
-        """Read the policy's weights, and the optimizer's state from a file; where there is none it begins anew.
+    def load(self, policy: Artifact, state: Path | None, config: UpdateConfig) -> None:
+        """Read the policy's weights, and the optimizer's state from a file; None = a new optimizer.
 
         Raises:
             PolicyError: when one of them cannot be read, or the two do not belong together.
         """
-        from grpo.optimize import load_optimizer, make_optimizer
+        from grpo.optimize import deterministic, load_optimizer, make_optimizer
         from grpo.policy import load_policy
 
+        deterministic(config.num_threads)  # before the first work on a GPU
         settings, self.digest = config.settings(), None
         try:
             model = load_policy(policy.path, device=self.device, gradient_checkpointing=config.gradient_checkpointing)
-            optimizer = load_optimizer(state, model, settings) if state.is_file() else make_optimizer(model, settings)
+            optimizer = make_optimizer(model, settings) if state is None else load_optimizer(state, model, settings)
         except ValueError as error:
             raise PolicyError(str(error)) from error
         self.model, self.optimizer, self.digest = model, optimizer, policy.digest

@@ -104,31 +104,3 @@ def objects(url: str) -> dict[str, bytes]:
 
 def overwrite(url: str, name: str, data: bytes) -> None:
     open_store(url).write(name, data)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with s3_server():
-        yield
-
-
-@pytest.fixture(params=["memory", "s3"])
-def base(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of an empty place; this machine is new to it."""
-    if request.param == "s3":
-        request.getfixturevalue("server")
-    new_machine(tmp_path / "work", monkeypatch)
-    return f"{request.param}://bucket/{tmp_path.parent.name}/{tmp_path.name}"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> RunConfig:
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "rows.jsonl").write_text(ROWS)
-    return small_config(folder, str(tiny_policy), str(folder / "rows.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def local(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Return a local run of two iterations; not to be changed."""
-    return start(tmp_path_factory.mktemp("runs") / "local", config, iterations=2)

@@ -1,6 +1,9 @@
 """Tasks beside the flow: what is waited for, when, and whose error is told. The tasks are stand-ins for Prefect's."""
 
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -8,22 +11,54 @@ import pytest
 from flows.beside import Beside
 
 
+class State:
+    """What Prefect's thread returns: here the value or the error itself."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def is_failed(self) -> bool:
+        return self.error is not None
+
+
+class StandInFuture:
+    """What `Beside` uses of a future."""
+
+    def __init__(self, wrapped: "Future[State]") -> None:
+        self.wrapped_future = wrapped
+
+    def wait(self) -> None:
+        self.wrapped_future.result()
+
+    def result(self) -> None:
+        state = self.wrapped_future.result()
+        if state.error is not None:
+            raise state.error
+
+
 class StandIn:
-    """What `Beside` uses of a task and of its future."""
+    """What `Beside` uses of a task."""
 
     def __init__(self, name: str, threads: ThreadPoolExecutor) -> None:
         self.name, self.threads, self.ran = name, threads, list[int]()
+        self.before: Callable[[], object] = lambda: None
 
     def __call__(self, iteration: int) -> str:
+        self.before()
         self.ran.append(iteration)
         if iteration < 0:
             raise ValueError(f"{self.name} of {iteration}")
         return self.name
 
-    def submit(self, iteration: int) -> "Future[str]":
-        future = self.threads.submit(self, iteration)
-        future.wait = future.exception  # type: ignore[attr-defined]
-        return future
+    def submit(self, iteration: int) -> StandInFuture:
+        return StandInFuture(self.threads.submit(self._state, iteration))
+
+    def _state(self, iteration: int) -> State:
+        try:
+            self(iteration)
+        except ValueError as error:
+            return State(error)
+        return State(None)
 
 
 @pytest.fixture
@@ -69,6 +104,39 @@ def test_a_stage_is_settled_and_others_go_on(task: Any) -> None:
     beside.begin(other, -3)
     with pytest.raises(ValueError, match="metrics of -3"):
         beside.settle(other)
+
+
+def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task: Any) -> None:
+    goes_on = Event()
+    slow = StandIn("slow", task.threads)
+    slow.before = goes_on.wait
+    beside = Beside()
+    beside.begin(task, 7)
+    beside.begin(task, -7)
+    beside.begin(slow, 1)  # type: ignore[arg-type]
+    while len(task.ran) < 2:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    with pytest.raises(ValueError, match="prompts of -7"):
+        beside.raise_failed()
+    beside.raise_failed()
+    assert beside.is_begun(task, 7)
+    goes_on.set()
+    beside.wait_for_all()
+
+
+def test_an_interrupted_wait_leaves_the_task_to_the_end(task: Any) -> None:
+    beside = Beside()
+    beside.begin(task, 1)
+    future = beside._begun["prompts", 1]
+    future.result = interrupted  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        beside.wait_for(task, 1)
+    assert beside.is_begun(task, 1)
+
+
+def interrupted() -> str:
+    raise KeyboardInterrupt
 
 
 def test_at_the_end_errors_are_not_told_but_nothing_runs_any_more(task: Any) -> None:

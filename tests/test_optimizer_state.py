@@ -5,6 +5,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flows.rescore import fork_tables
 from flows.session import Session
@@ -13,21 +16,25 @@ from pipeline.config import validate
 from pipeline.errors import ArtifactMissing, PolicyError
 from pipeline.retention import prunable, prune
 from pipeline.run_dir import RunDir, open_run
+from pipeline.stage import StageCall, run_stage
+from stages import policy
 from stages.config import RunConfig, recorded_config
 from stages.engines.scripted import ScriptedEngine
+from stages.optimizer import check_equal, resume
+from stages.policy import PolicyConfig, copy_tokenizer
+from stages.update import Trainer, UpdateConfig
+from stages.verify.run import verify_run
 from tests.finished import answer, finished_run, fix_hashes
 from tests.stores import new_machine, start
-
-pytest_plugins = ["tests.stores"]
-"""Its fixtures: base, config."""
 
 STATE = "state.safetensors"
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> RunDir:
-    """Return a finished run of two iterations, not to be changed."""
-    return finished_run(tmp_path_factory.mktemp("state"), tiny_policy)
+    """Return a finished run of two iterations, whose learning rate falls; not to be changed."""
+    schedule = 'schedule = "linear"\ntotal_steps = 9\n'
+    return finished_run(tmp_path_factory.mktemp("state"), tiny_policy, update=schedule)
 
 
 @pytest.fixture
@@ -92,6 +99,53 @@ def test_other_weights_than_those_stored_are_refused(run: RunDir) -> None:
     assert not run.place(1, "optimizer").exists()
 
 
+def test_a_state_of_another_policy_is_not_taken_for_one(original: RunDir, run: RunDir, tmp_path: Path) -> None:
+    """As when a policy was deleted and made anew elsewhere, and the old state stayed beside it."""
+    forget(run, 1, "optimizer", "policy", "training_records", "optimizer_steps")
+    shutil.rmtree(run.place(0, "optimizer"))
+    shutil.copytree(original.place(1, "optimizer"), run.place(0, "optimizer"))
+    with closing(session_of(run)) as session:
+        session.update(1)
+    assert run.open(1, "policy").digest == original.open(1, "policy").digest
+    with pytest.raises(ArtifactMissing, match="is not the optimizer's state that belongs to"):
+        fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, [])
+
+
+def test_a_pruning_that_was_killed_between_state_and_weights_leaves_a_way(original: RunDir, run: RunDir) -> None:
+    next(prune(prunable(run, 1, [])))
+    forget(run, 1, "optimizer")
+    with closing(session_of(run)) as session:
+        session.optimizer(1)
+    assert run.open(1, "optimizer").digest == original.open(1, "optimizer").digest
+
+
+def test_weights_that_are_pruned_are_missed_before_anything_is_trained_again(run: RunDir) -> None:
+    list(prune(prunable(run, 1, [])))
+    notes: list[str] = []
+    with pytest.raises(ArtifactMissing, match="was dropped by `grpo prune`"):
+        resume(Trainer(), run, recorded_config(run).update, 1, notes.append)
+    assert notes == []
+
+
+def test_weights_are_compared_as_they_are_stored(tmp_path: Path, tiny_policy: Path) -> None:
+    """A mixture of experts holds in one tensor what its file holds in several."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 2}
+    config = Qwen3MoeConfig(vocab_size=64, num_experts_per_tok=1, **sizes, **heads)
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    copy_tokenizer(tiny_policy, tmp_path / "model")
+    call = StageCall(policy.STAGE, PolicyConfig(model="local files"), {}, {"policy": tmp_path / "policy"})
+    made = run_stage(call, resources=tmp_path / "model").main
+    trainer = Trainer()
+    trainer.load(made, None, UpdateConfig(num_threads=1))
+    check_equal(trainer, made, 0)
+    assert trainer.model is not None
+    next(trainer.model.parameters()).data[0, 0] += 1.0
+    with pytest.raises(PolicyError, match="gives other weights than those stored"):
+        check_equal(trainer, made, 0)
+
+
 def test_a_pruned_state_is_not_taken_for_one(run: RunDir) -> None:
     list(prune(prunable(run, 1, [])))
     forget(run, 1, "optimizer")
@@ -115,7 +169,7 @@ def rewards_only(folder: Path) -> Path:
 
 def test_a_fork_wants_the_state_or_the_word_that_none_is_wanted(run: RunDir, tmp_path: Path) -> None:
     forget(run, 0, "optimizer")
-    with pytest.raises(ArtifactMissing, match=r"optimizer's state .* is not there .*policy\.keep_optimizer = false"):
+    with pytest.raises(ArtifactMissing, match=r"is not the optimizer's state .*policy\.keep_optimizer = false"):
         fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, [])
     wish = ["policy.keep_optimizer=false"]
     settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, wish), "fork")
@@ -152,3 +206,18 @@ def test_a_group_member_from_a_run_brings_no_optimizer(run: RunDir, tmp_path: Pa
     with closing(Session(settings, new)) as session:
         session.member_policy("sibling")
     assert not (new.member("sibling") / "optimizer").exists()
+
+
+def test_a_state_with_other_steps_or_tensors_than_the_one_before_is_found(run: RunDir) -> None:
+    place = run.place(1, "optimizer")
+    tensors = load_file(place / "state.safetensors")
+    save_file(tensors, place / "state.safetensors", metadata={"num_steps": "99"})
+    fix_hashes(place)
+    (problem,) = verify_run(run).problems
+    assert (problem.check, problem.where.path) == ("policies", "iterations/000001/optimizer")
+    assert problem.found == "99 steps taken, expected 1 and the 1 of this iteration"
+    tensors.popitem()
+    save_file(tensors, place / "state.safetensors", metadata={"num_steps": "2"})
+    fix_hashes(place)
+    (problem,) = verify_run(run).problems
+    assert "names, types or shapes of tensors differ from iterations/000000/optimizer" in problem.found

@@ -21,10 +21,6 @@ from tests.stores import PART, ROWS, copy, digests, new_machine, objects, overwr
 ROOT = Path(__file__).parent.parent
 
 
-pytest_plugins = ["tests.stores"]
-"""Its fixtures: server, base, config, local."""
-
-
 def test_a_second_writer_on_another_machine_is_refused(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

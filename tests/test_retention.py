@@ -41,7 +41,8 @@ def files(run: RunDir) -> set[str]:
 def test_only_weights_and_optimizer_states_of_older_policies_go(run: RunDir) -> None:
     before = files(run)
     items = prune(prunable(run, 1, []))
-    assert [(item.num_updates, item.files) for item in items] == [(1, (name,)) for name in GOING.values()]
+    going = [(1, ("state.safetensors",)), (1, ("model.safetensors",))]  # the state first: it alone is of no use
+    assert [(item.num_updates, item.files) for item in items] == going
     assert before - files(run) == {f"iterations/000000/{place}/{name}" for place, name in GOING.items()}
     assert files(run) - before == {f"iterations/000000/{place}/{PRUNED_NOTE}" for place in GOING}
 
@@ -69,6 +70,16 @@ def test_a_needed_policy_stays(run: RunDir) -> None:
     assert prunable(run, 1, [1]) == []
     with pytest.raises(UsageError, match=r"the initial policy of .* must stay"):
         prunable(run, 1, [0], initial=True)
+
+
+def test_the_last_policy_with_a_state_of_the_optimizer_stays(run: RunDir) -> None:
+    """As after a full disk: the last state was lost, and without the one before it all would be trained again."""
+    shutil.rmtree(run.place(1, "optimizer"))
+    assert prunable(run, 1, []) == []
+    shutil.rmtree(run.place(0, "optimizer"))
+    assert [item.num_updates for item in prunable(run, 1, [])] == [1]
+    with pytest.raises(UsageError, match="the last one with a state of the optimizer"):
+        prunable(run, 1, [], initial=True)
 
 
 def test_no_policy_at_all_is_refused(run: RunDir) -> None:
@@ -120,7 +131,7 @@ def test_a_dry_run_drops_nothing(run: RunDir, capsys: pytest.CaptureFixture[str]
 def test_the_command_prints_what_went(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["checkpoint"] for row in rows] == ["iterations/000000/policy", "iterations/000000/optimizer"]
+    assert [row["checkpoint"] for row in rows] == ["iterations/000000/optimizer", "iterations/000000/policy"]
     assert [(row["updates"], row["files"]) for row in rows] == [(1, 1), (1, 1)]
     assert not (run.policy_before(1) / "model.safetensors").exists()
 

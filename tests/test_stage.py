@@ -125,3 +125,17 @@ def test_a_full_device_is_one_clear_error(tmp_path: Path) -> None:
     call = StageCall(Stage("score", 1, ("rewards",), full), Config(), {}, {"rewards": tmp_path / "rewards"})
     with pytest.raises(OutOfSpace, match=r"no space left on the device that holds .*run the same command again"):
         run_stage(call)
+
+
+def test_on_a_full_device_finished_parts_stay_and_half_a_checkpoint_makes_room(tmp_path: Path) -> None:
+    def full(task: StageTask) -> None:
+        task.writer.write_part(0, reward_rows(a=[1.0, 0.0]))
+        (task.writer.directory / "optimizer").mkdir()
+        (task.writer.directory / "optimizer" / "half.safetensors").touch()
+        (task.writer.directory / "model.safetensors").touch()
+        raise OSError(28, "No space left on device")
+
+    call = StageCall(Stage("score", 1, ("rewards",), full), Config(), {}, {"rewards": tmp_path / "rewards"})
+    with pytest.raises(OutOfSpace):
+        run_stage(call)
+    assert {p.name for p in (tmp_path / ".rewards.partial").iterdir()} == {"recipe", "part-00000.parquet"}

@@ -1,6 +1,7 @@
 """The train flow on real vLLM: equal configs give equal digests, an interrupted run ends like an undisturbed one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def test_every_stage_of_every_iteration_left_its_artifact(undisturbed: Path) -> 
         "training_records",
         "optimizer_steps",
         "policy",
+        "optimizer",
     )
     assert [
         f"iterations/00000{i}/{s}" for i in range(2) for s in stages if f"iterations/00000{i}/{s}" not in found
@@ -136,17 +138,20 @@ def test_every_stage_of_every_iteration_left_its_artifact(undisturbed: Path) -> 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(
     folder: Path, server: str, undisturbed: Path
 ) -> None:
-    """The first start is ended by SIGTERM in mid-generation; its children end with it; the second start finishes."""
+    """SIGTERM ends the first start in mid-generation, and its children with it; the second one after an update, whose
+    optimizer's state is then lost; the third finishes."""
     run = folder / "runs" / "interrupted"
-    process = start(folder, server, "runs/interrupted")
-    while not (run / "iterations" / "000000" / "prompts").exists():
-        assert process.poll() is None, process.stderr
-        time.sleep(0.02)
-    children = descendants(process.pid)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+    for place in ("prompts", "policy"):
+        process = start(folder, server, "runs/interrupted")
+        while not (run / "iterations" / "000000" / place).exists():
+            assert process.poll() is None, process.stderr
+            time.sleep(0.02)
+        children = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+    shutil.rmtree(run / "iterations" / "000000" / "optimizer")
     finish(start(folder, server, "runs/interrupted"))
     assert digests(run) == digests(undisturbed)
     assert [p for p in run.rglob(".*") if p.name != ".lock"] == []
@@ -173,6 +178,13 @@ def test_a_finished_run_is_found_and_not_run_again(folder: Path, server: str, un
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")}
     finish(start(folder, server, "runs/undisturbed"))
     assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")} == before
+
+
+def test_the_last_state_of_a_finished_run_is_made_again(folder: Path, server: str, undisturbed: Path) -> None:
+    before = digests(undisturbed)
+    shutil.rmtree(undisturbed / "iterations" / "000001" / "optimizer")
+    finish(start(folder, server, "runs/undisturbed"))
+    assert digests(undisturbed) == before
 
 
 def test_a_fork_trains_on_stored_completions_and_then_generates(folder: Path, server: str, undisturbed: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_finished_run_is_fine_and_every_check_has_looked_at_something(original
     assert findings.tallies["sampling plan"].checked == 32
     assert findings.tallies["text"].checked == 32 + 12
     assert findings.tallies["advantages"].checked == 32
-    assert findings.tallies["policies"].checked == 2
+    assert findings.tallies["policies"].checked == 4
     assert findings.notes == {}
 
 

@@ -28,9 +28,6 @@ from tests.stores import (
     start,
 )
 
-pytest_plugins = ["tests.stores"]
-"""Its fixtures: server, base, config, local."""
-
 
 def test_a_run_on_a_store_has_the_digests_of_a_local_one(base: str, config: RunConfig, local: RunDir) -> None:
     remote = start(f"{base}/runs/demo", config, iterations=2)

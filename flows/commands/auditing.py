@@ -82,7 +82,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would go.")] = False,
     format_: Output = Format.table,
 ) -> None:
-    """Drop the weights of older policies; rows and manifests stay.
+    """Drop the weights of older policies and their optimizers' states; rows and manifests stay.
 
     Example: grpo prune runs/demo --keep-policies 2 --dry-run
     """

@@ -104,6 +104,7 @@ def stage(
     """
     from flows.progress import TerminalReporter
     from flows.session import open_session
+    from pipeline.artifact import is_finished
     from pipeline.run_dir import open_run
     from stages.config import recorded_config
 
@@ -114,8 +115,9 @@ def stage(
     start_working()
     reporter = TerminalReporter()
     with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
+        is_new = name == "update" and not is_finished(run_dir.place(iteration, "policy"))
         path = getattr(session, name)(iteration + 1 if name == "evaluate" else iteration)
-        if name == "update":
+        if is_new:
             session.optimizer(iteration)  # else the next update would have to train on these rows once more
     print(run_dir.shown(Path(path)))
 

@@ -1,10 +1,8 @@
 """The audit of files: every file against its manifest, every checkpoint against the one before it."""
 
-import json
 import os
-import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,6 @@ from stages.verify.findings import Findings, Where, shorten
 
 UPDATE_DATASETS = ("training_records", "optimizer_steps", "policy")
 """Outputs of one stage: where one is, the others must be."""
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,42 +181,3 @@ def policy_key(num_updates: Any) -> tuple[int | None, str] | None:
     if not isinstance(num_updates, int):
         return None
     return (num_updates - 1, "policy") if num_updates else (None, "initial_policy")
-
-
-def check_policies(findings: Findings, catalog: Catalog, sound: set[Path]) -> None:
-    """Compare tokenizer and tensor shapes of each policy with those of the one it was updated from. Read-only."""
-    policies = [(key, item) for key, item in catalog.items() if item.where.dataset == "policy"]
-    for (index, _), item in policies:
-        parent = catalog.get(policy_key(index) or (None, ""))
-        if parent is None or not {item.artifact.path, parent.artifact.path} <= sound:
-            continue
-        findings.checked("policies")
-        ours, theirs = item.artifact.manifest.files, parent.artifact.manifest.files
-        for name in TOKENIZER_FILES:
-            if (name in ours, ours.get(name, {}).get("sha256")) != (name in theirs, theirs.get(name, {}).get("sha256")):
-                findings.wrong("policies", item.where, f"it differs from that of {parent.where.path}", part=name)
-        try:
-            shapes = dict(_tensors(item.artifact)), dict(_tensors(parent.artifact))
-        except (ValueError, KeyError, TypeError, struct.error) as error:
-            findings.wrong("policies", item.where, f"its weights cannot be read: {error}")
-            continue
-        if shapes[0] and shapes[1] and shapes[0] != shapes[1]:
-            odd = sorted(str(name) for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
-            text = f"names, types or shapes of tensors differ from {parent.where.path}: {shorten(sorted(set(odd)))}"
-            findings.wrong("policies", item.where, text)
-
-
-def _tensors(artifact: Artifact) -> Iterator[tuple[str, str]]:
-    """Yield name and type with shape of every weight; nothing where they are pruned."""
-    for name in artifact.manifest.files:
-        path = artifact.path / name
-        if name.endswith(".safetensors") and "/" not in name and path.is_file():
-            with path.open("rb") as file:
-                length = struct.unpack("<Q", file.read(8))[0]
-                if length > path.stat().st_size:
-                    raise ValueError(f"{name} has a header of {length} bytes, more than the file")
-                header = json.loads(file.read(length))
-            ends = [facts["data_offsets"][1] for tensor, facts in header.items() if tensor != "__metadata__"]
-            if path.stat().st_size != 8 + length + max(ends, default=0):
-                raise ValueError(f"{name} does not end with its last tensor")
-            yield from ((k, f"{f['dtype']} {f['shape']}") for k, f in header.items() if k != "__metadata__")

@@ -16,7 +16,7 @@ CHECKS: Mapping[str, str] = {
     "schema": "columns, types and nulls are those of the documented schema",
     "inputs": "every input exists, has the digest that the manifest names, and stands where this stage takes it from",
     "config": "settings in the manifests are those of config.resolved.json",
-    "policies": "tokenizer and tensor shapes pass unchanged from a policy to its successor",
+    "policies": "tokenizer and tensor shapes pass unchanged from a policy to its successor, steps add up in states",
     "prompt ids": "a prompt's id is the hash of its task, messages and reference answer",
     "prompt split": "a prompt belongs to the split it was drawn for, and is dropped only for its length",
     "held out": "no question of the evaluation is among the training prompts",

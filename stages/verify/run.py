@@ -21,7 +21,8 @@ from pipeline.errors import GrpoError
 from pipeline.run_dir import RunDir
 from stages import batch, evaluate, generate, normalize, prompts, score, update
 from stages.verify.chain import check_advantages, check_batches, check_metrics, check_records, check_rewards
-from stages.verify.files import Catalog, Located, check_files, check_policies, open_all, relative_path
+from stages.verify.checkpoints import check_policies, check_states
+from stages.verify.files import Catalog, Located, check_files, open_all, relative_path
 from stages.verify.findings import Findings, Where
 from stages.verify.inputs import check_config, check_inputs
 from stages.verify.plan import check_evaluations, check_plan
@@ -46,6 +47,7 @@ def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] 
     sound = check_files(findings, [*catalog.values(), *outside])
     config = check_config(findings, run, catalog)
     check_policies(findings, catalog, sound)
+    check_states(findings, catalog, sound)
     audit = _Audit(findings, catalog, sound, outside)
     for index in [None, *run.iterations()]:
         progress("initial artifacts" if index is None else f"iteration {index}")
