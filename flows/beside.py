@@ -1,5 +1,6 @@
 """Beside: tasks that run in a thread beside their flow, while it waits for the engine."""
 
+from concurrent.futures import wait
 from typing import Any
 
 from prefect import Task
@@ -47,20 +48,23 @@ class Beside:
             self._wait_for(next(iter(self._begun)))
 
     def _wait_for(self, key: tuple[str, int]) -> None:
+        future: Any = self._begun[key]
         try:
-            self._begun[key].result()
-        except Exception:
-            del self._begun[key]
-            raise
-        del self._begun[key]  # not before: an interrupted wait leaves it to `end`
+            future.result()
+        finally:
+            if future.wrapped_future.done():  # an interrupted wait leaves it to `end`
+                del self._begun[key]
 
     def end(self) -> None:
         """Wait until nothing runs any more, whatever came of it: the flow ends for a reason of its own."""
-        while self._begun:
-            self._begun.pop(next(iter(self._begun))).wait()
+        threads: list[Any] = list(self._begun.values())
+        wait([future.wrapped_future for future in threads])
+        self._begun.clear()
 
 
 def _has_failed(future: Any) -> bool:
     """Return whether a task of a thread is over and has failed; `future.state` would ask the server."""
     thread = future.wrapped_future
-    return thread.done() and bool(thread.result().is_failed())
+    if not thread.done():
+        return False
+    return thread.cancelled() or thread.exception() is not None or not thread.result().is_completed()

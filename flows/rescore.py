@@ -100,7 +100,9 @@ def parse_iterations(text: str | None) -> list[int] | None:
     return numbers
 
 
-def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, overrides: list[str]) -> dict[str, object]:
+def fork_tables(
+    source: RunDir, at: int, config: Path, offline: int | None, overrides: list[str], *, is_begun: bool = False
+) -> dict[str, object]:
     """Return the tables of a run that starts from the policy after ``at`` updates of another one.
 
     It trains first on that run's stored completions from iteration ``at`` on (``offline`` of them, all by default),
@@ -119,10 +121,11 @@ def fork_tables(source: RunDir, at: int, config: Path, offline: int | None, over
             f"{source.name} has no policy after {at} updates ({policy} does not exist): choose --at among those of "
             f"`grpo ls {source.name}`"
         )
-    open_artifact(policy).check_sizes()  # a pruned one says so
+    if not is_begun:  # else the fork has its copy
+        open_artifact(policy).check_sizes()  # a pruned one says so
     own = {key: value for key, value in wished.get("policy", {}).items() if key == "keep_optimizer"}
     tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy.resolve()), **own}
-    if at and own.get("keep_optimizer", True):
+    if at and own.get("keep_optimizer", True) and not is_begun:
         state_beside(open_artifact(policy)).check_sizes()
     tables.pop("starter", None)
     if not tables.get("offline"):

@@ -7,9 +7,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-from pipeline.artifact import open_artifact
-from pipeline.errors import UsageError
-from pipeline.run_dir import RunDir
+from pipeline.artifact import is_finished, open_artifact, remove_artifact
+from pipeline.errors import GrpoError, UsageError
+from pipeline.run_dir import RunDir, state_of
 from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
 from stages.config import RunConfig
 from stages.engines.base import Engine, EngineSettings
@@ -75,6 +75,8 @@ class Session:
     _trainer: Trainer | None = None
     _scorer: Scorer | None = None
     _publishing: Lock = field(default_factory=Lock)
+    _is_due: bool = False
+    """Something is finished that is not published."""
 
     @property
     def wiring(self) -> Wiring:
@@ -88,9 +90,10 @@ class Session:
         A stage that runs beside others brings a ``progress`` of its own: the reporter shows one stage at a time.
         """
         result = run_stage(call, resources=resources, progress=progress or self.reporter.stage(label))
-        if not result.reused and self._publishing.acquire(blocking=False):
-            # else another thread is at it, and the next one to finish a stage publishes this artifact too
+        self._is_due |= not result.reused
+        while self._is_due and self._publishing.acquire(blocking=False):  # else the thread that is at it does this too
             try:
+                self._is_due = False
                 self.run.publish()
             finally:
                 self._publishing.release()
@@ -104,9 +107,16 @@ class Session:
         if self.config.starter is not None:
             made = starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main
             source = self.run.share(made).fetch()
-        elif looks_local(model):
-            source = checkpoint_path(model)
-        return self._path("policy", self.wiring.initial_policy(source), source)
+        try:
+            if self.config.starter is None and looks_local(model):
+                source = checkpoint_path(model)
+            call = self.wiring.initial_policy(source)
+        except (GrpoError, OSError):
+            if not is_finished(self.run.initial_policy):
+                raise
+            self.reporter.note(f"{model} is not there any more as it was: the run has its copy")
+            return str(self.run.initial_policy)
+        return self._path("policy", call, source)
 
     def member_policy(self, name: str) -> str:
         """Take a member's checkpoint from outside into the run; return its path."""
@@ -168,6 +178,9 @@ class Session:
 
     def optimizer(self, iteration: int) -> str:
         """Keep the optimizer's state after an iteration's update; return its path. May run beside other stages."""
+        place = self.run.place(iteration, "optimizer")
+        if is_finished(place) and state_of(open_artifact(self.run.policy_before(iteration + 1))) is None:
+            remove_artifact(place)  # of a policy that lay here before
         call = self.wiring.optimizer(iteration)
         trainer = None if find_finished(call) else self.trainer_after(iteration + 1)
         return str(self.perform("optimizer", call, trainer, progress=silent).main.path)
@@ -225,7 +238,8 @@ class Session:
         """Return the trainer as it is after so many iterations; it keeps model and optimizer between them."""
         if self._trainer is None:
             self._trainer = Trainer(device=resolve_device(self.config.resources.device))
-        resume(self._trainer, self.run, self.config.update, num_updates, self.reporter.note)
+            self.run.logs.mkdir(parents=True, exist_ok=True)
+        resume(self._trainer, self.run, self.config.update, num_updates, self.reporter.note, self.run.logs)
         return self._trainer
 
     def close(self) -> None:

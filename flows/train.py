@@ -15,7 +15,7 @@ from flows.session import Reporter, Session, SilentReporter, open_session
 from flows.watchdog import temporary_server_watched
 from pipeline.artifact import is_finished, open_artifact
 from pipeline.provenance import environment, git_state
-from pipeline.run_dir import run_at
+from pipeline.run_dir import run_at, state_of
 from pipeline.stage import find_finished
 from stages.config import check_unchanged, load_config
 from stages.evaluate import summarize
@@ -38,7 +38,7 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     settings = load_config(Path(config), overrides)
     run_dir = run_at(run)
     check_unchanged(run_dir, settings)
-    preflight(settings)
+    preflight(settings, run_dir)
     with temporary_server_watched(), open_session(settings, run_dir, reporter_of_flow.get()) as session:
         run_dir.record_config(Path(config).read_text(encoding="utf-8"), settings.model_dump(mode="json"))
         run_dir.record_environment({**environment(), "git_diff": git_state()["diff"]})
@@ -79,9 +79,9 @@ def train_iteration(session: Session, beside: Beside, iteration: int) -> bool:
         calls = (*sampled, wiring.score, wiring.normalize, wiring.batch, wiring.update)
         if all(find_finished(call(iteration)) is not None for call in calls):
             return True
-    session.warm_up(iteration)
     if iteration and not beside.is_begun(optimizer, iteration - 1):
-        have_state(session, beside, iteration - 1)  # lost ones are made before hours are spent on sampling
+        have_state(session, beside, iteration - 1)  # a lost one: before the engine measures what memory it may take
+    session.warm_up(iteration)
     if is_offline:
         refer_stored(iteration)
     else:
@@ -103,7 +103,8 @@ def train_iteration(session: Session, beside: Beside, iteration: int) -> bool:
 
 def have_state(session: Session, beside: Beside, iteration: int) -> None:
     """Have the optimizer's state after an iteration on disk: it may be there, on its way, or lost."""
-    if beside.is_begun(optimizer, iteration) or find_finished(session.wiring.optimizer(iteration)) is None:
+    policy = open_artifact(session.run.policy_before(iteration + 1))
+    if beside.is_begun(optimizer, iteration) or state_of(policy) is None:
         beside.wait_for(optimizer, iteration)
 
 

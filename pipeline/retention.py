@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import UsageError
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, state_of
 from pipeline.storage import sync_file, write_text
 
 PRUNED_NOTE = "pruned.json"
@@ -52,21 +52,15 @@ def pruned_files(artifact: Artifact) -> frozenset[str]:
         return frozenset()  # an unreadable note excuses nothing
 
 
-def state_of(policy: Artifact) -> Artifact | None:
-    """Return the state of the optimizer after the update that made this policy, pruned or not; None = missing.
-
-    It lies beside the policy. One that was made of another policy does not count. Read-only.
-    """
-    place = policy.path.with_name("optimizer")
-    state = open_artifact(place) if is_finished(place) else None
-    belongs = state is not None and state.manifest.inputs.get("policy", {}).get("digest") == policy.digest
-    return state if belongs else None
-
-
 def is_resumable(policy: Artifact) -> bool:
     """Return whether weights and state of the policy of an update are there, so that training can go on. Read-only."""
     state = state_of(policy)
-    return state is not None and not pruned_files(state) and not pruned_files(policy)
+    return state is not None and all(_has_weights(artifact) for artifact in (policy, state))
+
+
+def _has_weights(artifact: Artifact) -> bool:
+    names = [name for name in artifact.manifest.files if name.endswith(WEIGHTS)]
+    return not pruned_files(artifact) and (artifact.is_on_store or all((artifact.path / n).is_file() for n in names))
 
 
 def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:

@@ -264,9 +264,14 @@ class RunDir:
         """Bring the store up to date with what is finished here; a run in a local directory needs nothing."""
         if self.copy is not None:
             places = [self.place(index, dataset) for index in self.iterations() for dataset in ITERATION_DATASETS]
+            places = [place for place in places if place.name != "optimizer" or self._is_of_its_policy(place)]
             references = sorted(self.root.glob(f"iterations/*/*{REFERENCE}"))
             records = [self.root / name for name in RECORDS if (self.root / name).is_file()]
             self.copy.publish([*self._outside_iterations(), *places], [*references, *records])
+
+    def _is_of_its_policy(self, state: Path) -> bool:
+        policy = state.with_name("policy")
+        return is_finished(policy) and state_of(open_artifact(policy)) is not None
 
     def record_config(self, toml: str, resolved: dict[str, Any]) -> None:
         """Write the config as given and as resolved. JSON because TOML has no null."""
@@ -306,6 +311,17 @@ class RunDir:
                 self.publish()  # what a killed process had finished
                 yield
                 self.publish()
+
+
+def state_of(policy: Artifact) -> Artifact | None:
+    """Return the state of the optimizer after the update that made this policy, pruned or not; None = missing.
+
+    It lies beside the policy. One that was made of another policy does not count. Read-only.
+    """
+    place = policy.path.with_name("optimizer")
+    state = open_artifact(place) if is_finished(place) else None
+    belongs = state is not None and state.manifest.inputs.get("policy", {}).get("digest") == policy.digest
+    return state if belongs else None
 
 
 def run_at(where: str | Path) -> RunDir:

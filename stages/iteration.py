@@ -9,13 +9,22 @@ from pathlib import Path
 
 from pipeline.artifact import Artifact, is_finished, open_artifact
 from pipeline.errors import ConfigError, PolicyError
+from pipeline.remote import url_of
 from pipeline.run_dir import RunDir, open_run
 from pipeline.stage import StageCall
 from stages import batch, evaluate, generate, normalize, optimizer, policy, prompts, score, update
 from stages.config import RunConfig
 from stages.generate import CURRENT, MemberConfig, check_room
 from stages.optimizer import state_beside
-from stages.policy import PolicyConfig, check_policy, checkpoint_path, context_length, hub_config, looks_local
+from stages.policy import (
+    OPTIMIZER_FILE,
+    PolicyConfig,
+    check_policy,
+    checkpoint_path,
+    context_length,
+    hub_config,
+    looks_local,
+)
 from stages.score import check_rewards, find_rewards
 from stages.sources import SourceConfig, source_identity
 
@@ -212,9 +221,12 @@ def member_updates(member: MemberConfig, iteration: int) -> int | None:
 
 
 def _policy_of_run(path: Path) -> Artifact | None:
-    """Return the artifact when an update has made the checkpoint."""
+    """Return the artifact when an update has made the checkpoint, or when it is a fork's, with a state inside."""
     found = open_artifact(path) if is_finished(path) else None
-    return found if found is not None and found.manifest.stage == update.STAGE.name else None
+    if found is None:
+        return None
+    is_fork = OPTIMIZER_FILE in found.manifest.files and url_of(path) is None
+    return found if found.manifest.stage == update.STAGE.name or is_fork else None
 
 
 def _with_optimizer(policy: Artifact, config: PolicyConfig) -> dict[str, Artifact]:
@@ -223,8 +235,9 @@ def _with_optimizer(policy: Artifact, config: PolicyConfig) -> dict[str, Artifac
     Raises:
         ArtifactMissing: when the state is not there.
     """
-    state = {"optimizer": state_beside(policy)} if config.keep_optimizer else {}
-    return {"policy": policy, **state}
+    if not config.keep_optimizer or OPTIMIZER_FILE in policy.manifest.files:
+        return {"policy": policy}
+    return {"policy": policy, "optimizer": state_beside(policy)}
 
 
 def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None:
@@ -253,8 +266,10 @@ def outside_members(config: RunConfig) -> list[MemberConfig]:
     return [member for member in config.generate.plan() if member_updates(member, 1 << 30) is None]
 
 
-def preflight(config: RunConfig) -> None:
+def preflight(config: RunConfig, run: RunDir) -> None:
     """Fail on what can be known to be wrong before anything is written or started. Read-only.
+
+    A run that has its initial policy needs no longer what it was made of.
 
     Raises:
         GrpoError: of the kind that fits, one message.
@@ -271,12 +286,15 @@ def preflight(config: RunConfig) -> None:
     check_rewards(config.score, first_row(config.prompts).metadata)
     if config.evaluate.source is not None:
         first_row(config.evaluate.source)
-    if config.starter is not None:
+    if is_finished(run.initial_policy):
+        check_room(config.generate, context_length(check_policy(str(open_artifact(run.initial_policy).fetch()))))
+    elif config.starter is not None:
         check_room(config.generate, config.starter.max_context)
     elif looks_local(config.policy.model):
         check_room(config.generate, context_length(check_policy(config.policy.model)))
         if (trained := _policy_of_run(checkpoint_path(config.policy.model))) is not None:
-            _with_optimizer(trained, config.policy)
+            for artifact in _with_optimizer(trained, config.policy).values():
+                artifact.check_sizes()
     else:
         check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
     for member in outside_members(config):

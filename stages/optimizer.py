@@ -5,20 +5,24 @@ and so vouches for the state too. Hence it may be written while the next iterati
 kill `resume` takes the last state that is there, and trains once more on the stored batches since.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from pipeline.artifact import Artifact, is_finished, open_artifact
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.config import StrictModel
 from pipeline.errors import ArtifactMissing, PolicyError
 from pipeline.remote import url_of
-from pipeline.retention import is_resumable, state_of
-from pipeline.run_dir import RunDir
+from pipeline.retention import is_resumable
+from pipeline.run_dir import RunDir, state_of
 from pipeline.stage import Stage, StageTask
-from pipeline.storage import sha256_file
+from pipeline.storage import explain_full_device, sha256_file
 from stages.policy import OPTIMIZER_FILE, STATE_FILE
 from stages.update import Trainer, UpdateConfig, train
+
+COMPARED = "grpo-weights-"
 
 
 class OptimizerConfig(StrictModel):
@@ -39,6 +43,7 @@ def resume(
     config: UpdateConfig,
     num_updates: int,
     note: Callable[[str], None] = lambda _: None,
+    scratch: Path | None = None,
 ) -> None:
     """Make the trainer's model and optimizer those after so many updates of the run; in memory they may be already.
 
@@ -48,6 +53,7 @@ def resume(
         config: of the updates.
         num_updates: iterations behind the policy; 0 = the initial one.
         note: told when stored batches are trained on once more.
+        scratch: folder with room for the weights, for comparing them; None = the system's for temporary files.
 
     Raises:
         PolicyError: when training once more gives other weights than those stored, as on another kind of machine.
@@ -67,7 +73,7 @@ def resume(
     note(f"no state of the optimizer after {num_updates} updates: training again from that after {first}")
     for iteration in range(first, num_updates):
         train(trainer, run.open(iteration, "batches"), config)
-    check_equal(trainer, policy, first)
+    check_equal(trainer, policy, first, scratch)
     trainer.digest = policy.digest
 
 
@@ -85,12 +91,15 @@ def _load(trainer: Trainer, policy: Artifact, config: UpdateConfig) -> None:
         trainer.load(policy, None, config)
 
 
-def check_equal(trainer: Trainer, policy: Artifact, first: int) -> None:
+def check_equal(trainer: Trainer, policy: Artifact, first: int, scratch: Path | None = None) -> None:
     """Compare weights by the bytes of their file: what a model has in memory may be named and cut otherwise."""
     from grpo.policy import WEIGHTS_FILE, save_policy
 
     assert trainer.model is not None
-    with tempfile.TemporaryDirectory(prefix="grpo-weights-") as folder:
+    for left in scratch.glob(f"{COMPARED}*") if scratch else ():
+        shutil.rmtree(left)  # by a killed process
+    room = scratch or Path(tempfile.gettempdir())
+    with explain_full_device(room), tempfile.TemporaryDirectory(prefix=COMPARED, dir=room) as folder:
         save_policy(trainer.model, folder)
         found = sha256_file(Path(folder) / WEIGHTS_FILE)
     if found != policy.manifest.files[WEIGHTS_FILE]["sha256"]:
@@ -110,10 +119,11 @@ def state_beside(policy: Artifact) -> Artifact:
     """
     place = policy.path.with_name(STAGE.name)
     url = url_of(place)
-    if not is_finished(place) and url is not None:
+    if url is not None and state_of(policy) is None:
         from pipeline.working_copy import bring
 
-        bring(url)
+        with suppress(ArtifactMissing):
+            bring(url)
     state = state_of(policy)
     if state is None:
         raise ArtifactMissing(

@@ -177,9 +177,10 @@ def compute(task: StageTask) -> None:
 
     source, revision = task.resources or task.config.model, task.config.revision
     target = task.writer.directory
-    if "optimizer" in task.inputs:
+    state = task.inputs["optimizer"].path / STATE_FILE if "optimizer" in task.inputs else Path(source) / OPTIMIZER_FILE
+    if "policy" in task.inputs and task.config.keep_optimizer and state.is_file():
         (target / OPTIMIZER_FILE).parent.mkdir(exist_ok=True)
-        shutil.copyfile(task.inputs["optimizer"].path / STATE_FILE, target / OPTIMIZER_FILE)
+        shutil.copyfile(state, target / OPTIMIZER_FILE)
     try:
         save_policy(load_policy(str(source), revision=revision), target)
         if Path(source).is_dir():

@@ -17,8 +17,8 @@ class State:
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
-    def is_failed(self) -> bool:
-        return self.error is not None
+    def is_completed(self) -> bool:
+        return self.error is None
 
 
 class StandInFuture:
@@ -126,6 +126,8 @@ def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task
 
 
 def test_an_interrupted_wait_leaves_the_task_to_the_end(task: Any) -> None:
+    goes_on = Event()
+    task.before = goes_on.wait
     beside = Beside()
     beside.begin(task, 1)
     future = beside._begun["prompts", 1]
@@ -133,6 +135,9 @@ def test_an_interrupted_wait_leaves_the_task_to_the_end(task: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         beside.wait_for(task, 1)
     assert beside.is_begun(task, 1)
+    goes_on.set()
+    beside.end()
+    assert task.ran == [1]
 
 
 def interrupted() -> str:

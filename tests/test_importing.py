@@ -156,8 +156,8 @@ def test_a_run_that_is_to_train_on_imported_completions_is_refused_beforehand(
         }
     )
     with pytest.raises(ConfigError, match=r"names .*run, whose completions no policy of this program has sampled"):
-        preflight(config)
-    preflight(config.model_copy(update={"offline": []}))
+        preflight(config, RunDir(tmp_path / "new"))
+    preflight(config.model_copy(update={"offline": []}), RunDir(tmp_path / "new"))
 
 
 def test_groups_of_one_question_are_told_apart(tmp_path: Path) -> None:

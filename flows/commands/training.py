@@ -35,7 +35,7 @@ def _train(config: Path, place: str, overrides: list[str] | None) -> None:
     settings = load_config(config, overrides)
     run = run_at(place)
     check_unchanged(run, settings)
-    preflight(settings)
+    preflight(settings, run)
     start_working()
     from flows.progress import TerminalReporter
 
@@ -72,6 +72,7 @@ def fork(
     Example: grpo fork runs/demo configs/terse.toml --at 20 --offline 5
     """
     from flows.rescore import fork_tables, write_fork
+    from pipeline.artifact import is_finished
     from pipeline.config import validate
     from pipeline.run_dir import open_run, run_at
     from stages.config import RunConfig, check_unchanged
@@ -79,10 +80,11 @@ def fork(
 
     source = open_run(run)
     place = new or named_after(run, f"{config.stem}-{at}")
-    tables = fork_tables(source, at, config, offline, overrides or [])
+    is_begun = is_finished(run_at(place).initial_policy)
+    tables = fork_tables(source, at, config, offline, overrides or [], is_begun=is_begun)
     settings = validate(RunConfig, tables, str(config))
     check_unchanged(run_at(place), settings)
-    preflight(settings)
+    preflight(settings, run_at(place))
     path = write_fork(source, at, tables, run_at(place))
     _train(path, place, None)
 

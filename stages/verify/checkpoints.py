@@ -11,6 +11,8 @@ from stages.policy import OPTIMIZER_FILE, STATE_FILE
 from stages.verify.files import Catalog, Located, policy_key
 from stages.verify.findings import Findings, shorten
 
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, struct.error)
+"""What a header raises that is none."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -29,16 +31,18 @@ def check_policies(findings: Findings, catalog: Catalog, sound: set[Path]) -> No
         _compare_tensors(findings, item, parent)
 
 
-def _compare_tensors(findings: Findings, item: Located, parent: Located) -> None:
+def _compare_tensors(findings: Findings, item: Located, parent: Located) -> bool:
+    """Return whether both can be read."""
     try:
         shapes = dict(_tensors(item.artifact)), dict(_tensors(parent.artifact))
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except UNREADABLE as error:
         findings.wrong("policies", item.where, f"its tensors cannot be read: {error}")
-        return
+        return False
     if shapes[0] and shapes[1] and shapes[0] != shapes[1]:
         odd = sorted(str(name) for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
         text = f"names, types or shapes of tensors differ from {parent.where.path}: {shorten(sorted(set(odd)))}"
         findings.wrong("policies", item.where, text)
+    return True
 
 
 def check_states(findings: Findings, catalog: Catalog, sound: set[Path]) -> None:
@@ -51,11 +55,11 @@ def check_states(findings: Findings, catalog: Catalog, sound: set[Path]) -> None
         before, steps = catalog.get(key), catalog.get((index, "optimizer_steps"))
         if before is None or steps is None or before.artifact.path not in sound:
             continue
-        if index:
-            _compare_tensors(findings, item, before)
+        if index and not _compare_tensors(findings, item, before):
+            continue
         try:
             taken, earlier = _num_steps(item.artifact, STATE_FILE), _num_steps(before.artifact, file)
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except UNREADABLE as error:
             findings.wrong("policies", item.where, f"its tensors cannot be read: {error}")
             continue
         if taken is not None and earlier is not None and taken != earlier + (steps.artifact.manifest.rows or 0):
