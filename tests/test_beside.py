@@ -117,11 +117,13 @@ def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task
     while len(task.ran) < 2:
         time.sleep(0.001)
     time.sleep(0.05)
-    with pytest.raises(ValueError, match="prompts of -7"):
+    try:
+        with pytest.raises(ValueError, match="prompts of -7"):
+            beside.raise_failed()
         beside.raise_failed()
-    beside.raise_failed()
-    assert beside.is_begun(task, 7)
-    goes_on.set()
+        assert beside.is_begun(task, 7)
+    finally:
+        goes_on.set()
     beside.wait_for_all()
 
 

@@ -1,5 +1,6 @@
 """The optimizer's state: an artifact of its own that may come late or be lost, and is then made again from batches."""
 
+import json
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -181,6 +182,13 @@ def test_a_fork_wants_the_state_or_the_word_that_none_is_wanted(run: RunDir, tmp
     with closing(Session(settings, fork)) as session:
         session.initial_policy()
     assert not (fork.initial_policy / "optimizer").exists()
+
+
+def test_a_fork_decides_for_itself_whether_it_keeps_the_state(run: RunDir, tmp_path: Path) -> None:
+    settings = run.settings()
+    settings["policy"]["keep_optimizer"] = False  # as the run itself began
+    run.resolved_config.write_text(json.dumps(settings))
+    assert set(fork_tables(open_run(run.root), 1, rewards_only(tmp_path), 0, [])["policy"]) == {"model"}  # type: ignore[call-overload]
 
 
 def test_a_fork_of_a_run_on_a_store_brings_weights_and_state(
