@@ -12,9 +12,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flows.rescore import fork_tables
 from flows.session import Session
-from pipeline.artifact import is_finished, open_artifact
+from pipeline.artifact import STORE_NOTE, is_finished, open_artifact
 from pipeline.config import validate
 from pipeline.errors import ArtifactMissing, PolicyError
+from pipeline.remote import open_store
 from pipeline.retention import prunable, prune
 from pipeline.run_dir import RunDir, open_run
 from pipeline.stage import StageCall, run_stage
@@ -26,8 +27,8 @@ from stages.optimizer import check_equal, resume
 from stages.policy import PolicyConfig, copy_tokenizer
 from stages.update import Trainer, UpdateConfig
 from stages.verify.run import verify_run
-from tests.finished import answer, finished_run, fix_hashes
-from tests.stores import new_machine, start
+from tests.finished import answer, finished_run, fix_hashes, manifest_of
+from tests.stores import new_machine, objects, start
 
 STATE = "state.safetensors"
 
@@ -243,6 +244,20 @@ def test_a_fork_of_a_fork_at_its_beginning_keeps_the_state(run: RunDir, tmp_path
             session.initial_policy()
     files = open_artifact(source.initial_policy).manifest.files
     assert files["optimizer/state.safetensors"] == run.open(0, "optimizer").manifest.files[STATE]
+
+
+def test_a_state_of_another_policy_is_not_published(base: str, config: RunConfig) -> None:
+    """As of a machine that was cut off while another one made the policy anew."""
+    run = start(f"{base}/demo", config)
+    place = run.place(0, "optimizer")
+    manifest = manifest_of(place)
+    manifest["inputs"]["policy"]["digest"] = "0" * 64
+    fix_hashes(place, manifest)
+    (place / STORE_NOTE).unlink()
+    open_store(f"{base}/demo/iterations/000000/optimizer").remove(["manifest.json", STATE])
+    with run.lock():
+        pass
+    assert [name for name in objects(f"{base}/demo") if "/optimizer/" in name] == []
 
 
 def test_a_group_member_from_a_run_brings_no_optimizer(run: RunDir, tmp_path: Path) -> None:
