@@ -18,7 +18,6 @@ class Format(StrEnum):
 
 Row = Mapping[str, Any]
 
-UNLIMITED = 100_000
 LONGEST_CELL = 120
 """Characters of a value in a table; jsonl and csv give it whole."""
 MOST_COLUMNS = 16
@@ -46,6 +45,7 @@ def print_rows(rows: Iterable[Row], format_: Format, *, columns: Sequence[str] |
 
 def _print_table(rows: Sequence[Row], names: Sequence[str]) -> None:
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
@@ -61,8 +61,9 @@ def _print_table(rows: Sequence[Row], names: Sequence[str]) -> None:
         table.add_row(*(Text(_short(row[name])) for name in names))
     screen = console()
     if not sys.stdout.isatty():  # a file or a pipe is as wide as it needs to be
-        narrow, screen.width = screen.width, UNLIMITED
-        screen.width = max(narrow, screen.measure(table).maximum)
+        # room for every cell and what stands between columns; rich would take as long to measure as to print
+        widest = [max(map(cell_len, [name, *(_short(row[name]) for row in rows)])) for name in names]
+        screen.width = max(screen.width, sum(widest) + 4 * len(names))
     screen.print(table)
 
 
