@@ -115,7 +115,6 @@ def _filtered(frame: "pl.LazyFrame", where: str, dataset: str) -> "pl.LazyFrame"
 
 def print_metrics(path: str | Path, format_: Format) -> None:
     """Print one row per iteration. Read-only."""
-
     run = open_run(path)
     if not run.metrics.is_file():
         raise ArtifactMissing(f"{run.name} has no finished iteration yet: run it")

@@ -22,6 +22,7 @@ from pipeline.retention import pruned_files
 from pipeline.run_dir import RunDir, identity
 from stages.batch import IMPORTED
 from stages.config import RunConfig, recorded_config
+from stages.policy import OPTIMIZER_FILE
 from stages.verify.files import relative_path
 from stages.verify.findings import Findings, Tally, Where, WrongRow
 
@@ -176,7 +177,7 @@ def _measure(
     config: RunConfig | None = None
     for (digest,), written in rows.group_by("policy_digest", maintain_order=True):
         policy = policies.get(str(digest))
-        if policy is None or pruned_files(policy) - {p.name for p in policy.path.glob("*.safetensors")} - OPTIMIZER:
+        if policy is None or _missing(policy):
             reason = "the policy that wrote the answers is not there" if policy is None else "its weights are pruned"
             for _ in written["iteration"].unique():
                 findings.skipped(CHECK, reason)
@@ -191,8 +192,9 @@ def _measure(
     return measured
 
 
-OPTIMIZER = frozenset({"optimizer/state.safetensors"})
-"""Not needed here: it may be pruned."""
+def _missing(policy: Artifact) -> frozenset[str]:
+    """Return the pruned files that are needed here: the optimizer's state of a fork is not."""
+    return pruned_files(policy) - {OPTIMIZER_FILE, *(path.name for path in policy.path.glob("*.safetensors"))}
 
 
 def _logprob_rows(path: Path, rows: pl.DataFrame, config: RunConfig) -> Iterator[pl.DataFrame]:
