@@ -33,14 +33,14 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
-from pipeline.artifact import MANIFEST, content_hash, digest_of, recipe_hash
+from flows.printing import Format, print_rows
 from pipeline.conformance import conform
+from pipeline.files import sha256_file
+from pipeline.manifest import MANIFEST, content_hash, digest_of, recipe_hash
 from pipeline.run_dir import RunDir
-from pipeline.storage import sha256_file
-from pipeline.view import Format, print_rows
 from stages import batch, normalize
-from stages.metrics import append_metrics, iteration_metrics
-from stages.verify.run import verify_run
+from stages.inspect.metrics import append_metrics, iteration_metrics
+from stages.inspect.verify.verify import verify_run
 
 UNHASHED = ("environment", "started_at", "seconds")
 """Fields of a manifest that no hash covers; ``seconds`` stands in the metrics as well."""

@@ -72,9 +72,9 @@ def main() -> None:
     prepare()
     from flows.train import train
     from pipeline.config import load_toml
-    from pipeline.run_dir import open_run
-    from stages.audit.config import AuditConfig
-    from stages.audit.run import audit
+    from pipeline.runs import open_run
+    from stages.inspect.audit.audit import audit
+    from stages.inspect.audit.thresholds import AuditConfig
 
     config = load_toml(arguments.config)
     arguments.runs.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.artifact import MANIFEST, Manifest, open_artifact
+from pipeline.artifact import open_artifact
 from pipeline.errors import GrpoError
+from pipeline.manifest import MANIFEST, Manifest
 
 POLL_SECONDS = 0.0005
 """The short stages are open for a few milliseconds."""

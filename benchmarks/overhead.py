@@ -143,8 +143,8 @@ def install(clock: Clock) -> None:
     """Put clocks around the product's functions, wherever their names have been imported."""
     import flows.session
     import flows.train
-    import grpo.optimize
     import grpo.policy
+    import grpo.train_step
     import pipeline.artifact
     import pipeline.run_dir
     import pipeline.stage
@@ -152,9 +152,10 @@ def install(clock: Clock) -> None:
     import stages.optimizer
     import stages.policy
     import stages.update
-    from flows.beside import Beside
+    from flows.background import Beside
     from flows.session import Session
-    from pipeline.artifact import Artifact, ArtifactWriter
+    from pipeline.artifact import Artifact
+    from pipeline.writer import ArtifactWriter
     from stages.engines.process import EngineProcess
 
     modules = [
@@ -175,14 +176,14 @@ def install(clock: Clock) -> None:
 
     replace_method(EngineProcess, "generate", SAMPLING)
     replace_method(EngineProcess, "load", "engine.load")
-    replace(grpo.optimize.train_on_batches, TRAINING)
-    for function in (grpo.policy.save_policy, grpo.optimize.save_optimizer, stages.policy.copy_tokenizer):
+    replace(grpo.train_step.train_on_batches, TRAINING)
+    for function in (grpo.policy.save_policy, grpo.optimizer.save_optimizer, stages.checkpoints.copy_tokenizer):
         replace(function, "checkpoint")
     replace_method(ArtifactWriter, "write_part", "Parquet")
     replace_method(Artifact, "read", "Parquet")
-    replace(pipeline.artifact._count, "Parquet")
-    replace(pipeline.storage.sha256_file, "hashing")
-    replace(pipeline.storage.sync_file, "fsync")
+    replace(pipeline.writer._count, "Parquet")
+    replace(pipeline.files.sha256_file, "hashing")
+    replace(pipeline.files.sync_file, "fsync")
     replace_method(ArtifactWriter, "seal", "artifacts")
     replace_method(ArtifactWriter, "open", "artifacts")
     replace(pipeline.artifact.open_artifact, "artifacts")
@@ -207,7 +208,7 @@ def random_checkpoint(size: str, tokenizer: Path, vocab_size: int, directory: Pa
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from stages.policy import copy_tokenizer, load_tokenizer
+    from stages.checkpoints import copy_tokenizer, load_tokenizer
 
     wanted = float(size[:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[size[-1].upper()]
     num_layers, head = 12, 64
@@ -320,7 +321,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from pipeline.run_dir import RunDir
     from pipeline.stage import silent
     from stages.config import load_config
-    from stages.starter import make_starter
+    from stages.starter.starter import make_starter
 
     path, overrides = arguments.config, [*arguments.overrides, f"iterations={arguments.iterations + 1}"]
     config = load_config(path, overrides)

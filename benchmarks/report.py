@@ -19,10 +19,12 @@ import numpy as np
 import polars as pl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from flows.report import write_report
-from pipeline.artifact import Artifact, ArtifactWriter, recipe_hash
+from flows.report.render import write_report
+from pipeline.artifact import Artifact
+from pipeline.manifest import recipe_hash
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
+from pipeline.writer import ArtifactWriter
 
 GROUP = 8
 PER_ITERATION = 2_000

@@ -33,8 +33,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.artifact import Artifact, ArtifactWriter, open_artifact, recipe_hash
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.manifest import recipe_hash
 from pipeline.stage import StageCall, run_stage
+from pipeline.writer import ArtifactWriter
 from stages import normalize, score
 from stages.normalize import NormalizeConfig
 from stages.rewards.base import Score

@@ -45,10 +45,10 @@ def make_run(folder: Path, policy: Path, completions: int, tokens: int) -> None:
     """Run every stage up to batch with scripted answers."""
     from flows.session import Session
     from pipeline.run_dir import RunDir
+    from stages.checkpoints import stop_token_ids
     from stages.config import load_config
     from stages.engines.base import Request
     from stages.engines.scripted import ScriptedEngine
-    from stages.policy import stop_token_ids
 
     source = folder / "sums.jsonl"
     with source.open("w") as file:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.run_dir import open_run
-from pipeline.view import Format, console, print_rows
-from stages.audit.findings import AuditReport, Finding, RowRef
-from stages.audit.run import audit, load_audit_config
+from flows.printing import Format, console, print_rows
+from pipeline.runs import open_run
+from stages.inspect.audit.audit import audit, load_audit_config
+from stages.inspect.audit.findings import AuditReport, Finding, RowRef
 
 COLUMNS = ("check", "severity", "message", "value", "threshold", "rows")
 ROWS_SHOWN = 3

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import Artifact, is_finished, open_artifact
+from flows.printing import Format, console, print_rows
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.run_dir import CHECKPOINTS, ITERATION_DATASETS, RunDir, is_run, open_run, runs_in
-from pipeline.view import Format, console, print_rows
+from pipeline.manifest import is_finished
+from pipeline.run_dir import CHECKPOINTS, ITERATION_DATASETS, RunDir
+from pipeline.runs import is_run, open_run, runs_in
 
 if TYPE_CHECKING:
     import polars as pl

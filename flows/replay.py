@@ -15,21 +15,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import Artifact, canonical_json, is_finished, open_artifact
-from pipeline.compare import Deviation
+from flows.printing import Format, console, print_rows
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import GrpoError, UsageError
-from pipeline.run_dir import RunDir, open_run
+from pipeline.manifest import canonical_json, is_finished
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
 from pipeline.stage import StageCall, run_stage
-from pipeline.view import Format, console, print_rows
-from stages.closeness import TOLERANCE, deviations, machine_changes
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
 from stages.evaluate import EvaluateResources
+from stages.inspect.checkpoint_diff import TOLERANCE, deviations, machine_changes
+from stages.inspect.run_diff import Deviation
 from stages.iteration import Wiring
 from stages.rewards.scorer import Scorer
 
 if TYPE_CHECKING:
-    from stages.update import Trainer
+    from stages.trainers.local import Trainer
 
 DATASET_OF = {
     "prompts": "prompts",
@@ -135,8 +137,8 @@ class Replayer:
         if stage == "generate":
             return self._started_engine()
         if stage == "update":
-            from stages.optimizer import resume
-            from stages.update import Trainer, resolve_device
+            from stages.trainers.local import Trainer, resolve_device
+            from stages.trainers.resume import resume
 
             trainer = Trainer(device=resolve_device(self.config.resources.device))  # new: weights come from the files
             resume(trainer, self.run, self.config.update, iteration)

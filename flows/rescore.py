@@ -10,12 +10,13 @@ import polars as pl
 import tomli_w
 
 from flows.session import Reporter, open_session
-from pipeline.artifact import is_finished, open_artifact
+from pipeline.artifact import open_artifact
 from pipeline.config import apply_overrides, load_toml, validate
 from pipeline.errors import ArtifactMissing, ConfigError, UsageError
+from pipeline.files import write_text
+from pipeline.manifest import is_finished
 from pipeline.provenance import environment
 from pipeline.run_dir import RunDir
-from pipeline.storage import write_text
 from stages.config import OfflineConfig, RunConfig, check_unchanged, derive_tables
 from stages.optimizer import state_beside
 from stages.score import check_rewards

@@ -5,13 +5,14 @@ from typing import Any
 
 import polars as pl
 
+from flows.printing import Format, console, print_rows
 from pipeline.config import apply_overrides, validate
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.run_dir import RunDir, open_run
-from pipeline.view import Format, console, print_rows
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
 from stages.config import recorded_config
+from stages.inspect.scoring_diff import Comparison, compare
 from stages.normalize import NormalizeConfig, normalize_rows
-from stages.reward_diff import Comparison, compare
 
 MOST_GROUPS = 10
 

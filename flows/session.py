@@ -7,22 +7,24 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-from pipeline.artifact import is_finished, open_artifact, remove_artifact
+from pipeline.artifact import open_artifact
 from pipeline.errors import GrpoError, UsageError
+from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir, state_of
 from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
+from pipeline.writer import remove_artifact
+from stages.checkpoints import check_policy, checkpoint_path, context_length, looks_local
 from stages.config import RunConfig
 from stages.engines.base import Engine, EngineSettings
 from stages.engines.process import EngineProcess
 from stages.evaluate import EvaluateResources
+from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics
 from stages.iteration import Wiring
-from stages.metrics import append_metrics, iteration_metrics, recorded_metrics
-from stages.optimizer import resume
-from stages.policy import check_policy, checkpoint_path, context_length, looks_local
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
-from stages.starter import make_starter
-from stages.update import Trainer, resolve_device
+from stages.starter.starter import make_starter
+from stages.trainers.local import Trainer, resolve_device
+from stages.trainers.resume import resume
 
 
 class Reporter(Protocol):

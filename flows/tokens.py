@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.printing import Format, console, print_rows
 from pipeline.errors import ArtifactDamaged
 from pipeline.lineage import find_completion
-from pipeline.run_dir import RunDir, open_run
-from pipeline.view import Format, console, print_rows
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
 
 COLUMNS = (
     "completion_id",
@@ -110,7 +111,7 @@ def token_rows(run: RunDir, told: Told) -> Iterator[dict[str, Any]]:
     Raises:
         ArtifactDamaged: when a list of training_records has another length than the completion.
     """
-    from stages.report_groups import TokenText
+    from stages.inspect.report_groups import TokenText
 
     token_ids: list[int] = told.completion["completion_token_ids"]
     texts = TokenText(run).pieces(token_ids)

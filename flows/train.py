@@ -10,16 +10,19 @@ from pathlib import Path
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.beside import ONE_BY_ONE, Beside
+from flows.background import ONE_BY_ONE, Beside
+from flows.prefect_server import temporary_server_watched
 from flows.session import Reporter, Session, SilentReporter, open_session
-from flows.watchdog import temporary_server_watched
-from pipeline.artifact import is_finished, open_artifact
+from pipeline.artifact import open_artifact
+from pipeline.manifest import is_finished
 from pipeline.provenance import environment, git_state
-from pipeline.run_dir import run_at, state_of
+from pipeline.run_dir import state_of
+from pipeline.runs import run_at
 from pipeline.stage import find_finished
 from stages.config import check_unchanged, load_config
 from stages.evaluate import summarize
-from stages.iteration import outside_members, preflight
+from stages.iteration import outside_members
+from stages.preflight import preflight
 
 session_of_flow: ContextVar[Session] = ContextVar("session_of_flow")
 SILENT = SilentReporter()

@@ -6,10 +6,10 @@ from typing import Any
 import polars as pl
 
 from flows.look import last_iteration
+from flows.printing import Format, console, print_rows
 from pipeline.config import apply_overrides
 from pipeline.errors import UsageError
-from pipeline.run_dir import open_run
-from pipeline.view import Format, console, print_rows
+from pipeline.runs import open_run
 from stages.rewards.functions import RewardConfig, check_parameters, find_reward
 from stages.rewards.scorer import completion_columns, needs_prompts, open_scorer, prompt_facts
 

@@ -11,13 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import MANIFEST, Artifact, is_finished, open_artifact
+from flows.printing import Format, console, print_rows
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import UsageError
-from pipeline.run_dir import RunDir, open_run
-from pipeline.view import Format, console, print_rows
+from pipeline.manifest import MANIFEST, is_finished
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
 
 if TYPE_CHECKING:
-    from stages.verify.deep import DeepSettings
+    from stages.inspect.verify.logprobs import DeepSettings
 
 
 def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "DeepSettings | None" = None) -> bool:
@@ -27,8 +29,8 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
     ``deep`` the sampler's log probabilities are computed again, and the mismatch of each iteration is printed too: in
     jsonl and csv as rows whose ``kind`` is mismatch.
     """
-    from stages.verify.findings import CHECKS
-    from stages.verify.run import verify_run
+    from stages.inspect.verify.ledger import CHECKS
+    from stages.inspect.verify.verify import verify_run
 
     run = open_run(path)
     is_shown = sys.stderr.isatty()
@@ -36,7 +38,7 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
     checks = dict(CHECKS)
     figures: list[dict[str, Any]] = []
     if deep is not None:
-        from stages.verify.deep import CHECK, PROVES, check_logprobs
+        from stages.inspect.verify.logprobs import CHECK, PROVES, check_logprobs
 
         checks[CHECK] = PROVES
         figures = [asdict(found) for found in check_logprobs(run, findings, deep, _show if is_shown else _ignore)]
@@ -189,7 +191,7 @@ def _digest(artifact: Artifact, format_: Format) -> str:
 
 def print_diff(a: str | Path, b: str | Path, format_: Format) -> bool:
     """Print how two runs differ: settings, first recipe, first row; return whether they are equal. Read-only."""
-    from pipeline.compare import compare_runs
+    from stages.inspect.run_diff import compare_runs
 
     differences = compare_runs(open_run(a), open_run(b))
     rows = [{"kind": d.kind, "where": d.where, "what": d.what, "a": d.a, "b": d.b} for d in differences]
@@ -202,7 +204,7 @@ def print_diff(a: str | Path, b: str | Path, format_: Format) -> bool:
 
 def prune_run(path: str | Path, keep_policies: int, *, initial: bool, dry_run: bool, format_: Format) -> None:
     """Drop the checkpoints of all but the last policies; rows and manifests stay. Print what went."""
-    from pipeline.retention import Pruned, prunable, prune
+    from pipeline.prune import Pruned, prunable, prune
 
     run = open_run(path)
     with run.lock():
@@ -229,7 +231,7 @@ def prune_run(path: str | Path, keep_policies: int, *, initial: bool, dry_run: b
 def _needed(path: str | Path) -> set[int]:
     """Return the policies, by number of updates, that write members of the run's coming groups."""
     from stages.config import recorded_config
-    from stages.iteration import member_updates
+    from stages.members import member_updates
 
     run = open_run(path)
     count = sum(is_finished(run.policy_before(index + 1)) for index in run.iterations())

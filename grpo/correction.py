@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo.loss import LOG_RATIO_LIMIT
+from grpo.losses.base import LOG_RATIO_LIMIT
 
 CorrectionKind = Literal[
     "none",

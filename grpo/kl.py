@@ -10,7 +10,7 @@ gradient of k1 is 0, of k2 that of KL(trainer || ref), of k3 that of KL(ref || t
 
 from torch import Tensor
 
-from grpo.loss import LOG_RATIO_LIMIT
+from grpo.losses.base import LOG_RATIO_LIMIT
 
 
 def k1(log_ratio_N: Tensor) -> Tensor:

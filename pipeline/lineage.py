@@ -7,8 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.artifact import Artifact, is_finished, open_artifact
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
+from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import sha256_text
+from pipeline.files import sha256_text
 
 PACKAGES = (
     "torch",

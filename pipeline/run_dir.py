@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifact import Artifact, is_finished, open_artifact
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, UsageError
-from pipeline.remote import local_path, open_store, url_of
-from pipeline.storage import sha256_text, write_text
+from pipeline.files import write_text
+from pipeline.manifest import is_finished
+from pipeline.object_store import open_store, url_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -324,54 +325,6 @@ def state_of(policy: Artifact) -> Artifact | None:
     return state if belongs else None
 
 
-def run_at(where: str | Path) -> RunDir:
-    """Return the run at a path or URL, whether it exists or not; of one on a store the manifests are brought here."""
-    path = local_path(where)
-    if path is not None:
-        return RunDir(path)
-    from pipeline.working_copy import WorkingCopy
-
-    copy = WorkingCopy(open_store(str(where)), is_record)
-    copy.sync()
-    return RunDir(copy.root, copy)
-
-
-def is_run(where: str | Path) -> bool:
-    """Return whether there is a run at a path or URL. Read-only."""
-    path = local_path(where)
-    if path is None:
-        return open_store(str(where)).find(RESOLVED_CONFIG) is not None
-    return RunDir(path).resolved_config.is_file()
-
-
-def runs_in(where: str | Path) -> list[RunDir]:
-    """Return the runs in a directory or below a URL, by name. Read-only.
-
-    Raises:
-        UsageError: when there is no such directory.
-    """
-    path = local_path(where)
-    if path is None:
-        store = open_store(str(where))
-        places: list[str] = [f"{store.url}/{name}" for name in store.folders()]
-    elif path.is_dir():
-        places = [str(place) for place in sorted(path.iterdir())]
-    else:
-        raise UsageError(f"{path} does not exist: name a run, or the directory that holds runs (default: runs)")
-    return [run_at(place) for place in places if is_run(place)]
-
-
-def open_run(where: str | Path) -> RunDir:
-    """Return the run at a path or URL. Read-only.
-
-    Raises:
-        ArtifactMissing: when there is no run.
-    """
-    if not is_run(where):
-        raise ArtifactMissing(f"{where} is not a run directory (no {RESOLVED_CONFIG}): see `grpo ls`")
-    return run_at(where)
-
-
 def is_record(name: str) -> bool:
     """Return whether an object of a run stands beside the artifacts: small, and it may change."""
     return PurePosixPath(name).name in RECORDS or name.endswith(REFERENCE)
@@ -388,8 +341,3 @@ def _target(reference: Path, noted: str) -> Path:
     from pipeline.working_copy import bring
 
     return bring(url)
-
-
-def identity(*parts: object) -> str:
-    """Return a short opaque id for what the parts name: 16 hexadecimal digits."""
-    return sha256_text("\x1f".join(str(part) for part in parts))[:16]

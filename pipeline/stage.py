@@ -4,25 +4,17 @@ A stage module has a config, a pure core (frames in, frames out) and a `Stage` r
 the recipe, reuse of a finished artifact, refusal of a foreign one, atomic parts, the manifest.
 """
 
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import (
-    Artifact,
-    ArtifactWriter,
-    canonical_json,
-    is_finished,
-    open_artifact,
-    recipe_hash,
-    remove_artifact,
-)
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import OutOfSpace, RecipeMismatch
+from pipeline.files import explain_full_device
+from pipeline.manifest import canonical_json, is_finished, recipe_hash
 from pipeline.provenance import environment
-from pipeline.storage import explain_full_device, sha256_text
+from pipeline.writer import ArtifactWriter, remove_artifact
 
 
 class Progress(Protocol):
@@ -196,19 +188,3 @@ def _difference(call: StageCall, found: Artifact) -> str:
         if had != has:
             return f"its input {name} was {str(had)[:12]}, now {str(has)[:12]}"
     return "its recipe cannot be read from its manifest"
-
-
-def import_function(name: str) -> tuple[Callable[..., Any], str]:
-    """Return the function named ``module:function`` and the hash of its module's source.
-
-    Raises:
-        ImportError: when the module or the function does not exist; the message says which.
-    """
-    module_name, colon, function_name = name.partition(":")
-    if not colon or not module_name or not function_name:
-        raise ImportError(f"{name!r} is not of the form module:function")
-    module = importlib.import_module(module_name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ImportError(f"{module_name} has no function {function_name}")
-    return function, sha256_text(inspect.getsource(inspect.getmodule(function) or module))

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError, UsageError
-from pipeline.remote import Store
-from pipeline.storage import write_text
+from pipeline.files import write_text
+from pipeline.object_store import Store
 
 STORE_LOCK = "lock.json"
 LEASE_SECONDS = 120.0

@@ -16,13 +16,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from pipeline.artifact import MANIFEST, STORE_NOTE, Artifact, is_finished, open_artifact, remove_artifact
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
-from pipeline.remote import Listed, Store, open_store, url_of
-from pipeline.storage import atomic_write, locked, sha256_file, write_text
+from pipeline.files import atomic_write, locked, sha256_file, write_text
+from pipeline.manifest import MANIFEST, STORE_NOTE, is_finished
+from pipeline.object_store import Listed, Store, open_store, url_of
 from pipeline.store_lock import hold, owner_of
+from pipeline.writer import remove_artifact
 
 SYNC_LOCK = ".sync.lock"
 SEEN = ".seen.json"
@@ -162,47 +163,6 @@ def adopt(place: Path, url: str, manifest: bytes) -> None:
     with atomic_write(hidden / MANIFEST) as temporary:
         temporary.write_bytes(manifest)
     hidden.rename(place)
-
-
-def fetch_files(artifact: Artifact) -> None:
-    """Download the files of an artifact that are not here, each under its name only when it is what the manifest says.
-
-    Raises:
-        ArtifactDamaged: naming the first object that is not.
-    """
-    if all((artifact.path / name).is_file() for name in artifact.manifest.files):
-        return
-    with (artifact.path / STORE_NOTE).open(encoding="utf-8") as note:
-        fcntl.flock(note, fcntl.LOCK_EX)  # of two who read the same artifact one downloads
-        store = open_store(json.load(note)["url"])
-        for name, facts in artifact.manifest.files.items():
-            target = artifact.path / name
-            if not target.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(target) as temporary:
-                    _download(store, name, temporary, facts)
-
-
-def _download(store: Store, name: str, target: Path, facts: dict[str, Any]) -> None:
-    remedy = (
-        f"restore the object from a copy, or delete everything below {store.url} and run the same command, which makes "
-        "it again"
-    )
-    try:
-        store.download(name, target)
-    except StoreError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise ArtifactDamaged(f"{store.url}/{name} is gone, but its {MANIFEST} lists it: {remedy}") from error
-        raise
-    size = target.stat().st_size
-    if size != facts["bytes"]:
-        raise ArtifactDamaged(f"{store.url}/{name} has {size:,} bytes, its manifest says {facts['bytes']:,}: {remedy}")
-    found = sha256_file(target)
-    if found != facts["sha256"]:
-        raise ArtifactDamaged(
-            f"{store.url}/{name} has SHA-256 {found[:16]}..., its manifest says {facts['sha256'][:16]}...: bytes were "
-            f"changed after it was written; {remedy}"
-        )
 
 
 def _publish(artifact: Artifact, url: str, check_lock: Callable[[], None]) -> None:

@@ -9,9 +9,9 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from grpo.microbatches import cut_microbatches
+from grpo.batching import cut_microbatches
 from pipeline.config import StrictModel
-from pipeline.run_dir import identity
+from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
 
 IMPORTED = "import"

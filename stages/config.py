@@ -11,14 +11,16 @@ from pipeline.config import StrictModel, apply_overrides, load_toml, validate
 from pipeline.errors import RecipeMismatch
 from pipeline.run_dir import RunDir
 from stages.batch import BatchConfig
+from stages.checkpoints import STARTER
 from stages.evaluate import EvaluateConfig, EvaluateTaskConfig
-from stages.generate import CURRENT, GenerateConfig
+from stages.generate import GenerateConfig
+from stages.members import CURRENT
 from stages.normalize import NormalizeConfig
-from stages.policy import STARTER, PolicyConfig
+from stages.policy import PolicyConfig
 from stages.prompts import PromptsConfig
 from stages.score import ScoreConfig
-from stages.starter import StarterConfig
-from stages.update import UpdateConfig
+from stages.starter.starter import StarterConfig
+from stages.trainers.base import UpdateConfig
 
 CHANGEABLE = ("iterations", "resources", "evaluate.every")
 """What may change between two starts of the same run: it decides how far and where, not what comes out."""

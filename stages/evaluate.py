@@ -7,12 +7,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config import StrictModel
-from pipeline.run_dir import identity
+from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
+from stages.checkpoints import load_tokenizer, stop_token_ids
 from stages.engines.base import Engine, Generated, Request, Sampling
-from stages.generate import CURRENT, list_column, request_seed
+from stages.generate import list_column, request_seed
+from stages.members import CURRENT
 from stages.normalize import NormalizeConfig, normalize_rows
-from stages.policy import load_tokenizer, stop_token_ids
 from stages.rewards.scorer import Scorer
 from stages.score import ScoreConfig, score_rows
 from stages.sources import SourceConfig

@@ -9,8 +9,6 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -20,34 +18,14 @@ from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.errors import ConfigError
-from pipeline.run_dir import identity
+from pipeline.files import identity
 from pipeline.schema import SCHEMAS
 from pipeline.stage import Stage, StageTask
+from stages.checkpoints import load_tokenizer, stop_token_ids
 from stages.engines.base import Engine, EngineInfo, Generated, Request, Sampling
-from stages.policy import load_tokenizer, stop_token_ids
+from stages.members import CURRENT, Author, MemberConfig
 
-CURRENT = "current"
 DEFAULT_GROUP_SIZE = 8
-
-
-class MemberConfig(StrictModel):
-    """Some members of every group, written by one policy."""
-
-    name: str = Field(pattern=r"^\w[\w.-]*$")
-    """Name of this policy in the column policy_name: letters, digits, dots, dashes."""
-    policy: str = CURRENT
-    """``current``; ``initial``; ``iteration:N``, the policy after N updates (until then the current); ``age:N``, the
-    one N updates ago (the initial one while there is no older); or the path of a checkpoint, such as a sibling trained
-    on other data."""
-    count: int = Field(ge=1)
-    """Answers per group."""
-
-    @model_validator(mode="after")
-    def _known_form(self) -> Self:
-        head, colon, number = self.policy.partition(":")
-        if colon and head in {"iteration", "age"} and not number.isdecimal():
-            raise ValueError(f"policy {self.policy!r}: expected {head}:N with a whole number N")
-        return self
 
 
 class GenerateConfig(StrictModel):
@@ -114,16 +92,6 @@ class GenerateConfig(StrictModel):
     def plan(self) -> list[MemberConfig]:
         """Return the members, also when the config lists none."""
         return self.members or [MemberConfig(name=CURRENT, policy=CURRENT, count=self.size)]
-
-
-@dataclass(frozen=True, slots=True)
-class Author:
-    """The policy that writes some members."""
-
-    name: str
-    path: Path
-    digest: str
-    iteration: int | None
 
 
 def request_seed(run_seed: int, iteration: int, group: int, index: int) -> int:

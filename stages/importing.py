@@ -23,23 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from pipeline.artifact import is_finished
 from pipeline.errors import PolicyError, SourceError, UsageError
-from pipeline.run_dir import RunDir, identity
+from pipeline.files import identity, sha256_file
+from pipeline.manifest import is_finished
+from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
-from pipeline.storage import sha256_file
 from stages.batch import IMPORTED, NO_POLICY
-from stages.policy import TOKENIZER_FILES, load_tokenizer
+from stages.checkpoints import TOKENIZER_FILES, load_tokenizer
 from stages.prompts import tokenize
-from stages.sources import (
-    FILE_SUFFIXES,
-    REASONING_GYM,
-    SourceConfig,
-    SourceRow,
-    file_records,
-    finite_rows,
-    source_identity,
-)
+from stages.sources import REASONING_GYM, SourceConfig, SourceRow, finite_rows, source_identity
+from stages.tables import FILE_SUFFIXES, file_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

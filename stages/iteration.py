@@ -3,29 +3,23 @@
 This is the wiring of the pipeline; nothing here computes. A `StageCall` can be hashed, looked up or run.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifact import Artifact, is_finished, open_artifact
-from pipeline.errors import ConfigError, PolicyError
-from pipeline.remote import url_of
-from pipeline.run_dir import RunDir, open_run
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.manifest import is_finished
+from pipeline.object_store import url_of
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
 from pipeline.stage import StageCall
 from stages import batch, evaluate, generate, normalize, optimizer, policy, prompts, score, update
+from stages.checkpoints import OPTIMIZER_FILE, check_policy, checkpoint_identity, checkpoint_path, context_length
 from stages.config import RunConfig
-from stages.generate import CURRENT, MemberConfig, check_room
+from stages.generate import check_room
+from stages.members import MemberConfig, check_same_tokenizer, member_updates
 from stages.optimizer import state_beside
-from stages.policy import (
-    OPTIMIZER_FILE,
-    PolicyConfig,
-    check_policy,
-    checkpoint_path,
-    context_length,
-    hub_config,
-    looks_local,
-)
-from stages.score import check_rewards, find_rewards
+from stages.policy import PolicyConfig
+from stages.score import find_rewards
 from stages.sources import SourceConfig, source_identity
 
 
@@ -54,7 +48,7 @@ class Wiring:
             return StageCall(policy.STAGE, anonymous, _with_optimizer(trained, config), {"policy": place})
         # a checkpoint is what its files are, wherever they lie
         anonymous = config.model_copy(update={"model": "local files"})
-        return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, policy.source_identity(str(source)))
+        return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, checkpoint_identity(str(source)))
 
     def prompts(self, iteration: int) -> StageCall:
         """Return the call that draws the training prompts of an iteration."""
@@ -206,20 +200,6 @@ class Wiring:
         return every > 0 and (num_updates % every == 0 or num_updates == self.config.iterations)
 
 
-def member_updates(member: MemberConfig, iteration: int) -> int | None:
-    """Return how many updates the member's policy has behind it, None for one from outside the run."""
-    if member.policy == CURRENT:
-        return iteration
-    if member.policy == "initial":
-        return 0
-    head, _, number = member.policy.partition(":")
-    if head == "age":
-        return max(iteration - int(number), 0)
-    if head != "iteration":
-        return None
-    return min(int(number), iteration)
-
-
 def _policy_of_run(path: Path) -> Artifact | None:
     """Return the artifact when an update has made the checkpoint, or when it is a fork's, with a state inside."""
     found = open_artifact(path) if is_finished(path) else None
@@ -240,70 +220,6 @@ def _with_optimizer(policy: Artifact, config: PolicyConfig) -> dict[str, Artifac
     return {"policy": policy, "optimizer": state_beside(policy)}
 
 
-def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None:
-    """Check that a policy from outside reads token ids as the run's policy does.
-
-    Raises:
-        PolicyError: when their tokenizers differ: ratios between them would mean nothing.
-    """
-    ours, theirs = (
-        {
-            n: a.manifest.files[n]["sha256"]
-            for n in ("tokenizer.json", "vocab.json", "tokenizer.model")
-            if n in a.manifest.files
-        }
-        for a in (initial, member)
-    )
-    if ours != theirs:
-        raise PolicyError(
-            f"the {name} has another tokenizer than the run's policy: token ids would mean different texts, and "
-            "importance ratios nothing; use one trained from the same model"
-        )
-
-
 def outside_members(config: RunConfig) -> list[MemberConfig]:
     """Return the members whose policy is a checkpoint from outside the run."""
     return [member for member in config.generate.plan() if member_updates(member, 1 << 30) is None]
-
-
-def preflight(config: RunConfig, run: RunDir) -> None:
-    """Fail on what can be known to be wrong before anything is written or started. Read-only.
-
-    A run that has its initial policy needs no longer what it was made of.
-
-    Raises:
-        GrpoError: of the kind that fits, one message.
-    """
-    from stages.sources import first_row
-
-    cores = len(os.sched_getaffinity(0))
-    for key, threads in (("generate", config.generate.num_threads), ("update", config.update.num_threads)):
-        if threads > cores:
-            raise ConfigError(
-                f"{key}.num_threads is {threads}, but this process may use {cores} cores: set it to {cores} or less "
-                "(another number of threads gives other bits)"
-            )
-    check_rewards(config.score, first_row(config.prompts).metadata)
-    if config.evaluate.source is not None:
-        first_row(config.evaluate.source)
-    if is_finished(run.initial_policy):
-        check_room(config.generate, context_length(check_policy(str(open_artifact(run.initial_policy).fetch()))))
-    elif config.starter is not None:
-        check_room(config.generate, config.starter.max_context)
-    elif looks_local(config.policy.model):
-        check_room(config.generate, context_length(check_policy(config.policy.model)))
-        if (trained := _policy_of_run(checkpoint_path(config.policy.model))) is not None:
-            for artifact in _with_optimizer(trained, config.policy).values():
-                artifact.check_sizes()
-    else:
-        check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
-    for member in outside_members(config):
-        check_policy(member.policy)
-    for offline in config.offline:
-        source = open_run(offline.run)
-        for iteration in offline.iterations:
-            if source.open(iteration, "completions").manifest.stage != generate.STAGE.name:
-                raise ConfigError(
-                    f"[[offline]] names {offline.run}, whose completions no policy of this program has sampled, so "
-                    "they cannot train: name a run that generated its own"
-                )

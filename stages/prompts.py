@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pipeline.errors import SourceError
 from pipeline.stage import Stage, StageTask
-from stages.policy import load_tokenizer
+from stages.checkpoints import load_tokenizer
 from stages.sources import SourceConfig, SourceRow, draw
 
 if TYPE_CHECKING:

@@ -12,18 +12,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import polars as pl
 from pydantic import Field
 
 from pipeline.config import StrictModel
 from pipeline.errors import SourceError
-from pipeline.remote import download_file, local_path
-from pipeline.run_dir import identity
-from pipeline.storage import sha256_file
+from pipeline.files import identity, sha256_file
+from pipeline.object_store import download_file, local_path
 from stages.rewards.reasoning_gym import import_reasoning_gym
+from stages.tables import FILE_SUFFIXES, file_records
 
 REASONING_GYM = "reasoning_gym:"
-FILE_SUFFIXES = (".jsonl", ".parquet", ".csv")
 ATTEMPTS_PER_ROW = 50
 
 Split = Literal["train", "held_out"]
@@ -157,28 +155,6 @@ def finite_rows(config: SourceConfig) -> list[SourceRow]:
     if not records:
         raise SourceError(f"{config.source} is empty: expected at least one row with a column {config.question_column}")
     return [_row(config, record, record) for record in records]
-
-
-def file_records(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a local file. CSV cells stay text: 007 is not 7."""
-    try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path).to_dicts()
-        if path.suffix == ".csv":
-            return pl.read_csv(path, infer_schema=False, raise_if_empty=False).to_dicts()
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} cannot be read as {path.suffix} ({error}): repair or convert it") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise SourceError(f"line {number} of {path} is not JSON ({error}): repair it") from error
-        if record is not None and not isinstance(record, dict):
-            raise SourceError(f"line {number} of {path} is not a JSON object: expected one row a line")
-        records += [record] if record else []
-    return records
 
 
 def _file(config: SourceConfig) -> Path | None:

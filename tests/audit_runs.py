@@ -6,7 +6,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pipeline.run_dir import RunDir, identity
+from pipeline.files import identity
+from pipeline.run_dir import RunDir
 from tests.builders import advantage_rows, completion_rows, fill, prompt_rows, write_artifact
 
 GROUPS = 24

@@ -6,9 +6,11 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.artifact import Artifact, ArtifactWriter, recipe_hash
+from pipeline.artifact import Artifact
 from pipeline.config import StrictModel
+from pipeline.manifest import recipe_hash
 from pipeline.schema import SCHEMAS
+from pipeline.writer import ArtifactWriter
 
 
 class NoConfig(StrictModel):

@@ -10,15 +10,15 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from flows.session import Session
-from pipeline.artifact import MANIFEST, content_hash, digest_of, recipe_hash
 from pipeline.conformance import conform
+from pipeline.files import sha256_file
+from pipeline.manifest import MANIFEST, content_hash, digest_of, recipe_hash
 from pipeline.run_dir import RunDir
-from pipeline.storage import sha256_file
 from stages.config import load_config
 from stages.engines.base import Engine, Request
 from stages.engines.scripted import ScriptedEngine
+from stages.inspect.metrics import append_metrics, iteration_metrics
 from stages.iteration import outside_members
-from stages.metrics import append_metrics, iteration_metrics
 from tests.policies import EOS
 
 CONFIG = """

@@ -8,7 +8,7 @@ from pipeline.run_dir import RunDir
 from stages.config import load_config
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
-from stages.metrics import append_metrics, iteration_metrics
+from stages.inspect.metrics import append_metrics, iteration_metrics
 from tests.policies import EOS
 
 CONFIG = """

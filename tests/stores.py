@@ -9,12 +9,13 @@ import s3fs
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from flows.session import Session
-from pipeline.remote import open_store
-from pipeline.run_dir import RunDir, run_at
+from pipeline.object_store import open_store
+from pipeline.run_dir import RunDir
+from pipeline.runs import run_at
 from stages.config import RunConfig, load_config
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
-from stages.metrics import append_metrics, iteration_metrics, recorded_metrics
+from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics
 from tests.policies import EOS
 from tests.small_run import CONFIG, DIGIT_0
 

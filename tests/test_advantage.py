@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantage import ADVANTAGE_COLUMNS, advantages, combine, normalize_each
+from grpo.advantage import ADVANTAGE_COLUMNS, advantages
+from grpo.combine import combine, normalize_each
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())["advantages"]
 

@@ -8,8 +8,9 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifact import is_finished, open_artifact
+from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, SchemaError
+from pipeline.manifest import is_finished
 from tests.builders import new_writer, prompt_rows, reward_rows, seal, write_artifact
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from flows.audit_findings import audit_run
+from flows.printing import Format
 from pipeline.errors import ArtifactMissing, ConfigError
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
-from stages.audit.config import AuditConfig
-from stages.audit.findings import AuditReport, Finding, RowRef
-from stages.audit.run import CHECKS, audit, load_audit_config
+from stages.inspect.audit.audit import CHECKS, audit, load_audit_config
+from stages.inspect.audit.findings import AuditReport, Finding, RowRef
+from stages.inspect.audit.thresholds import AuditConfig
 from tests import audit_runs
 from tests.audit_runs import Group, iterations_of, write_run
 

@@ -7,11 +7,11 @@ import polars as pl
 import pytest
 
 from pipeline.run_dir import RunDir
-from stages.audit.config import AuditConfig
-from stages.audit.findings import Outcome
-from stages.audit.material import load_material, names_reference
-from stages.audit.run import CHECKS
-from stages.audit.units import repeated_share, sequences
+from stages.inspect.audit.audit import CHECKS
+from stages.inspect.audit.findings import Outcome
+from stages.inspect.audit.material import load_material, names_reference
+from stages.inspect.audit.ngrams import repeated_share, sequences
+from stages.inspect.audit.thresholds import AuditConfig
 from tests.audit_runs import Group, write_run
 
 WORDS = [f"word{i}" for i in range(400)]

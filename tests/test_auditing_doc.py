@@ -16,13 +16,13 @@ import polars as pl
 import pytest
 
 from flows import cli
+from flows.printing import Format
 from flows.replay import print_replay
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
 from stages.config import recorded_config
-from stages.metrics import append_metrics, iteration_metrics
+from stages.inspect.metrics import append_metrics, iteration_metrics
+from stages.inspect.verify.verify import verify_run
 from stages.normalize import normalize_rows
-from stages.verify.run import verify_run
 from tests.finished import audited_run, fix_hashes, forge, manifest_of, replace_value
 
 ROOT = Path(__file__).parent.parent

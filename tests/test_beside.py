@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.beside import Beside
+from flows.background import Beside
 
 
 class State:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.batching import cut_microbatches
 from grpo.collate import collate
-from grpo.microbatches import cut_microbatches
 
 SCHEMA: dict[str, Any] = {
     "completion_id": pl.String,

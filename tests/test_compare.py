@@ -8,10 +8,10 @@ import polars as pl
 import pytest
 
 from flows import verification
+from flows.printing import Format
 from pipeline.artifact import open_artifact
-from pipeline.compare import Difference, compare_runs, first_difference
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
+from stages.inspect.run_diff import Difference, compare_runs, first_difference
 from tests.builders import completion_rows, write_artifact
 from tests.finished import finished_run
 

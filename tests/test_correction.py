@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo.aggregation import weigh_tokens
 from grpo.correction import Correction, CorrectionKind, correction_weights
-from grpo.loss import clipped_surrogate, importance_ratio, weigh_tokens
+from grpo.losses.base import importance_ratio
+from grpo.losses.clip import clipped_surrogate
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 GOLDEN: dict[str, Any] = VECTORS["off_policy"]["weights"]

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from flows import verification
-from pipeline.retention import prunable, prune
+from flows.printing import Format
+from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
 from stages.engines.base import EngineSettings
 from stages.engines.scripted import ScriptedEngine
 from stages.engines.transformers_engine import TransformersEngine
-from stages.verify.deep import CHECK, DeepSettings, Mismatch, check_logprobs, sample_rows
-from stages.verify.findings import Findings
+from stages.inspect.verify.ledger import Findings
+from stages.inspect.verify.logprobs import CHECK, DeepSettings, Mismatch, check_logprobs, sample_rows
 from tests.finished import finished_run, forge, replace_value
 from tests.policies import save_tiny_policy
 from tests.tiny_models import save_uniform_lm
@@ -208,9 +208,8 @@ def test_jsonl_has_the_figures_and_the_wrong_rows(run: RunDir, capsys: pytest.Ca
 
 
 def test_torch_is_imported_only_for_a_deep_audit() -> None:
-    code = (
-        "import sys, flows.commands.auditing, flows.verification, stages.verify.deep, flows.tokens, stages.closeness; "
-    )
+    code = "import sys, flows.commands.auditing, flows.verification, stages.inspect.verify.logprobs, flows.tokens; "
+    code += "import stages.inspect.checkpoint_diff; "
     code += "print([m for m in ('torch', 'vllm', 'prefect', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

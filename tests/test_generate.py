@@ -13,7 +13,8 @@ from pipeline.stage import StageCall, StageResult, run_stage
 from stages import generate
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
-from stages.generate import GenerateConfig, MemberConfig, check_room, request_seed
+from stages.generate import GenerateConfig, check_room, request_seed
+from stages.members import MemberConfig
 from tests.builders import prompt_rows, write_artifact
 from tests.policies import EOS
 

@@ -16,9 +16,9 @@ from stages.batch import BatchConfig, batch_rows
 from stages.config import RunConfig
 from stages.generate import GenerateConfig
 from stages.importing import import_completions, read_questions
-from stages.iteration import preflight
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.policy import PolicyConfig
+from stages.preflight import preflight
 from stages.prompts import PromptsConfig
 from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig

@@ -27,12 +27,12 @@ def test_the_generic_package_names_resolve_inside_the_repository(name: str) -> N
     [
         "flows.cli",
         "flows.look",
-        "flows.report",
+        "flows.report.render",
         "flows.verification",
         "pipeline.run_dir",
         "pipeline.schema",
         "stages.iteration",
-        "stages.verify.run",
+        "stages.inspect.verify.verify",
     ],
 )
 def test_looking_and_configuring_import_nothing_heavy(module: str) -> None:

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from flows import verification
+from flows.printing import Format
 from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
 from pipeline.lineage import ancestry, trace, updates_of
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
 from tests.finished import finished_run, fix_hashes, manifest_of
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from flows import look
-from pipeline.artifact import MANIFEST
+from flows.printing import Format, print_rows
+from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
-from pipeline.view import Format, print_rows
-from stages.metrics import recorded_metrics
+from stages.inspect.metrics import recorded_metrics
 from tests.finished import manifest_of
 from tests.policies import EOS
 from tests.small_run import DIGIT_0, make_small_run

@@ -1,4 +1,4 @@
-"""Tests of grpo.loss: the clipped surrogate, its clip counts, and the shares of the loss."""
+"""Tests of grpo.losses.clip: the clipped surrogate, its clip counts, and the shares of the loss."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.loss import clip_masks, clipped_surrogate, importance_ratio, weigh_tokens
+from grpo.aggregation import weigh_tokens
+from grpo.losses.base import importance_ratio
+from grpo.losses.clip import clip_masks, clipped_surrogate
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 LOSSES: dict[str, Any] = VECTORS["losses"]

@@ -1,4 +1,4 @@
-"""Tests of grpo.optimize: the gradient of an update, its records, and its state between calls."""
+"""Tests of grpo.train_step: the gradient of an update, its records, and its state between calls."""
 
 import hashlib
 import math
@@ -15,18 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo.correction import Correction
-from grpo.optimize import (
-    STEP_SCHEMA,
-    UpdateSettings,
-    deterministic,
-    learning_rate_at,
-    load_optimizer,
-    make_optimizer,
-    save_optimizer,
-    train_on_batches,
-)
+from grpo.optimizer import deterministic, learning_rate_at, load_optimizer, make_optimizer, save_optimizer
 from grpo.policy import load_policy, save_policy
 from grpo.records import RECORD_SCHEMA
+from grpo.settings import UpdateSettings
+from grpo.train_step import STEP_SCHEMA, train_on_batches
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
 

@@ -12,21 +12,25 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flows.rescore import fork_tables
 from flows.session import Session
-from pipeline.artifact import STORE_NOTE, is_finished, open_artifact
+from pipeline.artifact import open_artifact
 from pipeline.config import validate
 from pipeline.errors import ArtifactMissing, PolicyError
-from pipeline.remote import open_store
-from pipeline.retention import prunable, prune
-from pipeline.run_dir import RunDir, open_run
+from pipeline.manifest import STORE_NOTE, is_finished
+from pipeline.object_store import open_store
+from pipeline.prune import prunable, prune
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
 from pipeline.stage import StageCall, run_stage
 from stages import policy
+from stages.checkpoints import copy_tokenizer
 from stages.config import RunConfig, recorded_config
 from stages.engines.scripted import ScriptedEngine
-from stages.iteration import preflight
-from stages.optimizer import check_equal, resume
-from stages.policy import PolicyConfig, copy_tokenizer
-from stages.update import Trainer, UpdateConfig
-from stages.verify.run import verify_run
+from stages.inspect.verify.verify import verify_run
+from stages.policy import PolicyConfig
+from stages.preflight import preflight
+from stages.trainers.base import UpdateConfig
+from stages.trainers.local import Trainer
+from stages.trainers.resume import check_equal, resume
 from tests.finished import answer, finished_run, fix_hashes, manifest_of
 from tests.stores import new_machine, objects, start
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from pipeline import remote, store_lock
+from pipeline import object_store, store_lock
 from pipeline.errors import ArtifactMissing, StoreError, UsageError
-from pipeline.remote import open_store
-from pipeline.run_dir import RunDir, open_run, run_at
+from pipeline.object_store import open_store
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run, run_at
 from stages.config import RunConfig
 from stages.sources import SourceConfig, first_row
 from tests.stores import PART, ROWS, copy, digests, new_machine, objects, overwrite, small_config, start
@@ -101,11 +102,11 @@ def test_a_source_that_changed_on_the_store_is_downloaded_again_by_a_new_process
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overwrite(base, "rows.csv", b"question\n1\n")
-    assert remote.download_file(f"{base}/rows.csv").read_bytes() == b"question\n1\n"
+    assert object_store.download_file(f"{base}/rows.csv").read_bytes() == b"question\n1\n"
     overwrite(base, "rows.csv", b"question\n2\n")
-    assert remote.download_file(f"{base}/rows.csv").read_bytes() == b"question\n1\n"
-    remote._download_file.cache_clear()
-    assert remote.download_file(f"{base}/rows.csv").read_bytes() == b"question\n2\n"
+    assert object_store.download_file(f"{base}/rows.csv").read_bytes() == b"question\n1\n"
+    object_store._download_file.cache_clear()
+    assert object_store.download_file(f"{base}/rows.csv").read_bytes() == b"question\n2\n"
 
 
 def test_a_missing_run_is_named_by_its_url(base: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from flows.printing import Format
 from flows.replay import STAGES, print_replay
 from pipeline.errors import UsageError
-from pipeline.retention import prunable, prune
+from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
 from tests.finished import answer, finished_run, forge, replace_value

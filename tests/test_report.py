@@ -10,10 +10,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from flows.report import content_security_policy, for_script, say, write_report
-from flows.report_figures import draw, figure_specs
+from flows.report.figures import draw, figure_specs
+from flows.report.render import content_security_policy, for_script, say, write_report
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
-from stages.report import Report, heat
+from stages.inspect.report_data import Report, heat
 from tests.builders import advantage_rows, reward_rows, write_artifact
 from tests.report_runs import new_run, write_iteration
 
@@ -217,7 +217,7 @@ def test_drawings_have_the_pages_colours_and_no_inline_style() -> None:
 
 
 def test_every_colour_of_the_style_sheet_is_defined() -> None:
-    page = Path(__file__).parent.parent / "flows" / "report_page"
+    page = Path(__file__).parent.parent / "flows" / "report" / "page"
     style = (page / "page.css").read_text(encoding="utf-8")
     defined = set(re.findall(r"(--[\w-]+):", style))
     assert set(re.findall(r"var\((--[\w-]+)\)", style)) <= defined

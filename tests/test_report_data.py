@@ -8,12 +8,12 @@ import polars as pl
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from flows.report_figures import figure_specs
+from flows.report.figures import figure_specs
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
-from stages.report import collect, heat, measure, read_findings
-from stages.report_groups import TokenText, choose_groups, group_views, number
+from stages.inspect.report_data import collect, heat, measure, read_findings
+from stages.inspect.report_groups import TokenText, choose_groups, group_views, number
 from tests.builders import advantage_rows, completion_rows, fill, reward_rows, write_artifact
 from tests.report_runs import new_run, write_iteration
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.printing import Format
 from flows.rescore import choose_iterations, fork_tables, parse_iterations, rescore
 from flows.reward_diff import diff_rewards, what_if
 from flows.session import Session, SilentReporter
@@ -24,10 +25,10 @@ from pipeline.errors import (
     RewardError,
     UsageError,
 )
-from pipeline.run_dir import RunDir, open_run
-from pipeline.view import Format
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
 from stages.config import RunConfig, recorded_config
-from stages.metrics import iteration_metrics
+from stages.inspect.metrics import iteration_metrics
 from tests.small_run import make_small_run
 
 ROOT = Path(__file__).parent.parent

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from flows import verification
+from flows.printing import Format
 from flows.session import Session
-from pipeline.artifact import open_artifact
+from pipeline.artifact import PRUNED_NOTE, open_artifact, pruned_files
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.retention import PRUNED_NOTE, prunable, prune, pruned_files
+from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
 from stages.config import recorded_config
 from stages.engines.scripted import ScriptedEngine
 from tests.finished import answer, finished_run

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from pipeline.stage import import_function
+from pipeline.functions import import_function
 from stages.rewards.base import FACTS, Score
 from tests.judge_server import Reply, be_calm, fails, says, serve
 from tests.rewards_doc import MARK, PLACEHOLDERS, TARGET, read_cases, reward_functions, reward_table

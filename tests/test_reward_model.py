@@ -11,13 +11,13 @@ import polars as pl
 import pytest
 import torch
 
-from grpo.preference import preference_accuracy, preference_loss
 from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError, PolicyError, RewardError, SourceError
 from pipeline.run_dir import RunDir
 from pipeline.stage import StageResult
-from stages.preferences import draw_replay, read_preferences, without_duplicates
-from stages.reward_model import (
+from stages.reward_model.preference_loss import preference_accuracy, preference_loss
+from stages.reward_model.preferences import draw_replay, read_preferences, without_duplicates
+from stages.reward_model.reward_model import (
     RewardModelConfig,
     encode_pairs,
     load_reward_model_config,

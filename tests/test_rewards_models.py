@@ -123,7 +123,7 @@ def test_identities_hold_the_digest_instead_of_the_path_and_every_other_argument
 def test_importing_the_modules_imports_no_torch() -> None:
     names = ["embedding", "perplexity", "entailment", "preference_model", "satisfaction", "model_identity"]
     code = "import sys\n" + "".join(f"import stages.rewards.{name}\n" for name in names)
-    code += "import stages.reward_model\nprint([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code += "import stages.reward_model.reward_model\nprint([m for m in ('torch', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

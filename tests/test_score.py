@@ -8,9 +8,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from pipeline.artifact import ArtifactWriter
 from pipeline.errors import RewardError
 from pipeline.stage import StageCall, run_stage
+from pipeline.writer import ArtifactWriter
 from stages import score as stage
 from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import Artifact, is_finished
+from pipeline.artifact import Artifact
 from pipeline.config import StrictModel
 from pipeline.errors import ArtifactDamaged, OutOfSpace, RecipeMismatch
+from pipeline.manifest import is_finished
 from pipeline.stage import Stage, StageCall, StageTask, run_stage
 from tests.builders import prompt_rows, reward_rows, write_artifact
 

@@ -8,11 +8,11 @@ import pytest
 
 from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError, SourceError
-from stages.policy import load_tokenizer
+from stages.checkpoints import load_tokenizer
 from stages.sources import SourceConfig
-from stages.starter import StarterConfig, make_starter, warm_up
-from stages.starter_teacher import demonstrate, forget_carry, slip
-from stages.starter_tokenizer import build_tokenizer
+from stages.starter.starter import StarterConfig, make_starter, warm_up
+from stages.starter.teacher import demonstrate, forget_carry, slip
+from stages.starter.tokenizer import build_tokenizer
 
 TEXTS = ["Calculate 57 + 83.", "Calculate 9 + 5.", "140", "14"]
 TINY = {"hidden_size": 32, "num_heads": 1, "num_kv_heads": 1, "num_layers": 1, "intermediate_size": 32, "steps": 3}

@@ -11,16 +11,18 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from flows.printing import Format
 from flows.tokens import COLUMNS, print_tokens, tell, token_rows
 from grpo.correction import Correction
-from grpo.optimize import UpdateSettings, make_optimizer, train_on_batches
+from grpo.optimizer import make_optimizer
 from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TOKEN_RECORD_SCHEMA
+from grpo.settings import UpdateSettings
+from grpo.train_step import train_on_batches
 from pipeline.conformance import check_schema, conform
 from pipeline.errors import SchemaError, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
-from pipeline.view import Format
-from stages.verify.run import verify_run
+from stages.inspect.verify.verify import verify_run
 from tests.finished import DIGIT_0, finished_run
 from tests.policies import EOS
 from tests.small_run import make_small_run

@@ -12,8 +12,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from pipeline.functions import import_function
 from pipeline.run_dir import RunDir
-from pipeline.stage import import_function
 from stages.config import load_config
 from stages.importing import import_completions, read_completions, read_questions
 from stages.rewards.base import Score
@@ -210,10 +210,10 @@ def test_the_five_rewards_together_put_the_kinds_of_answers_in_their_order() -> 
 
 
 def test_the_imported_example_can_be_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.printing import Format
     from flows.session import Session
     from flows.verification import print_verification
     from pipeline.run_dir import RunDir
-    from pipeline.view import Format
     from stages.config import load_config
     from stages.importing import import_completions
 

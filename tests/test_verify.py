@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import verification
-from pipeline.artifact import MANIFEST
+from flows.printing import Format
 from pipeline.conformance import conform
-from pipeline.retention import prunable, prune
+from pipeline.manifest import MANIFEST
+from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
-from pipeline.view import Format
-from stages.verify.findings import CHECKS, Findings, Problem, compare
-from stages.verify.run import verify_run
+from stages.inspect.verify.ledger import CHECKS, Findings, Problem, compare
+from stages.inspect.verify.verify import verify_run
 from tests.finished import finished_run, fix_chain, fix_hashes, forge, manifest_of, replace_value
 
 
@@ -395,6 +395,8 @@ def test_a_ledger_of_nothing_is_fine() -> None:
 
 def test_the_audit_imports_nothing_heavy() -> None:
     heavy = "('torch', 'vllm', 'prefect')"
-    code = f"import sys, flows.verification, stages.verify.run; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import sys, flows.verification, stages.inspect.verify.verify; print([m for m in {heavy} if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

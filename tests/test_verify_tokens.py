@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 
 from pipeline.run_dir import RunDir
-from stages.verify.files import open_all
-from stages.verify.findings import Findings
-from stages.verify.tokens import check_tokens
+from stages.inspect.verify.files import open_all
+from stages.inspect.verify.ledger import Findings
+from stages.inspect.verify.tokens import check_tokens
 from tests.finished import finished_run, forge, replace_value
 
 FORGERY = Callable[[pl.DataFrame], pl.DataFrame]

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PARENT = """
 import subprocess, sys, time
-from flows.watchdog import temporary_server_watched
+from flows.prefect_server import temporary_server_watched
 sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
 server = subprocess.Popen([*sleep, "prefect.server"], start_new_session=True)
 other = subprocess.Popen([*sleep, "something else"], start_new_session=True)

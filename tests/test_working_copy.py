@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from flows import look
-from pipeline.artifact import is_finished
+from flows.printing import Format
 from pipeline.errors import ArtifactDamaged, UsageError
-from pipeline.remote import open_store
-from pipeline.run_dir import RunDir, open_run, run_at
-from pipeline.view import Format
+from pipeline.manifest import is_finished
+from pipeline.object_store import open_store
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run, run_at
 from stages.config import RunConfig
 from tests.builders import reward_rows, write_artifact
 from tests.policies import EOS

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from flows.commands.common import Iteration, Output, Run, answer, app, start_working
+from flows.printing import Format
 from pipeline.errors import UsageError
-from pipeline.view import Format
 
 
 @app.command()
@@ -32,7 +32,7 @@ def verify(
 
     settings = None
     if deep:
-        from stages.verify.deep import DeepSettings
+        from stages.inspect.verify.logprobs import DeepSettings
 
         settings = DeepSettings(deep_rows, deep_seed, deep_threshold)
     answer(verification.print_verification(run, limit, format_, deep=settings))
@@ -109,7 +109,7 @@ def replay(
     """
     from flows.look import last_iteration
     from flows.replay import DATASET_OF, print_replay
-    from pipeline.run_dir import open_run
+    from pipeline.runs import open_run
 
     if all_ and iteration is not None:
         raise UsageError("--all and --iteration exclude each other: give one")
@@ -148,7 +148,7 @@ def report(
 
     Example: grpo report runs/demo
     """
-    from flows.report import write_report
+    from flows.report.render import write_report
 
     place, made = write_report(run, output, findings=findings, groups=groups, megabytes=megabytes, seed=seed)
     shown, total = made.counts["shown_groups"], made.counts["groups"]

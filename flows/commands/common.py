@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.view import Format
+from flows.printing import Format
 
 app = typer.Typer(
     help="Train language models with GRPO, with every step of it a dataset.",

@@ -6,7 +6,7 @@ import typer
 
 from flows import look
 from flows.commands.common import Iteration, Limit, Output, Run, app
-from pipeline.view import Format
+from flows.printing import Format
 
 
 @app.command()

@@ -17,7 +17,7 @@ from flows.commands.common import (
     named_after,
     start_working,
 )
-from pipeline.view import Format
+from flows.printing import Format
 
 reward_app = typer.Typer(help="Write and try reward functions.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(reward_app, name="reward")
@@ -61,11 +61,11 @@ def rescore(
 
     Example: grpo rescore runs/demo configs/terse.toml --iterations 0-9
     """
+    from flows.printing import print_rows
     from flows.progress import TerminalReporter
     from flows.rescore import parse_iterations, summary
     from flows.rescore import rescore as rescore_run
-    from pipeline.run_dir import open_run, run_at
-    from pipeline.view import print_rows
+    from pipeline.runs import open_run, run_at
 
     source = open_run(run)
     directory = new or named_after(run, config.stem)
@@ -104,7 +104,7 @@ def import_(
     """
     from flows.progress import TerminalReporter
     from flows.session import open_session
-    from pipeline.run_dir import run_at
+    from pipeline.runs import run_at
     from stages.config import check_unchanged, load_config
     from stages.importing import import_completions
     from stages.score import check_rewards
@@ -138,8 +138,8 @@ def reward_model(
     Example: grpo reward-model my_preferences.toml
     """
     from flows.progress import TerminalReporter
-    from stages.reward_model import load_reward_model_config, train_reward_model
-    from stages.update import resolve_device
+    from stages.reward_model.reward_model import load_reward_model_config, train_reward_model
+    from stages.trainers.local import resolve_device
 
     settings = load_reward_model_config(config, overrides)
     start_working()

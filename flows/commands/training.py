@@ -28,9 +28,9 @@ def _train(config: Path, place: str, overrides: list[str] | None) -> None:
     from flows.environment import prepare
 
     prepare()
-    from pipeline.run_dir import run_at
+    from pipeline.runs import run_at
     from stages.config import check_unchanged, load_config
-    from stages.iteration import preflight
+    from stages.preflight import preflight
 
     settings = load_config(config, overrides)
     run = run_at(place)
@@ -72,11 +72,11 @@ def fork(
     Example: grpo fork runs/demo configs/terse.toml --at 20 --offline 5
     """
     from flows.rescore import fork_tables, write_fork
-    from pipeline.artifact import is_finished
     from pipeline.config import validate
-    from pipeline.run_dir import open_run, run_at
+    from pipeline.manifest import is_finished
+    from pipeline.runs import open_run, run_at
     from stages.config import RunConfig, check_unchanged
-    from stages.iteration import preflight
+    from stages.preflight import preflight
 
     source = open_run(run)
     place = new or named_after(run, f"{config.stem}-{at}")
@@ -106,8 +106,8 @@ def stage(
     """
     from flows.progress import TerminalReporter
     from flows.session import open_session
-    from pipeline.artifact import is_finished
-    from pipeline.run_dir import open_run
+    from pipeline.manifest import is_finished
+    from pipeline.runs import open_run
     from stages.config import recorded_config
 
     names = ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer", "evaluate")

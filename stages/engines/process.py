@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.errors import EngineError, GrpoError
+from stages.checkpoints import read_layout
 from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, OnProgress, Request, Sampling, not_loaded
-from stages.engines.checkpoint import read_layout
 from stages.engines.child import Child
 from stages.engines.worker import Failed, Generate, Load, Progress, build_engine
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from pipeline.errors import ConfigError, EngineError
+from stages.checkpoints import read_layout
 from stages.engines.base import (
     EngineInfo,
     EngineSettings,
@@ -19,7 +20,6 @@ from stages.engines.base import (
     check_requests,
     not_loaded,
 )
-from stages.engines.checkpoint import read_layout
 
 PROCESSED = "processed_logprobs"
 """vLLM's own default, raw_logprobs, ignores temperature and filters."""

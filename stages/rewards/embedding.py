@@ -6,7 +6,7 @@ from typing import Any, Literal
 import polars as pl
 
 from pipeline.errors import RewardError
-from stages.policy import looks_local
+from stages.checkpoints import looks_local
 from stages.rewards.base import Score
 from stages.rewards.frozen_models import MODELS_KEPT, Unscored, first_line, limited_threads, reward_frame
 from stages.rewards.model_identity import model_identity, model_source

@@ -11,7 +11,7 @@ import polars as pl
 import regex
 
 from pipeline.errors import RewardError
-from pipeline.stage import import_function
+from pipeline.functions import import_function
 from stages.rewards.answers import NOTHING_WITHIN, SECONDS_PER_SEARCH, answer_part, compiled, shown
 from stages.rewards.base import Score
 

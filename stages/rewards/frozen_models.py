@@ -8,9 +8,9 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.artifact import canonical_json
 from pipeline.errors import RewardError
-from stages.policy import context_length, looks_local
+from pipeline.manifest import canonical_json
+from stages.checkpoints import context_length, looks_local
 from stages.rewards.base import Score
 from stages.rewards.model_identity import model_source
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.artifact import canonical_json
 from pipeline.config import StrictModel
 from pipeline.errors import GrpoError, RewardError
-from pipeline.stage import import_function
-from pipeline.storage import sha256_text
+from pipeline.files import sha256_text
+from pipeline.functions import import_function
+from pipeline.manifest import canonical_json
 from stages.rewards.base import FACTS
 
 OWN_PACKAGES = ("pipeline", "grpo", "stages", "flows")

@@ -14,9 +14,9 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.artifact import canonical_json
 from pipeline.errors import RewardError
-from pipeline.storage import sha256_text
+from pipeline.files import sha256_text
+from pipeline.manifest import canonical_json
 from stages.rewards import judge_prompt, judge_verdict
 from stages.rewards.judge_cache import Answer, JudgementCache, request_hash
 from stages.rewards.judge_client import Endpoint, ask_all

@@ -20,11 +20,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifact import canonical_json
 from pipeline.conformance import check_schema, conform
 from pipeline.errors import RewardError
+from pipeline.files import atomic_write, sha256_text
+from pipeline.manifest import canonical_json
 from pipeline.schema import SCHEMAS
-from pipeline.storage import atomic_write, sha256_text
 
 SAVE_SECONDS = 5.0
 """Answers that a kill -9 can lose are at most this old."""

@@ -3,10 +3,10 @@
 from functools import cache
 from pathlib import Path
 
-from pipeline.artifact import MANIFEST
 from pipeline.errors import RewardError
-from pipeline.storage import sha256_file, sha256_text
-from stages.policy import looks_local
+from pipeline.files import sha256_file, sha256_text
+from pipeline.manifest import MANIFEST
+from stages.checkpoints import looks_local
 
 BESIDE_THE_MODEL = (MANIFEST, "optimizer", "README.md")
 """What may lie in a checkpoint's directory and no inference reads; the manifest has clock times in it."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import polars as pl
 
 from pipeline.errors import RewardError
-from stages.policy import context_length, looks_local
+from stages.checkpoints import context_length, looks_local
 from stages.rewards.base import Score
 from stages.rewards.frozen_models import (
     MODELS_KEPT,

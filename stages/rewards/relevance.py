@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import RewardError
-from pipeline.storage import sha256_file
+from pipeline.files import sha256_file
 from stages.rewards.base import Score
 from stages.rewards.text import MOST_LISTED, content_words
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import polars as pl
 
 from pipeline.errors import RewardError
-from pipeline.storage import sha256_file
+from pipeline.files import sha256_file
 from stages.rewards.base import Score
 from stages.rewards.frozen_models import Unscored, reward_frame
+from stages.tables import read_table, require_columns
 
 Method = Literal["win_rate", "bradley_terry"]
 TOLERANCE = 1e-12
@@ -111,31 +112,6 @@ def bradley_terry(comparisons: Iterable[tuple[str, str, bool]], prior: float) ->
                 break
         scores.update({key: math.log(strength) for key, strength in strengths.items()})
     return scores
-
-
-def read_table(path: Path) -> pl.DataFrame:
-    """Return the rows of a .jsonl, .csv or .parquet file; CSV cells stay text, so that ids do. Read-only.
-
-    Raises:
-        RewardError: when it does not exist, cannot be read, or is of another kind.
-    """
-    try:
-        if path.suffix == ".jsonl":
-            return pl.read_ndjson(path, infer_schema_length=None)
-        if path.suffix == ".csv":
-            return pl.read_csv(path, infer_schema=False)
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        raise RewardError(f"{path} cannot be read as {path.suffix} ({error}): correct the path, or the file") from error
-    raise RewardError(f"{path} ends in {path.suffix!r}: expected .jsonl, .csv or .parquet; convert it")
-
-
-def require_columns(rows: pl.DataFrame, path: Path, needed: Iterable[str]) -> None:
-    """Raise RewardError when the file lacks columns."""
-    missing = [name for name in needed if name not in rows.columns]
-    if missing:
-        raise RewardError(f"{path} has the columns {rows.columns}: expected also {missing}; rename or add them")
 
 
 def _file_sha256(file: str) -> str:

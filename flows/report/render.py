@@ -1,0 +1,305 @@
+"""`grpo report`: one HTML file about a run that opens anywhere, without a network.
+
+The page is data plus a fixed script and style sheet, whose hashes stand in its Content-Security-Policy: nothing that a
+model wrote can run, be loaded, or change how the page looks. Answers travel as JSON and become text nodes.
+"""
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from markupsafe import Markup
+
+from flows.report.figures import Drawn, FigureSpec, draw, figure_specs
+from pipeline.errors import UsageError
+from pipeline.files import atomic_write
+from pipeline.runs import open_run
+from stages.inspect.report_data import FINDING_ROWS, Finding, Report, collect, read_findings
+from stages.inspect.report_groups import TAIL_TOKENS
+
+PAGE = Path(__file__).parent / "page"
+TABLE_ROWS = 40
+MOST_FINDINGS = 200
+BYTES_PER_MEGABYTE = 1_000_000
+
+GLANCE = {
+    "reward_mean": ("mean reward", False),
+    "pass_rate": ("pass rate, training", True),
+    "eval_pass_at_1": ("pass rate, held-out, greedy", True),
+    "zero_variance_share": ("groups that told nothing", True),
+    "unscored_share": ("answers without a reward", True),
+    "completion_tokens_mean": ("tokens of an answer, mean", False),
+    "truncated_share": ("answers cut at max_tokens", True),
+    "entropy": ("entropy, nats", False),
+    "kl_to_sampler": ("KL to the sampler, nats", False),
+    "clip_high_share": ("tokens clipped, A > 0", True),
+    "clip_low_share": ("tokens clipped, A < 0", True),
+    "age_mean": ("updates behind, mean", False),
+    "ess_rows": ("effective sample size", True),
+    "grad_norm": ("gradient norm", False),
+}
+"""Measure -> its name for a reader, and whether it is a share."""
+
+
+def write_report(
+    run: str | Path,
+    output: Path | None = None,
+    *,
+    findings: Path | None = None,
+    groups: int = 12,
+    megabytes: float = 10.0,
+    seed: int = 0,
+) -> tuple[Path, Report]:
+    """Write the report of a run, by default beside its iterations as `report.html`; return its path and contents.
+
+    ``findings`` is a file that `stages.inspect.report_data.read_findings` reads. The run itself is only read.
+
+    Raises:
+        UsageError: when an argument makes no sense, or the findings cannot be read.
+        ArtifactMissing: when there is no run.
+        ArtifactDamaged: when a file of the run differs from its manifest.
+    """
+    if groups < 1 or not 0 < megabytes < float("inf"):
+        raise UsageError(f"groups is {groups} and megabytes {megabytes:g}: give at least one group and some room")
+    directory = open_run(run)
+    found = None
+    if findings is not None:
+        try:
+            found = read_findings(findings.read_text(encoding="utf-8"), findings)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{findings} cannot be read ({error}): name a file of an audit's findings") from error
+    report = collect(directory, found, groups=groups, most_bytes=int(megabytes * BYTES_PER_MEGABYTE), seed=seed)
+    place = output or directory.root / "report.html"
+    try:
+        with atomic_write(place) as temporary:
+            temporary.write_text(render(report), encoding="utf-8", newline="\n")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise UsageError(f"{place} cannot be written ({error.strerror}): name another file with --output") from error
+    return place, report
+
+
+def render(report: Report) -> str:
+    """Return the page. The same report gives the same bytes."""
+    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    sections: dict[str, list[Drawn]] = {}
+    missing: list[FigureSpec] = []
+    for spec in figure_specs():
+        figure = draw(spec, report)
+        if figure is None:
+            missing.append(spec)
+        else:
+            sections.setdefault(spec.section, []).append(figure)
+    shown = {k: {view["group_id"] for view in views} for k, views in report.groups.items() if views}
+    data = {
+        "iterations": report.iterations,
+        "charts": {
+            figure.spec.name: {"box": figure.box, "limits": figure.limits, "series": _rounded(figure.series)}
+            for figures in sections.values()
+            for figure in figures
+            if figure.series and figure.svg
+        },
+        "shown": {k: len(groups) for k, groups in shown.items()},
+        "tail_tokens": TAIL_TOKENS,
+    }
+    ranked = sorted(report.findings or [], key=lambda f: {"error": 0, "warning": 1}.get(f.severity, 2))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html").render(
+        report=report,
+        policy=content_security_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        num_iterations=count(len(report.iterations), "iteration"),
+        count=count,
+        glance=_glance(report),
+        sections={title: [_figure(report, figure) for figure in figures] for title, figures in sections.items()},
+        findings=[_finding(finding, shown) for finding in ranked[:MOST_FINDINGS]],
+        num_more_findings=max(0, len(ranked) - MOST_FINDINGS),
+        severities=Counter(finding.severity for finding in ranked),
+        selection=_selection(report),
+        left_out=_left_out(report, missing),
+        page_data=for_script(data),
+        group_data={k: for_script(views) for k, views in report.groups.items() if views},
+    )
+
+
+def content_security_policy(style: str, script: str) -> str:
+    """Return a policy under which nothing is loaded, and nothing but these two texts runs or styles."""
+    return (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def for_script(value: Any) -> Markup:
+    """Return JSON that cannot end, or be taken for, the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def count(number: int, noun: str) -> str:
+    """Return "1 group", "2 groups"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def say(value: float | None, *, is_share: bool = False) -> str:
+    """Return a number as a reader wants it: four digits, shares in percent, nothing for what is not stored."""
+    if value is None:
+        return ""
+    if is_share:
+        return f"{value:.1%}" if abs(value) >= 0.001 else "0" if value == 0 else f"{100 * value:.1g}%"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    else:
+        text = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return text.replace("-", "\u2212")
+
+
+def _rounded(series: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
+    return {label: [None if v is None else float(f"{v:.5g}") for v in values] for label, values in series.items()}
+
+
+def _known(report: Report, values: list[float | None]) -> list[tuple[int, float]]:
+    return [(k, v) for k, v in zip(report.iterations, values, strict=True) if v is not None]
+
+
+def _glance(report: Report) -> list[dict[str, Any]]:
+    rows = []
+    for name, (label, is_share) in GLANCE.items():
+        known = _known(report, report.series.get(name, []) or [None] * len(report.iterations))
+        if not known:
+            continue
+        points: list[tuple[int | str, float]] = [*known]
+        if (initial := report.initial.get(name)) is not None:
+            points.insert(0, ("the start", initial))
+        ends = (points[0], points[-1], min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1]))
+        texts = [say(value, is_share=is_share) for _, value in ends]
+        is_constant = len(set(texts)) == 1
+        wheres = [None if is_constant else where for where, _ in ends]
+        rows.append({"label": label, "cells": list(zip(texts, wheres, strict=True))})
+    return rows
+
+
+def _figure(report: Report, drawn: Drawn) -> dict[str, Any]:
+    spec = drawn.spec
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "svg": Markup(drawn.svg),
+        "caption": drawn.note + spec.caption + _limit(report, spec.name),
+        "summary": [_summary(report, label, values, spec.is_share) for label, values in drawn.series.items()],
+        "table": _table(report, drawn) if drawn.series and drawn.svg else None,
+        "has_cursor": bool(drawn.series and drawn.svg),
+    }
+
+
+def _limit(report: Report, name: str) -> str:
+    if name == "length" and report.max_tokens is not None:
+        return f" The limit is {report.max_tokens:,}."
+    if name == "pass-rate" and report.pass_threshold is not None:
+        text = f" The threshold is {report.pass_threshold:g}."
+        if (initial := report.initial.get("eval_pass_at_1")) is not None:
+            text += f" Before training the held-out greedy rate was {say(initial, is_share=True)}."
+        return text
+    return ""
+
+
+def _summary(report: Report, label: str, values: list[float | None], is_share: bool) -> str:
+    known = _known(report, values)
+    low, high = min(known, key=lambda p: p[1]), max(known, key=lambda p: p[1])
+    first, last, least, most = (say(v, is_share=is_share) for v in (known[0][1], known[-1][1], low[1], high[1]))
+    if least == most:
+        return f"{label}: {first} throughout"
+    return f"{label}: {first} \u2192 {last} (lowest {least} at {low[0]}, highest {most} at {high[0]})"
+
+
+def _table(report: Report, drawn: Drawn) -> dict[str, Any]:
+    """Return the rows under a figure: all iterations, or so many spread evenly from the first to the last."""
+    total = len(report.iterations)
+    positions = range(total)
+    shown = ""
+    if total > TABLE_ROWS:
+        positions = sorted({round(i * (total - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)})  # type: ignore[assignment]
+        shown = f" ({len(positions)} of {total:,} iterations; grpo metrics prints all)"
+    rows = [
+        [report.iterations[p], *(say(values[p], is_share=drawn.spec.is_share) for values in drawn.series.values())]
+        for p in positions
+    ]
+    return {"labels": list(drawn.series), "rows": rows, "shown": shown}
+
+
+def _finding(finding: Finding, shown: dict[int, set[str]]) -> dict[str, Any]:
+    rows = []
+    for row in finding.rows[:FINDING_ROWS]:
+        names = [f"iteration {row.iteration}"]
+        is_said = row.completion_id is not None and row.completion_id.startswith(row.group_id or "")
+        names += [f"group {row.group_id}"] if row.group_id is not None and not is_said else []
+        names += [f"answer {row.completion_id}"] if row.completion_id is not None else []
+        link = None
+        if row.group_id is not None and row.group_id in shown.get(row.iteration, set()):
+            parts = [str(row.iteration), row.group_id, *([row.completion_id] if row.completion_id else [])]
+            link = "#" + "/".join(["group", *(_component(part) for part in parts)])
+        rows.append({"text": ", ".join(names), "link": link})
+    kind = finding.severity if finding.severity in ("error", "warning") else "info"
+    return {
+        "check": finding.check,
+        "severity": finding.severity,
+        "kind": kind,
+        "message": finding.message,
+        "rows": rows,
+        "num_more": max(0, len(finding.rows) - FINDING_ROWS),
+    }
+
+
+def _component(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _selection(report: Report) -> str:
+    counts = report.counts
+    if not counts["shown_groups"]:
+        return "No group can be shown: the run has neither answers nor advantages, or they do not fit on the page."
+    if counts["shown_groups"] == counts["groups"]:
+        return f"All {count(counts['groups'], 'group')} of the run."
+    return (
+        f"{counts['shown_groups']:,} of {count(counts['groups'], 'group')} are on the page, chosen within each "
+        "iteration: those that an audit names, then by turns those with failed rewards, the widest spread of rewards, "
+        "the largest advantage, answers cut at max_tokens, and a sample that the seed decides. This is no fair sample "
+        "of the run; the curves are about all of it."
+    )
+
+
+def _left_out(report: Report, missing: list[FigureSpec]) -> list[str]:
+    lines = [f"{spec.title}: {spec.needs} of this run does not hold it." for spec in missing]
+    total = len(report.iterations)
+    for dataset, number in report.absent.items():
+        which = "any iteration" if number == total else f"{number:,} of {count(total, 'iteration')}"
+        lines.append(f"{dataset}: not stored for {which}.")
+    for dataset, number in report.elsewhere.items():
+        where = f"read from another run for {count(number, 'iteration')}"
+        lines.append(f"{dataset}: {where}; its seconds are not counted here.")
+    recorded = any("ratio" in m for views in report.groups.values() for view in views for m in view["members"])
+    if "training_records" not in report.absent and not recorded and report.counts["shown_groups"]:
+        lines.append(
+            "Importance ratios, correction weights and entropies by token: update.record_tokens is off, so that only "
+            "their means by answer are stored."
+        )
+    if report.findings is None:
+        lines.append("Findings of an audit: none were given.")
+    return lines

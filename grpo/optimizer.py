@@ -1,0 +1,117 @@
+"""AdamW, its schedule and its file."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.settings import UpdateSettings
+
+STATE_TENSORS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW knows about a parameter."""
+
+
+@dataclass
+class Optimizer:
+    """AdamW and how far it has come; outlives a call, and is saved beside the policy."""
+
+    adamw: torch.optim.AdamW
+    num_steps: int = 0
+    """Optimizer steps since the start of the run: the learning rate depends on nothing else."""
+
+
+def make_optimizer(model: PreTrainedModel, settings: UpdateSettings) -> Optimizer:
+    """Return a fresh optimizer of the model's trainable parameters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return Optimizer(torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps))
+
+
+def learning_rate_at(num_steps: int, settings: UpdateSettings) -> float:
+    """Return the learning rate of the optimizer step that follows ``num_steps`` finished ones."""
+    if num_steps < settings.warmup_steps:
+        return settings.learning_rate * (num_steps + 1) / settings.warmup_steps
+    if settings.schedule == "constant" or settings.total_steps is None:
+        return settings.learning_rate
+    progress = min((num_steps - settings.warmup_steps) / (settings.total_steps - settings.warmup_steps), 1.0)
+    remaining = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return settings.learning_rate * remaining
+
+
+def save_optimizer(optimizer: Optimizer, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Write the state by parameter name, as safetensors; the same state always gives the same bytes."""
+    tensors = {}
+    for name, parameter in _trainable(model).items():
+        # A parameter that has had no gradient yet has no state; zeros are what AdamW would start it with.
+        state = optimizer.adamw.state.get(parameter) or _fresh_state(parameter)
+        for key in STATE_TENSORS:
+            tensors[f"{name}/{key}"] = state[key].detach().cpu().contiguous()
+    # One metadata entry only: safetensors writes several in no fixed order.
+    save_file(tensors, path, metadata={"num_steps": str(optimizer.num_steps)})
+
+
+def load_optimizer(path: str | os.PathLike[str], model: PreTrainedModel, settings: UpdateSettings) -> Optimizer:
+    """Return the optimizer that ``save_optimizer`` wrote, bound to this model's parameters.
+
+    Raises:
+        ValueError: if the file was written for a model with other parameters.
+    """
+    optimizer = make_optimizer(model, settings)
+    parameters = _trainable(model)
+    expected = {
+        f"{name}/{key}": list(tensor.shape)
+        for name, parameter in parameters.items()
+        for key, tensor in _fresh_state(parameter, device="meta").items()
+    }
+    with safe_open(path, framework="pt") as file:
+        found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if found != expected:
+            odd = sorted(set(map(str, found.items())) ^ set(map(str, expected.items())))
+            raise ValueError(
+                f"{path} holds the optimizer state of another model ({len(odd)} differences, such as {odd[0]}): "
+                "expected the state saved with this policy; load the two from the same place"
+            )
+        optimizer.num_steps = int(file.metadata()["num_steps"])
+        for name, parameter in parameters.items():
+            state = {key: file.get_tensor(f"{name}/{key}") for key in STATE_TENSORS}
+            # AdamW keeps its step count on the CPU, whatever the device of the parameter.
+            optimizer.adamw.state[parameter] = {
+                key: tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+                for key, tensor in state.items()
+            }
+    return optimizer
+
+
+def deterministic(num_threads: int) -> None:
+    """Make torch give the same bits for the same inputs on the same hardware, in this process from now on.
+
+    The number of threads decides how sums are split, so other numbers of threads give other bits.
+    """
+    # cuBLAS reads this when its first handle is made, so it must be set before any work on a GPU.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _trainable(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Return the trainable parameters by name; a tied one appears once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _fresh_state(parameter: Tensor, device: str | None = None) -> dict[str, Tensor]:
+    """Return what AdamW starts a parameter with."""
+    return {
+        "exp_avg": torch.zeros_like(parameter, device=device),
+        "exp_avg_sq": torch.zeros_like(parameter, device=device),
+        "step": torch.zeros((), device=device),
+    }

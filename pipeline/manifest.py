@@ -1,0 +1,76 @@
+"""The manifest of an artifact, and the three hashes in it.
+
+``recipe`` says what should be computed, ``content`` what came out (names and bytes), ``digest`` both. A recipe holds
+the digests of the inputs, so digests form a Merkle chain: the digest of the last policy vouches for every row before
+it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import sha256_text
+
+MANIFEST_VERSION = 1
+MANIFEST = "manifest.json"
+STORE_NOTE = ".store.json"
+"""In an artifact of a working copy: its URL on the object store, where the files are that are not here."""
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    manifest_version: int
+    stage: str
+    stage_version: int
+    dataset: str
+    """Name of the schema; ``policy`` or ``optimizer`` for a checkpoint."""
+    config: dict[str, Any]
+    """The stage's resolved configuration and parameters (seed, iteration, hashes of user code)."""
+    inputs: dict[str, dict[str, str]]
+    """Name -> path relative to this artifact, and digest."""
+    files: dict[str, dict[str, Any]]
+    """Name -> rows (null for files that hold no rows), bytes, sha256."""
+    rows: int | None
+    drops: dict[str, int]
+    """Rows that stand in the data with a drop_reason, counted by reason."""
+    environment: dict[str, Any]
+    started_at: str
+    seconds: float
+    recipe: str
+    content: str
+    digest: str
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether a finished artifact stands at ``path``. Read-only."""
+    return (path / MANIFEST).is_file()
+
+
+def recipe_hash(stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Return the hash of what should be computed; ``inputs`` are names and digests."""
+    parts = {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs)}
+    return sha256_text(canonical_json(parts))
+
+
+def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
+    """Return the hash of what came out: the kind of data and every file's name and bytes."""
+    return sha256_text(canonical_json([dataset, {name: facts["sha256"] for name, facts in files.items()}]))
+
+
+def digest_of(recipe: str, content: str) -> str:
+    """Return the hash that vouches for an artifact and for everything it was made from."""
+    return sha256_text(canonical_json([recipe, content]))

@@ -1,0 +1,187 @@
+"""Writing an artifact: parts first, the manifest last, then one rename.
+
+An artifact is written in a hidden directory next to its place. Every part is renamed into it when it is whole, so a
+killed process leaves finished parts that the next one keeps. Sealing writes the manifest and renames the directory.
+"""
+
+import os
+import shutil
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifact import Artifact
+from pipeline.files import atomic_write, explain_full_device, sha256_file, sync_file, write_text
+from pipeline.manifest import MANIFEST, MANIFEST_VERSION, Manifest, content_hash, digest_of, is_finished
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+RECIPE_NOTE = "recipe"
+PARTS = "part-*.parquet"
+ROW_GROUP_ROWS = 65_536
+HASH_THREADS = 2
+"""Files hashed and synced at once when an artifact is sealed."""
+
+
+def remove_artifact(place: Path) -> None:
+    """Remove an artifact such that a kill in between leaves no half one under its name."""
+    doomed = doomed_directory(place)
+    shutil.rmtree(doomed, ignore_errors=True)
+    place.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def doomed_directory(place: Path) -> Path:
+    """Return where an artifact goes that is being removed; debris unless a process is at it."""
+    return place.with_name(f".{place.name}.doomed")
+
+
+@dataclass(slots=True)
+class ArtifactWriter:
+    """Writes one artifact; see the module's description for what survives a kill.
+
+    A writer whose place holds unfinished parts of the same recipe takes them over.
+    """
+
+    place: Path
+    dataset: str
+    recipe: str
+    started: float = field(default_factory=time.time)
+    _counts: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)
+    """Of the parts that this process has written: rows, and rows dropped for each reason."""
+
+    @property
+    def directory(self) -> Path:
+        """Where files are written until the artifact is sealed."""
+        return self.place.with_name(f".{self.place.name}.partial")
+
+    def open(self) -> None:
+        """Make the hidden directory; keep finished parts of the same recipe, remove all other debris.
+
+        A directory without manifest in the artifact's place is debris too, such as an interrupted copy leaves.
+        """
+        note = self.directory / RECIPE_NOTE
+        shutil.rmtree(doomed_directory(self.place), ignore_errors=True)
+        if self.place.exists() and not is_finished(self.place):
+            remove_artifact(self.place)
+        with explain_full_device(self.place):
+            if not note.is_file() or note.read_text(encoding="utf-8") != self.recipe:
+                shutil.rmtree(self.directory, ignore_errors=True)
+                self.directory.mkdir(parents=True)
+                note.write_text(self.recipe, encoding="utf-8")
+            self.drop_unfinished()
+
+    def drop_unfinished(self) -> None:
+        """Remove what no later process could go on with: all but finished parts."""
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            if path.name != RECIPE_NOTE and not fnmatch(path.name, PARTS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def part_path(self, index: int) -> Path:
+        return self.directory / f"part-{index:05d}.parquet"
+
+    def has_part(self, index: int) -> bool:
+        """Return whether an earlier process finished this part."""
+        return self.part_path(index).is_file()
+
+    def write_part(self, index: int, frame: "pl.DataFrame") -> None:
+        """Check rows against the schema and commit them as one part. The bytes depend on the rows alone."""
+        import pyarrow.parquet as pq
+
+        from pipeline.conformance import conform
+
+        table = conform(frame, self.dataset)
+        with atomic_write(self.part_path(index)) as temporary:
+            pq.write_table(
+                table, temporary, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True
+            )
+        self._counts[self.part_path(index).name] = _drops(frame)
+
+    def _finish_files(self, names: list[str]) -> dict[str, str]:
+        """Return the files' hashes, their bytes safe on the device. Parts were synced when they were committed."""
+        paths = [self.directory / name for name in names]
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            for path in paths:
+                path.chmod(0o644)  # safetensors makes its files private
+            synced = [threads.submit(sync_file, path) for path in paths if path.suffix != ".parquet"]
+            hashes = dict(zip(names, threads.map(sha256_file, paths), strict=True))
+            for future in synced:
+                future.result()
+        return hashes
+
+    def seal(
+        self,
+        *,
+        stage: str,
+        stage_version: int,
+        config: dict[str, Any],
+        inputs: dict[str, Artifact],
+        environment: dict[str, Any],
+    ) -> Artifact:
+        """Write the manifest, then give the directory its name: from here on the artifact exists."""
+        found = (path for path in self.directory.rglob("*") if path.is_file() and path.name != RECIPE_NOTE)
+        names = sorted(path.relative_to(self.directory).as_posix() for path in found)
+        drops: Counter[str] = Counter()
+        files: dict[str, dict[str, Any]] = {}
+        with explain_full_device(self.place):
+            hashes = self._finish_files(names)
+            for name in names:
+                path = self.directory / name
+                rows = None
+                if name.endswith(".parquet"):
+                    rows, reasons = self._counts.get(name) or _count(path)
+                    drops.update(reasons)
+                files[name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": hashes[name]}
+            content = content_hash(self.dataset, files)
+            manifest = Manifest(
+                manifest_version=MANIFEST_VERSION,
+                stage=stage,
+                stage_version=stage_version,
+                dataset=self.dataset,
+                config=config,
+                inputs={n: {"path": _relative(a.path, self.place), "digest": a.digest} for n, a in inputs.items()},
+                files=files,
+                rows=sum(f["rows"] for f in files.values())
+                if any(f["rows"] is not None for f in files.values())
+                else None,
+                drops=dict(sorted(drops.items())),
+                environment=environment,
+                started_at=datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+                seconds=round(time.time() - self.started, 3),
+                recipe=self.recipe,
+                content=content,
+                digest=digest_of(self.recipe, content),
+            )
+            write_text(self.directory / MANIFEST, manifest.to_json())
+            (self.directory / RECIPE_NOTE).unlink()
+            # All bytes are on the device. The rename itself may go with the power; then the artifact is made again.
+            self.directory.rename(self.place)
+        return Artifact(self.place, manifest)
+
+
+def _count(path: Path) -> tuple[int, dict[str, int]]:
+    """Return the number of rows of a part and, where it has a drop_reason, the number dropped for each reason."""
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    columns = [name for name in pq.read_schema(path).names if name == "drop_reason"]
+    if not columns:
+        return pq.read_metadata(path).num_rows, {}
+    return _drops(pl.read_parquet(path, columns=columns))
+
+
+def _drops(frame: "pl.DataFrame") -> tuple[int, dict[str, int]]:
+    if "drop_reason" not in frame.columns:
+        return len(frame), {}
+    return len(frame), Counter(frame["drop_reason"].drop_nulls().to_list())
+
+
+def _relative(target: Path, start: Path) -> str:
+    return Path(os.path.relpath(target.resolve(), start.resolve())).as_posix()

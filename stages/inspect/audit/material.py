@@ -1,0 +1,211 @@
+"""What the checks look at: the answers of a run with their rewards, a sample of texts, windows. Read-only.
+
+Numbers come from all answers; texts of a fixed sample of whole groups per iteration (the first by group_id, which is a
+hash), so that memory is bounded and a second audit sees the same rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from pipeline.artifact import open_artifact
+from pipeline.errors import ArtifactMissing
+from pipeline.manifest import is_finished
+from pipeline.run_dir import RunDir
+from stages.inspect.audit.thresholds import AuditConfig
+
+TEXT_COLUMNS = ("completion", "prompt", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The rows of a run as the checks need them."""
+
+    iterations: list[int]
+    """Those that have completions."""
+    early: list[int]
+    late: list[int]
+    """The first and the last iterations, scored ones where any is; empty where the run is too short for a trend."""
+    answers: pl.DataFrame
+    """One row per answer, without its text: `answer_columns`."""
+    texts: pl.DataFrame
+    """The sampled groups' answers, with completion, prompt and reference."""
+    parts: pl.DataFrame
+    """iteration, completion_id, group_id, reward_name, reward: long format."""
+    prompts: pl.DataFrame
+    """iteration, prompt_id, prompt (all its messages), reference: one row per prompt and iteration."""
+    training: pl.DataFrame
+    """iteration, entropy, kl: one row per iteration that has trained."""
+    evaluations: pl.DataFrame
+    """iteration (updates behind the policy), prompt_id, group_id, completion_id, decoding, is_correct."""
+    held_out: pl.DataFrame
+    """prompt_id, prompt, reference of the evaluation questions."""
+    pass_threshold: float
+    weights: dict[str, float]
+    """Reward name -> weight; a name that is missing has weight 1."""
+    is_normalized_each: bool
+
+    @property
+    def scored(self) -> pl.DataFrame:
+        """The answers with a reward."""
+        return self.answers.filter(pl.col("reward").is_not_null())
+
+    @property
+    def informative(self) -> pl.DataFrame:
+        """The scored answers of groups whose rewards differ."""
+        reward = pl.col("reward")
+        return self.scored.filter((reward.max() - reward.min()).over("group_id") > 1e-9)
+
+    def window(self, frame: pl.DataFrame, window: list[int]) -> pl.DataFrame:
+        """Return the rows of a window's iterations."""
+        return frame.filter(pl.col("iteration").is_in(window))
+
+
+def load_material(run: RunDir, config: AuditConfig) -> Material:
+    """Return the material of a run, finished or not, scored or not.
+
+    Raises:
+        ArtifactMissing: when no iteration has completions.
+    """
+    iterations = [k for k in run.iterations() if run.has(k, "completions") and run.has(k, "prompts")]
+    if not iterations:
+        raise ArtifactMissing(f"{run.root} has no finished completions with their prompts yet: run it first")
+    answers, texts, parts, prompts = [], [], [], []
+    for iteration in iterations:
+        asked = _prompts(run.open(iteration, "prompts").scan(), config).with_columns(_at(iteration))
+        rows = _answers(run, iteration, asked, config)
+        sample = rows["group_id"].unique().sort().head(config.data.groups_per_iteration)
+        texts.append(rows.filter(pl.col("group_id").is_in(sample.implode())))
+        answers.append(rows.drop(TEXT_COLUMNS))
+        prompts.append(asked)
+        if run.has(iteration, "rewards"):
+            long = run.open(iteration, "rewards").scan()
+            names = ("completion_id", "group_id", "reward_name", "reward")
+            parts.append(long.select(_at(iteration), *names).collect())
+    settings = run.settings()
+    normalize, evaluate = settings.get("normalize") or {}, settings.get("evaluate") or {}
+    # a run that is still going has answers that are not scored yet: trends end before them
+    ended = [k for k in iterations if run.has(k, "advantages")] or iterations
+    width = max(1, min(int(len(ended) * config.data.window_share), config.data.window_most))
+    has_trend = len(ended) >= config.data.min_iterations
+    return Material(
+        iterations=iterations,
+        early=ended[:width] if has_trend else [],
+        late=ended[-width:] if has_trend else [],
+        answers=pl.concat(answers),
+        texts=pl.concat(texts),
+        parts=pl.concat(parts) if parts else pl.DataFrame(schema=PART_SCHEMA),
+        prompts=pl.concat(prompts),
+        training=_training(run, iterations),
+        evaluations=_evaluations(run),
+        held_out=_held_out(run, config),
+        pass_threshold=float(evaluate.get("pass_threshold", 1.0)),
+        weights=dict(normalize.get("weights") or {}),
+        is_normalized_each=normalize.get("combine") == "normalize_each",
+    )
+
+
+PART_SCHEMA = {
+    "iteration": pl.Int32,
+    "completion_id": pl.String,
+    "group_id": pl.String,
+    "reward_name": pl.String,
+    "reward": pl.Float64,
+}
+EVALUATION_SCHEMA = {
+    "iteration": pl.Int32,
+    "prompt_id": pl.String,
+    "group_id": pl.String,
+    "completion_id": pl.String,
+    "decoding": pl.String,
+    "is_correct": pl.Boolean,
+}
+
+
+def normalized(text: pl.Expr) -> pl.Expr:
+    """Return letters and digits only, in lower case, words set apart and framed by single spaces."""
+    return pl.format(" {} ", text.str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}]+", " ").str.strip_chars(" "))
+
+
+def names_reference(text: pl.Expr, reference: pl.Expr) -> pl.Expr:
+    """Return whether the reference stands in the text as whole words; null where there is none."""
+    wanted = normalized(reference)
+    is_told = wanted.str.contains(r"\S")
+    return pl.when(is_told).then(normalized(text).str.contains(wanted, literal=True))
+
+
+def _at(iteration: int) -> pl.Expr:
+    return pl.lit(iteration, pl.Int32).alias("iteration")
+
+
+def _prompts(frame: pl.LazyFrame, config: AuditConfig) -> pl.DataFrame:
+    contents = pl.col("messages").list.eval(pl.element().struct.field("content")).list.join("\n", ignore_nulls=True)
+    return (
+        frame.select("prompt_id", prompt=contents.str.head(config.data.characters), reference="reference_answer")
+        .unique("prompt_id", keep="first", maintain_order=True)
+        .collect()
+    )
+
+
+def _answers(run: RunDir, iteration: int, prompts: pl.DataFrame, config: AuditConfig) -> pl.DataFrame:
+    rows = run.open(iteration, "completions").scan()
+    frame = rows.select(
+        _at(iteration),
+        "completion_id",
+        "group_id",
+        "prompt_id",
+        "policy_name",
+        "finish_reason",
+        "completion",
+        num_tokens=pl.col("completion_token_ids").list.len().cast(pl.Int64),
+        num_characters=pl.col("completion").str.len_chars().cast(pl.Int64),
+    )
+    if run.has(iteration, "advantages"):
+        scored = run.open(iteration, "advantages").scan().select("completion_id", "reward", "advantage")
+        frame = frame.join(scored, on="completion_id", how="left", maintain_order="left")
+    else:
+        frame = frame.with_columns(
+            pl.lit(None, pl.Float64).alias("reward"),
+            pl.lit(None, pl.Float64).alias("advantage"),
+        )
+    return (
+        frame.join(prompts.lazy().drop("iteration"), on="prompt_id", how="left", maintain_order="left")
+        .with_columns(agrees=names_reference(pl.col("completion"), pl.col("reference")))
+        .with_columns(pl.col("completion").str.head(config.data.characters))
+        .collect()
+    )
+
+
+def _training(run: RunDir, iterations: list[int]) -> pl.DataFrame:
+    tokens = pl.col("num_tokens")
+
+    def token_mean(name: str) -> pl.Expr:
+        return (pl.col(name) * tokens).sum() / tokens.filter(pl.col(name).is_not_null()).sum()
+
+    rows = [
+        run.open(iteration, "training_records")
+        .scan()
+        .select(_at(iteration), entropy=token_mean("entropy_mean"), kl=token_mean("kl_to_sampler"))
+        .collect()
+        for iteration in iterations
+        if run.has(iteration, "training_records")
+    ]
+    schema = {"iteration": pl.Int32, "entropy": pl.Float64, "kl": pl.Float64}
+    return pl.concat(rows).fill_nan(None) if rows else pl.DataFrame(schema=schema)
+
+
+def _evaluations(run: RunDir) -> pl.DataFrame:
+    found: list[tuple[int, Any]] = []
+    if is_finished(run.initial_evaluations):
+        found.append((0, open_artifact(run.initial_evaluations)))
+    found += [(k + 1, run.open(k, "evaluations")) for k in run.iterations() if run.has(k, "evaluations")]
+    names = [name for name in EVALUATION_SCHEMA if name != "iteration"]
+    frames = [artifact.scan().select(_at(updates), *names).collect() for updates, artifact in found]
+    return pl.concat(frames) if frames else pl.DataFrame(schema=EVALUATION_SCHEMA)
+
+
+def _held_out(run: RunDir, config: AuditConfig) -> pl.DataFrame:
+    if not is_finished(run.held_out_prompts):
+        return pl.DataFrame(schema={"prompt_id": pl.String, "prompt": pl.String, "reference": pl.String})
+    return _prompts(open_artifact(run.held_out_prompts).scan(), config)

@@ -1,0 +1,143 @@
+"""metrics: what one iteration's artifacts say, as one row. Read-only; the flow appends it to `metrics.parquet`."""
+
+from typing import Any
+
+import polars as pl
+
+from pipeline.artifact import open_artifact
+from pipeline.conformance import conform
+from pipeline.files import atomic_write
+from pipeline.manifest import is_finished
+from pipeline.run_dir import RunDir
+from pipeline.schema import SCHEMAS
+from stages.evaluate import summarize
+
+STAGE_DATASETS = ("prompts", "completions", "rewards", "advantages", "batches", "policy", "evaluations")
+
+
+def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
+    """Return the row of a finished iteration."""
+    sampled, combined, flat, parts, trained, steps = pl.collect_all(
+        [
+            _sampled(run.open(iteration, "completions").scan()),
+            _combined(run.open(iteration, "advantages").scan(), pass_threshold),
+            _flat_groups(run.open(iteration, "advantages").scan()),
+            _parts(run.open(iteration, "rewards").scan()),
+            _trained(run.open(iteration, "training_records").scan()),
+            _steps(run.open(iteration, "optimizer_steps").scan()),
+        ]
+    )
+    seconds = _seconds(run, iteration)
+    training = {**trained.row(0, named=True), **steps.row(0, named=True)}
+    if training["num_trained"] == 0:
+        training |= dict.fromkeys(set(training) - {"num_trained", "num_tokens"})
+    num_tokens = sampled.drop_in_place("num_tokens").item()
+    row = {
+        **dict.fromkeys(SCHEMAS["metrics"].names),
+        "iteration": iteration,
+        **sampled.row(0, named=True),
+        **combined.row(0, named=True),
+        "zero_variance_share": flat.item(),
+        "rewards": parts.to_dicts(),
+        **training,
+        "generate_tokens_per_second": num_tokens / max(seconds["completions"], 1e-9)
+        if "completions" in seconds
+        else None,
+        "seconds": [{"stage": _stage(name), "seconds": value} for name, value in seconds.items()],
+    }
+    if "evaluations" in seconds:
+        row |= summarize(run.open(iteration, "evaluations").read())
+    return row
+
+
+def recorded_metrics(run: RunDir, iteration: int) -> dict[str, Any] | None:
+    """Return the iteration's row of `metrics.parquet`; None unless it was made of the very artifacts that are there.
+
+    The manifests tell: a restart need not read (of a run on an object store, download) the rows again. Read-only.
+    """
+    if not run.metrics.is_file():
+        return None
+    found = run.read_metrics().filter(pl.col("iteration") == iteration).to_dicts()
+    wanted = [{"stage": _stage(name), "seconds": value} for name, value in _seconds(run, iteration).items()]
+    return found[0] if found and found[0]["seconds"] == wanted else None
+
+
+def _seconds(run: RunDir, iteration: int) -> dict[str, float]:
+    """Return the seconds of each stage that this run has computed, not of what it took from another one."""
+    return {
+        name: open_artifact(place).manifest.seconds
+        for name in STAGE_DATASETS
+        if is_finished(place := run.place(iteration, name))
+    }
+
+
+def _stage(dataset: str) -> str:
+    verbs = {"completions": "generate", "rewards": "score", "advantages": "normalize", "batches": "batch"}
+    return {**verbs, "policy": "update", "evaluations": "evaluate"}.get(dataset, dataset)
+
+
+def _sampled(completions: pl.LazyFrame) -> pl.LazyFrame:
+    length = pl.col("completion_token_ids").list.len()
+    return completions.select(
+        completion_tokens_mean=length.mean(),
+        num_tokens=length.sum(),
+        truncated_share=(pl.col("finish_reason") == "length").mean(),
+        num_completions=pl.len(),
+    )
+
+
+def _combined(advantages: pl.LazyFrame, pass_threshold: float) -> pl.LazyFrame:
+    return advantages.select(
+        reward_mean=pl.col("reward").mean(),
+        reward_std=pl.col("reward").std(),
+        pass_rate=(pl.col("reward") >= pass_threshold).mean(),
+    )
+
+
+def _flat_groups(advantages: pl.LazyFrame) -> pl.LazyFrame:
+    groups = advantages.group_by("group_id").agg((pl.col("drop_reason") == "zero_variance").any().alias("flat"))
+    return groups.select(pl.col("flat").mean())
+
+
+def _parts(rewards: pl.LazyFrame) -> pl.LazyFrame:
+    return rewards.group_by(name="reward_name", maintain_order=True).agg(
+        pl.col("reward").mean().alias("mean"), pl.col("reward").is_null().sum().alias("null_count")
+    )
+
+
+def _trained(records: pl.LazyFrame) -> pl.LazyFrame:
+    tokens = pl.col("num_tokens")
+
+    def token_mean(column: str) -> pl.Expr:
+        return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
+
+    return records.select(
+        num_trained=pl.col("completion_id").n_unique(),
+        num_tokens=tokens.sum(),
+        entropy=token_mean("entropy_mean"),
+        kl_to_sampler=token_mean("kl_to_sampler"),
+        clip_low_share=pl.col("clipped_low_tokens").sum() / tokens.sum(),
+        clip_high_share=pl.col("clipped_high_tokens").sum() / tokens.sum(),
+    )
+
+
+def _steps(optimizer_steps: pl.LazyFrame) -> pl.LazyFrame:
+    return optimizer_steps.select(
+        loss=pl.col("loss").mean(),
+        grad_norm=pl.col("grad_norm").mean(),
+        learning_rate=pl.col("learning_rate").last(),
+    )
+
+
+def append_metrics(run: RunDir, row: dict[str, Any]) -> pl.DataFrame:
+    """Write the row into `metrics.parquet` in place of the one of the same iteration; return the table in order."""
+    import pyarrow.parquet as pq
+
+    schema = pl.DataFrame(SCHEMAS["metrics"].empty_table()).schema
+    frame = pl.DataFrame([row], schema=schema)
+    if run.metrics.is_file():
+        earlier = run.read_metrics().filter(pl.col("iteration") != row["iteration"])
+        frame = pl.concat([earlier, frame]).sort("iteration")
+    with atomic_write(run.metrics) as temporary:
+        pq.write_table(conform(frame, "metrics"), temporary, compression="zstd")
+    return frame

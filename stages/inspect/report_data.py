@@ -1,0 +1,384 @@
+"""What a report of a run says, as plain data: measures by iteration, distributions, groups to read. Read-only.
+
+Everything comes from the artifacts that `RunDir.open` finds; what an iteration does not have is left out. Columns that
+only `metrics.parquet` still knows, because their artifacts were removed, are taken from there.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.errors import UsageError
+from pipeline.manifest import is_finished
+from pipeline.run_dir import CHECKPOINTS, ITERATION_DATASETS, RunDir
+from stages.evaluate import summarize
+from stages.inspect.metrics import STAGE_DATASETS
+from stages.inspect.report_groups import TokenText, choose_groups, encoded_size, group_views
+
+FINDING_ROWS = 20
+"""Of a finding's rows so many lead to their group."""
+HEAT_BINS = 24
+HEAT_COLUMNS = 90
+"""More iterations than this share a column of a distribution."""
+
+Data = dict[str, pl.LazyFrame]
+Values = dict[str, float | None]
+Series = dict[str, list[float | None]]
+
+
+class FindingRow(BaseModel):
+    """Where a finding was made; a finding about a whole group or iteration leaves the narrower ids out."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    iteration: int
+    group_id: str | None = None
+    completion_id: str | None = None
+
+
+class Finding(BaseModel):
+    """One thing that an audit found; errors are shown first, then warnings, else the order is kept."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    check: str
+    severity: str
+    """error, warning or info; any other word is shown as it is."""
+    message: str
+    rows: list[FindingRow] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """A distribution by iteration: ``shares[column][bin]``; values beyond the edges count in the outer bins."""
+
+    edges: list[float]
+    spans: list[tuple[int, int]]
+    """First and last iteration of each column."""
+    shares: list[list[float]]
+    outside: int
+    """Values that lie beyond the edges."""
+
+
+@dataclass(slots=True)
+class Report:
+    """A run for a reader. Lists in ``series`` and ``families`` run along ``iterations``; None = not stored."""
+
+    name: str
+    facts: dict[str, str]
+    iterations: list[int]
+    series: Series
+    families: dict[str, Series]
+    """parts, errors, members, drops, seconds: a series for each reward, policy name, drop reason or stage."""
+    rewards: Heat | None
+    advantages: Heat | None
+    groups: dict[int, list[dict[str, Any]]]
+    counts: dict[str, int]
+    findings: list[Finding] | None
+    absent: dict[str, int] = field(default_factory=dict)
+    """Dataset -> number of iterations without it."""
+    elsewhere: dict[str, int] = field(default_factory=dict)
+    """Dataset -> number of iterations that read it from another run."""
+    initial: Values = field(default_factory=dict)
+    """The evaluation of the initial policy."""
+    max_tokens: int | None = None
+    pass_threshold: float | None = None
+
+
+def read_findings(text: str, where: object) -> list[Finding]:
+    """Return the findings of a JSON list, or of JSON lines.
+
+    Raises:
+        UsageError: when a finding lacks check, severity or message, or the text is no JSON.
+    """
+    try:
+        if not text.lstrip().startswith("["):
+            text = "[" + ",".join(line for line in text.splitlines() if line.strip()) + "]"
+        return TypeAdapter(list[Finding]).validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(step) for step in first["loc"]) or "the text"
+        raise UsageError(
+            f"{where} does not hold an audit's findings ({place}: {first['msg']}): expected a JSON list or JSON lines "
+            'of {"check", "severity", "message", "rows": [{"iteration", "group_id", "completion_id"}]}'
+        ) from error
+
+
+def collect(
+    run: RunDir, findings: list[Finding] | None = None, *, groups: int = 12, most_bytes: int = 10_000_000, seed: int = 0
+) -> Report:
+    """Return the report of a run with ``groups`` groups of each iteration at most. Read-only.
+
+    The groups take up to ``most_bytes`` of JSON, spread evenly over the iterations; those that an audit names come
+    first. ``seed`` picks the sampled ones.
+    """
+    settings = run.settings()
+    threshold = settings.get("evaluate", {}).get("pass_threshold")
+    iterations = run.iterations()
+    report = Report(
+        name=run.root.resolve().name,
+        facts=_facts(run, settings),
+        iterations=iterations,
+        series={},
+        families={},
+        rewards=None,
+        advantages=None,
+        groups={},
+        counts=dict.fromkeys(("completions", "groups", "shown_groups", "shown_completions"), 0),
+        findings=findings,
+        max_tokens=settings.get("generate", {}).get("max_tokens"),
+        pass_threshold=threshold,
+    )
+    if is_finished(run.initial_evaluations):
+        report.initial = summarize(open_artifact(run.initial_evaluations).read())
+    flagged = _flagged(findings or [])
+    tokens = TokenText(run)
+    used = 0
+    scored: list[pl.DataFrame] = []
+    for position, iteration in enumerate(iterations):
+        data = _open(run, iteration, report, position)
+        values, families = measure(data, iteration, threshold)
+        _add(report.series, values, position)
+        for family, members in families.items():
+            _add(report.families.setdefault(family, {}), members, position)
+        if "advantages" in data:
+            scored.append(data["advantages"].select("reward", "advantage").collect())
+        else:
+            scored.append(pl.DataFrame(schema={"reward": pl.Float64, "advantage": pl.Float64}))
+        chosen, num_groups = choose_groups(data, flagged.get(iteration, set()), groups, f"{seed}:{iteration}")
+        report.counts["groups"] += num_groups
+        report.counts["completions"] += int(values.get("num_completions") or 0)
+        shown = []
+        for view in group_views(data, iteration, chosen, tokens, _completions(findings or [])):
+            size = encoded_size(view)
+            if used + size <= (most_bytes if view["is_flagged"] else most_bytes * (position + 1) // len(iterations)):
+                used += size
+                shown.append(view)
+        report.groups[iteration] = shown
+        report.counts["shown_groups"] += len(shown)
+        report.counts["shown_completions"] += sum(len(view["members"]) for view in shown)
+    for mapping in (report.series, *report.families.values()):
+        for values_ in mapping.values():
+            values_ += [None] * (len(iterations) - len(values_))
+    _fill_from_metrics(run, report)
+    report.rewards = heat([frame["reward"] for frame in scored], iterations)
+    report.advantages = heat([frame["advantage"] for frame in scored], iterations)
+    return report
+
+
+def _facts(run: RunDir, settings: dict[str, Any]) -> dict[str, str]:
+    environment: dict[str, Any] = {}
+    if run.environment.is_file():
+        seen = json.loads(run.environment.read_text(encoding="utf-8"))
+        environment = seen[-1] if seen else {}
+    packages = environment.get("packages", {})
+    last = next((k for k in reversed(run.iterations()) if _find(run, k, "policy")), None)
+    policy = _find(run, last, "policy") if last is not None else None
+    rewards = ", ".join(f"{r['name']} ({r['function']})" for r in settings.get("score", {}).get("rewards", []))
+    facts = {
+        "model": settings.get("policy", {}).get("model"),
+        "prompts": settings.get("prompts", {}).get("source"),
+        "rewards": rewards,
+        "seed": settings.get("seed"),
+        "iterations planned": settings.get("iterations"),
+        "digest of the last policy": f"{policy.digest} (iteration {last})" if policy else None,
+        "last written (UTC)": policy.manifest.started_at[:19].replace("T", " ") if policy else None,
+        "commit": environment.get("git_commit"),
+        "uncommitted changes": "yes" if environment.get("git_diff") else "none" if environment else None,
+        "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
+        "processor": ", ".join([environment.get("processor") or "", *environment.get("accelerators", [])]).strip(", "),
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def _find(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
+    return run.open(iteration, dataset) if run.has(iteration, dataset) else None
+
+
+def _open(run: RunDir, iteration: int, report: Report, position: int) -> Data:
+    data: Data = {}
+    seconds: Values = {}
+    for dataset in ITERATION_DATASETS:
+        artifact = _find(run, iteration, dataset)
+        if artifact is None:
+            report.absent[dataset] = report.absent.get(dataset, 0) + 1
+            continue
+        is_here = artifact.path.resolve() == run.place(iteration, dataset).resolve()
+        if not is_here:
+            report.elsewhere[dataset] = report.elsewhere.get(dataset, 0) + 1
+        if dataset in STAGE_DATASETS and is_here:  # another run's seconds are not this run's
+            stage = artifact.manifest.stage
+            seconds[stage] = (seconds.get(stage) or 0.0) + artifact.manifest.seconds
+        if dataset not in CHECKPOINTS:
+            data[dataset] = artifact.scan()
+    _add(report.families.setdefault("seconds", {}), seconds, position)
+    return data
+
+
+def _add(series: Series, values: Values, position: int) -> None:
+    for name, value in values.items():
+        column = series.setdefault(name, [])
+        column += [None] * (position - len(column))
+        column.append(value)
+
+
+def measure(data: Data, iteration: int, pass_threshold: float | None) -> tuple[Values, dict[str, Values]]:
+    """Return the measures of one iteration, and those that exist once per name; absent datasets give none."""
+    values: Values = {}
+    families: dict[str, Values] = {}
+    if "completions" in data:
+        values |= _row(data["completions"], _completion_measures(iteration))
+        families["members"] = _shares(data["completions"], "policy_name")
+    if "advantages" in data:
+        values |= _row(data["advantages"], _reward_measures(pass_threshold))
+        flat = (pl.col("drop_reason") == "zero_variance").fill_null(False).any()
+        per_group = data["advantages"].group_by("group_id").agg(flat.alias("flat"))
+        values |= _row(per_group, {"zero_variance_share": pl.col("flat").mean()})
+        values.setdefault("num_completions", values.pop("num_rows"))
+        values.pop("num_rows", None)
+    if "rewards" in data:
+        parts = (
+            data["rewards"]
+            .group_by("reward_name", maintain_order=True)
+            .agg(pl.col("reward").mean().alias("mean"), (pl.col("error").is_not_null().mean()).alias("failed"))
+            .collect()
+        )
+        families["parts"] = dict(zip(parts["reward_name"], parts["mean"], strict=True))
+        families["errors"] = dict(zip(parts["reward_name"], parts["failed"], strict=True))
+    source = data.get("batches", data.get("advantages"))
+    if source is not None:
+        families["drops"] = _shares(source.with_columns(pl.col("drop_reason").fill_null("trained")), "drop_reason")
+    if "training_records" in data:
+        values |= _training_measures(data["training_records"])
+    if "optimizer_steps" in data:
+        steps = {
+            "loss": pl.col("loss").mean(),
+            "grad_norm": pl.col("grad_norm").mean(),
+            "grad_norm_max": pl.col("grad_norm").max(),
+            "learning_rate": pl.col("learning_rate").last(),
+        }
+        values |= _row(data["optimizer_steps"], steps)
+    if "evaluations" in data:
+        values |= summarize(data["evaluations"].collect())
+    return values, families
+
+
+def _row(frame: pl.LazyFrame, expressions: dict[str, pl.Expr]) -> Values:
+    return frame.select(**expressions).collect().row(0, named=True)
+
+
+def _shares(frame: pl.LazyFrame, column: str) -> Values:
+    counts = frame.group_by(column, maintain_order=True).len().collect()
+    return {name: n / counts["len"].sum() for name, n in counts.iter_rows()}
+
+
+def _completion_measures(iteration: int) -> dict[str, pl.Expr]:
+    length = pl.col("completion_token_ids").list.len()
+    age = iteration - pl.col("policy_iteration")
+    return {
+        "num_completions": pl.len(),
+        "completion_tokens_mean": length.mean(),
+        "completion_tokens_p95": length.quantile(0.95, "nearest"),
+        "truncated_share": (pl.col("finish_reason") == "length").mean(),
+        "age_mean": age.mean(),
+        "age_max": age.max(),
+    }
+
+
+def _reward_measures(pass_threshold: float | None) -> dict[str, pl.Expr]:
+    reward = pl.col("reward")
+    measures = {"reward_mean": reward.mean(), "reward_std": reward.std(), "unscored_share": reward.is_null().mean()}
+    if pass_threshold is not None:
+        measures["pass_rate"] = (reward >= pass_threshold).mean()
+    return {**measures, "num_rows": pl.len()}
+
+
+def _training_measures(records: pl.LazyFrame) -> Values:
+    tokens = pl.col("num_tokens")
+    weight = pl.col("correction_weight_mean")
+
+    def token_mean(column: str) -> pl.Expr:
+        return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
+
+    measured = _row(
+        records,
+        {
+            "entropy": token_mean("entropy_mean"),
+            "kl_to_sampler": token_mean("kl_to_sampler"),
+            "importance_ratio_mean": token_mean("importance_ratio_mean"),
+            "importance_ratio_max": pl.col("importance_ratio_max").max(),
+            "logprob_difference_max": pl.col("logprob_difference_max").max(),
+            "clip_low_share": pl.col("clipped_low_tokens").sum() / tokens.sum(),
+            "clip_high_share": pl.col("clipped_high_tokens").sum() / tokens.sum(),
+            "masked_share": pl.col("masked_tokens").sum() / tokens.sum(),
+            "correction_weight_mean": token_mean("correction_weight_mean"),
+            # Kish: (sum of w)^2 / (n * sum of w^2)
+            "ess_rows": weight.sum() ** 2 / (weight.count() * (weight**2).sum()),
+        },
+    )
+    recorded = records.select(w=pl.col("correction_weights").explode()).drop_nulls().collect()["w"].cast(pl.Float64)
+    if len(recorded):
+        weights = recorded.to_numpy()
+        measured["ess_tokens"] = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
+    return {name: value if value is None or np.isfinite(value) else None for name, value in measured.items()}
+
+
+def _fill_from_metrics(run: RunDir, report: Report) -> None:
+    if not run.metrics.is_file():
+        return
+    stored = {row["iteration"]: row for row in run.read_metrics().to_dicts()}
+    names = [
+        name
+        for name, type_ in pl.read_parquet_schema(run.metrics).items()
+        if type_.is_numeric() and name not in ("iteration", "num_completions", "num_trained", "num_tokens")
+    ]
+    for name in names:
+        known = report.series.setdefault(name, [None] * len(report.iterations))
+        for position, iteration in enumerate(report.iterations):
+            if known[position] is None and iteration in stored:
+                known[position] = stored[iteration][name]
+
+
+def heat(columns: list[pl.Series], iterations: list[int]) -> Heat | None:
+    """Return how the values of each iteration are spread; None when there are none.
+
+    Where a thousandth of the values stretches the range fourfold, the edges leave it to the outer bins.
+    """
+    values = [c.drop_nulls().drop_nans().to_numpy() for c in columns]
+    everything = np.concatenate(values) if values else np.zeros(0)
+    everything = everything[np.isfinite(everything)]
+    if not len(everything):
+        return None
+    low, high = float(everything.min()), float(everything.max())
+    inner_low, inner_high = (float(x) for x in np.quantile(everything, (0.001, 0.999)))
+    if 0 < inner_high - inner_low < (high - low) / 4:
+        low, high = inner_low, inner_high
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, HEAT_BINS + 1)
+    spans, shares = [], []
+    for positions in np.array_split(np.arange(len(iterations)), min(HEAT_COLUMNS, len(iterations))):
+        together = np.concatenate([values[p] for p in positions])
+        counts, _ = np.histogram(np.clip(together, low, high), edges)
+        spans.append((iterations[positions[0]], iterations[positions[-1]]))
+        shares.append([float(x) for x in counts / max(len(together), 1)])
+    outside = int(((everything < low) | (everything > high)).sum())
+    return Heat([float(x) for x in edges], spans, shares, outside)
+
+
+def _flagged(findings: Iterable[Finding]) -> dict[int, set[str]]:
+    """Return iteration -> group ids that the shown rows of a finding name."""
+    flagged: dict[int, set[str]] = {}
+    for finding in findings:
+        for row in finding.rows[:FINDING_ROWS]:
+            if row.group_id is not None:
+                flagged.setdefault(row.iteration, set()).add(row.group_id)
+    return flagged
+
+
+def _completions(findings: Iterable[Finding]) -> set[str]:
+    return {row.completion_id for finding in findings for row in finding.rows if row.completion_id is not None}

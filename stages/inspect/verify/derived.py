@@ -1,0 +1,230 @@
+"""The audit of what was computed: rewards, advantages, batches, training records and metrics, derived anew.
+
+`normalize` and `batch` are pure functions: their results are recomputed by the stages' own code and compared exactly.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from pipeline.artifact import Artifact
+from pipeline.run_dir import RunDir
+from stages import batch, normalize
+from stages.inspect.metrics import iteration_metrics
+from stages.inspect.verify.files import Catalog, Located
+from stages.inspect.verify.ledger import PART, Findings, Rule, Where, apply_rules, compare, shorten
+from stages.inspect.verify.rows import fingerprint, scan
+
+TOLERANCE = 1e-9
+"""Relative; for sums whose order another version of polars may choose otherwise, and for figures of metrics."""
+
+
+def check_rewards(findings: Findings, item: Located, source: Located) -> None:
+    """Check that the rewards cover exactly the completions they claim, and are numbers or errors."""
+    where, rewards, completions = item.where, item.artifact, source.artifact
+    recipes: Mapping[str, str] = rewards.manifest.config["reward_recipes"]
+    functions = pl.DataFrame(
+        {"reward_name": list(recipes), "reward_recipe": list(recipes.values())},
+        schema={"reward_name": pl.String, "reward_recipe": pl.String},
+    )
+    answers = scan(completions).select("completion_id", "group_id").collect(engine="streaming")
+    expected = answers.join(functions, how="cross").select("completion_id", "reward_name", "group_id", "reward_recipe")
+    found = scan(rewards).select(*expected.columns, PART).collect(engine="streaming")
+    keys = ["completion_id", "reward_name"]
+    rows, count = compare(expected, found, keys, limit=findings.limit, is_ordered=False)
+    findings.checked("rewards", expected.height)
+    findings.wrong_rows("rewards", where, rows, count, sources=[source.where])
+    reward, error = pl.col("reward"), pl.col("error")
+    rules = [
+        Rule("rewards", reward.is_null() & error.is_null(), "neither reward nor error"),
+        Rule("rewards", reward.is_not_null() & error.is_not_null(), "a reward and an error", ("reward", "error")),
+        Rule("rewards", ~reward.is_finite().fill_null(True), "the reward is not finite", ("reward",)),
+    ]
+    apply_rules(findings, where, scan(rewards), rules, "completion_id")
+
+
+def check_advantages(findings: Findings, item: Located, source: Located) -> None:
+    """Recompute the advantages from the rewards, and compare every column and the order."""
+    where, advantages, rewards = item.where, item.artifact, source.artifact
+    config = normalize.NormalizeConfig(**advantages.manifest.config)
+    expected = normalize.normalize_rows(pl.scan_parquet(rewards.files()), config)
+    found = scan(advantages).collect(engine="streaming")
+    rows, count = compare(
+        expected, found, ["completion_id"], limit=findings.limit, tolerance=_tolerance(advantages.manifest.environment)
+    )
+    findings.checked("advantages", expected.height)
+    findings.wrong_rows("advantages", where, rows, count, sources=[source.where])
+
+
+def _tolerance(environment: Mapping[str, Any]) -> float:
+    """Return 0 where this version of polars has computed the rows: then they are equal to the bit."""
+    return 0.0 if environment.get("packages", {}).get("polars") == pl.__version__ else TOLERANCE
+
+
+def check_batches(findings: Findings, item: Located, answers: Located, values: Located) -> None:
+    """Recompute the batches from answers and advantages, and compare every column and the order."""
+    where, batches, completions, advantages = item.where, item.artifact, answers.artifact, values.artifact
+    settings = dict(batches.manifest.config)
+    seed, iteration = settings.pop("seed"), settings.pop("iteration")
+    is_offline = settings.pop("is_offline", False)
+    expected = batch.batch_rows(
+        slim(completions),
+        scan(advantages).select("completion_id", "advantage", "drop_reason").collect(),
+        batch.BatchConfig(**settings),
+        seed=seed,
+        iteration=iteration,
+        is_offline=is_offline,
+    )
+    columns = [name for name in expected.columns if name not in _LISTS]
+    content = fingerprint(*_LISTS).alias("content")
+    found = scan(batches).select(*columns, PART, content).collect(engine="streaming")
+    wanted = expected.select(*columns, content="sampling_logprobs")
+    rows, count = compare(
+        wanted,
+        found,
+        ["completion_id", "optimizer_step"],
+        limit=findings.limit,
+        tolerance=_tolerance(batches.manifest.environment),
+        hashed={"content": f"{' or '.join(_LISTS)} differ from the completion's"},
+    )
+    findings.checked("batches", expected.height)
+    findings.wrong_rows("batches", where, rows, count, sources=[answers.where, values.where])
+
+
+_LISTS = ("prompt_token_ids", "completion_token_ids", "loss_mask", "sampling_logprobs")
+
+
+def slim(completions: Artifact) -> pl.DataFrame:
+    """Return completions that `batch_rows` orders as it would the real ones, in a fraction of their memory. Read-only.
+
+    Lists of tokens become lists of bits of the same lengths, and a fingerprint of what the trainer reads takes the
+    place of sampling_logprobs, which `batch_rows` hands through.
+    """
+    frame = pl.scan_parquet(completions.files())
+    has_mass = frame.select(pl.col("kept_mass").is_not_null().any()).collect(engine="streaming").item()
+    logprobs = pl.col("sampling_logprobs")
+    if has_mass:
+        mass = pl.col("kept_mass")
+        logprobs = pl.when(mass.is_null()).then(logprobs).otherwise(logprobs + mass.list.eval(pl.element().log()))
+    content = fingerprint("prompt_token_ids", "completion_token_ids", "loss_mask", logprobs)
+    columns = [n for n in frame.collect_schema().names() if n not in ("completion", "kept_mass", *_LISTS)]
+    bits = pl.List(pl.Boolean)
+    return frame.select(
+        *columns,
+        "loss_mask",
+        pl.col("prompt_token_ids", "completion_token_ids").cast(bits),
+        content.alias("sampling_logprobs"),
+        pl.lit(None, pl.List(pl.Float32)).alias("kept_mass"),
+    ).collect(engine="streaming")
+
+
+def check_records(findings: Findings, item: Located, stepped: Located, source: Located) -> None:
+    """Check that training records cover the rows that trained, and that the optimizer steps are their sums."""
+    where, records, steps, batches = item.where, item.artifact, stepped.artifact, source.artifact
+    mask = pl.col("loss_mask").list.eval(pl.element().cast(pl.Int32)).list.sum()
+    trained = pl.col("completion_token_ids").list.len()
+    tokens = pl.when(pl.col("loss_mask").is_null()).then(trained).otherwise(mask).cast(pl.Int32)
+    kept = scan(batches).filter(pl.col("drop_reason").is_null())
+    keys = ["completion_id", "optimizer_step"]
+    expected = kept.select(*keys, num_tokens=tokens).collect(engine="streaming")
+    found = scan(records).select(*keys, "num_tokens", "loss", PART).collect(engine="streaming")
+    rows, count = compare(expected, found, keys, limit=findings.limit, is_ordered=False)
+    findings.checked("records", expected.height)
+    findings.wrong_rows("records", where, rows, count, sources=[source.where])
+    _check_figures(findings, where, records)
+    sums = found.group_by("optimizer_step", maintain_order=True).agg(
+        pl.col("loss").sum(), pl.col("num_tokens").cast(pl.Int64).sum(), pl.len().cast(pl.Int64).alias("num_rows")
+    )
+    stored = scan(steps).select(*sums.columns, PART).collect()
+    rows, count = compare(sums, stored, ["optimizer_step"], limit=findings.limit, is_ordered=False, tolerance=TOLERANCE)
+    findings.checked("records", sums.height)
+    findings.wrong_rows("records", stepped.where, rows, count, sources=[where])
+
+
+def _check_figures(findings: Findings, where: Where, records: Artifact) -> None:
+    """Check what no record of an update can be."""
+    tokens = pl.col("num_tokens")
+    mean, highest = pl.col("importance_ratio_mean"), pl.col("importance_ratio_max")
+    floats = ("importance_ratio_mean", "importance_ratio_max", "correction_weight_mean", "entropy_mean", "loss")
+    rules = [
+        Rule("records", ~pl.col(name).is_finite().fill_null(True), f"{name} is not finite", (name,)) for name in floats
+    ]
+    rules += [
+        Rule("records", (pl.col(name) < 0) | (pl.col(name) > tokens), f"{name} is impossible", (name, "num_tokens"))
+        for name in ("clipped_low_tokens", "clipped_high_tokens", "masked_tokens")
+    ]
+    shown = ("importance_ratio_mean", "importance_ratio_max")
+    is_odd = ((mean > highest * (1 + 1e-6)) | (mean < 0)).fill_null(False)
+    rules.append(Rule("records", is_odd, "the mean ratio is impossible", shown))
+    for name in ("entropy_mean", "correction_weight_mean", "logprob_difference_max"):
+        rules.append(Rule("records", (pl.col(name) < -1e-6).fill_null(False), f"{name} is negative", (name,)))
+    has_one_step = scan(records).select(pl.col("optimizer_step").n_unique() <= 1).collect().item()
+    if has_one_step:  # before the first step the current policy is the proximal one
+        is_odd = ((mean - 1).abs() > 1e-6) | ((highest - 1).abs() > 1e-6)
+        rules.append(Rule("records", is_odd.fill_null(False), "in a single step every ratio is 1", shown))
+    lists = ("trainer_logprobs", "sampling_logprobs", "importance_ratios", "correction_weights", "entropies")
+    lengths = [pl.col(name).list.len() for name in lists]
+    is_other = pl.any_horizontal((length != lengths[0]).fill_null(False) for length in lengths)
+    rules.append(Rule("records", is_other, "the lists of tokens differ in length"))
+    apply_rules(findings, where, scan(records), rules, "completion_id")
+
+
+def check_metrics(
+    findings: Findings, run: RunDir, finished: list[int], intact: set[int], pass_threshold: float, catalog: Catalog
+) -> None:
+    """Recompute the metrics of the finished iterations whose artifacts are ``intact``, and compare every figure.
+
+    The last finished iteration may have none yet: a run can be killed before they are written.
+    """
+    where = Where(run.metrics.name, "metrics")
+    if not run.metrics.is_file():
+        if len(finished) > 1:
+            findings.wrong("metrics", where, f"the file is gone, but {len(finished)} iterations are finished")
+        return
+    stored = {row["iteration"]: row for row in pl.read_parquet(run.metrics).to_dicts()}
+    for iteration in sorted({*stored} - {*finished}):
+        findings.wrong("metrics", where, "figures of an iteration that is not finished", row=f"iteration {iteration}")
+    for iteration in finished:
+        if iteration not in stored:
+            if iteration != finished[-1]:
+                findings.wrong("metrics", where, "the iteration has no figures", row=f"iteration {iteration}")
+        elif iteration in intact:
+            findings.checked("metrics")
+            expected = iteration_metrics(run, iteration, pass_threshold)
+            for name, value in expected.items():
+                if not _is_same(stored[iteration].get(name), value):
+                    of = "" if (source := _source(catalog, iteration, name)) is None else f" from {source}"
+                    found = f"{name} is {shorten(stored[iteration].get(name))}, recomputed{of} {shorten(value)}"
+                    findings.wrong("metrics", where, found, row=f"iteration {iteration}")
+        else:
+            findings.skipped("metrics", "an artifact of the iteration is damaged or missing")
+
+
+METRIC_SOURCES = {
+    "advantages": ("reward_mean", "reward_std", "pass_rate", "zero_variance_share"),
+    "rewards": ("rewards",),
+    "completions": ("completion_tokens_mean", "truncated_share", "num_completions", "generate_tokens_per_second"),
+    "training_records": ("num_trained", "num_tokens", "entropy", "kl_to_sampler", "clip_low_share", "clip_high_share"),
+    "optimizer_steps": ("loss", "grad_norm", "learning_rate"),
+    "evaluations": ("eval_pass_at_1", "eval_pass_rate", "eval_pass_at_k"),
+}
+"""Dataset -> the figures that come from it."""
+
+
+def _source(catalog: Catalog, iteration: int, figure: str) -> str | None:
+    """Return the artifact that a figure comes from."""
+    dataset = next((name for name, figures in METRIC_SOURCES.items() if figure in figures), "")
+    found = catalog.get((iteration, dataset))
+    return None if found is None else found.where.path
+
+
+def _is_same(found: Any, expected: Any) -> bool:
+    """Return whether two figures, or lists of figures, are equal up to the order of a sum."""
+    if isinstance(found, float) and isinstance(expected, float):
+        return abs(found - expected) <= TOLERANCE * max(abs(expected), 1e-3)
+    if isinstance(found, list) and isinstance(expected, list):
+        return len(found) == len(expected) and all(map(_is_same, found, expected))
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_is_same(found[k], expected[k]) for k in found)
+    return bool(found == expected)

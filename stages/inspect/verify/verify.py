@@ -1,0 +1,190 @@
+"""The audit of a run: files, chain and meaning. Proves what a policy was trained on, as far as files can prove it.
+
+Nothing is trusted that can be derived: every file is hashed, every manifest compared with its inputs, and what follows
+from config and inputs - ids, seeds, texts, advantages, batches, sums - is derived anew. What remains to be taken on
+trust is what only a model or a reward function can say: which tokens were sampled with which probability, the score of
+a text, and the weights of a policy. `grpo replay` computes those again.
+
+Imports neither torch nor vllm nor prefect.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from pipeline.artifact import Artifact
+from pipeline.errors import GrpoError
+from pipeline.run_dir import RunDir
+from stages import batch, evaluate, generate, normalize, prompts, score, update
+from stages.inspect.verify.checkpoints import check_policies, check_states
+from stages.inspect.verify.derived import check_advantages, check_batches, check_metrics, check_records, check_rewards
+from stages.inspect.verify.files import Catalog, Located, check_files, open_all, relative_path
+from stages.inspect.verify.inputs import check_config, check_inputs
+from stages.inspect.verify.ledger import Findings, Where
+from stages.inspect.verify.plan import check_evaluations, check_plan
+from stages.inspect.verify.rows import check_answers, check_held_out, check_prompts, questions
+from stages.inspect.verify.tokens import check_tokens
+
+STAGES = {s.STAGE.name: s.STAGE for s in (prompts, generate, score, normalize, batch, update, evaluate)}
+
+
+def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] = lambda _: None) -> Findings:
+    """Return what an audit of a whole run finds. Read-only.
+
+    Args:
+        run: the run, finished or not; artifacts of other runs that it refers to are audited with it.
+        limit: rows named of each check and artifact; all are counted.
+        progress: told what is being looked at.
+    """
+    findings = Findings(limit=limit)
+    progress("files")
+    catalog = open_all(run, findings)
+    outside = check_inputs(findings, run, catalog)
+    sound = check_files(findings, [*catalog.values(), *outside])
+    config = check_config(findings, run, catalog)
+    check_policies(findings, catalog, sound)
+    check_states(findings, catalog, sound)
+    audit = _Audit(findings, catalog, sound, outside)
+    for index in [None, *run.iterations()]:
+        progress("initial artifacts" if index is None else f"iteration {index}")
+        audit.check_iteration(index)
+    progress("metrics")
+    finished = [index for index in run.iterations() if (index, "policy") in catalog]
+    check_due_evaluations(findings, run, catalog, finished, config)
+    intact = {index for index in finished if audit.is_intact(index)}
+    threshold = config.get("evaluate", {}).get("pass_threshold", 1.0)
+    audit.attempt(
+        "metrics",
+        Where(run.metrics.name, "metrics"),
+        lambda: check_metrics(findings, run, finished, intact, threshold, catalog),
+    )
+    return findings
+
+
+def check_due_evaluations(
+    findings: Findings, run: RunDir, catalog: Catalog, finished: list[int], config: Mapping[str, Any]
+) -> None:
+    """Note evaluations that the config asks for and that are not there: a bad one could have been removed."""
+    every, last = config.get("evaluate", {}).get("every", 0), config.get("iterations")
+    if not finished or every <= 0:
+        return
+    for updates in [0, *(index + 1 for index in finished)]:
+        index, name = (updates - 1, "evaluations") if updates else (None, "initial_evaluations")
+        is_due = updates % every == 0 or updates == last
+        may_be_coming = updates == len(finished) and updates != last
+        if is_due and not may_be_coming and (index, name) not in catalog:
+            where = Where(relative_path(run.evaluations_of(updates), run.root), "evaluations", index)
+            text = f"evaluate.every is {every}, but the policy after {updates} updates has no evaluation"
+            findings.wrong("evaluations", where, text)
+
+
+class _Audit:
+    """Checks rows, of sound artifacts only: bytes that differ from their manifest are reported as that."""
+
+    def __init__(self, findings: Findings, catalog: Catalog, sound: set[Path], outside: list[Located]) -> None:
+        self.findings, self.catalog, self.sound = findings, catalog, sound
+        self.by_digest = {item.artifact.digest: item.artifact for item in [*outside, *catalog.values()]}
+        held_out = self.get(None, "held_out_prompts")
+        self.held_out = None if held_out is None else questions(held_out.artifact)
+
+    def get(self, index: int | None, dataset: str) -> Located | None:
+        """Return an artifact whose files are as the manifest says."""
+        item = self.catalog.get((index, dataset))
+        return item if item is not None and item.artifact.path in self.sound else None
+
+    def is_intact(self, index: int) -> bool:
+        """Return whether every artifact of the iteration that the metrics are made of can be read."""
+        needed = ("completions", "rewards", "advantages", "batches", "training_records", "optimizer_steps")
+        present = [name for i, name in self.catalog if i == index]
+        return all(self.get(index, name) is not None for name in {*needed, *present})
+
+    def attempt(self, check: str, where: Where, do: Callable[[], None]) -> None:
+        """Run a check; rows that cannot even be read as what they claim to be are a finding, not a crash."""
+        try:
+            do()
+        except (
+            GrpoError,
+            pl.exceptions.PolarsError,
+            pa.ArrowException,
+            ArithmeticError,
+            LookupError,
+            OSError,
+            TypeError,
+            ValueError,
+        ) as error:
+            self.findings.wrong(check, where, f"cannot be checked: {type(error).__name__}: {error}")
+
+    def check_iteration(self, index: int | None) -> None:
+        """Check the rows of an iteration, or with None those of the artifacts before the first one."""
+        for name in ("prompts", "held_out_prompts"):
+            if item := self.get(index, name):
+                self._prompts(item, is_training=name == "prompts")
+        if item := self.get(index, "completions"):
+            self._completions(item, self.get(index, "prompts"))
+        for name in ("evaluations", "initial_evaluations"):
+            if item := self.get(index, name):
+                self._evaluations(item)
+        self._computed(index)
+
+    def _prompts(self, item: Located, *, is_training: bool) -> None:
+        findings, where, artifact = self.findings, item.where, item.artifact
+        if self._can_derive("prompt ids", item):
+            self.attempt("prompt ids", where, lambda: check_prompts(findings, where, artifact))
+        held_out = self.held_out
+        if is_training and held_out is not None:
+            self.attempt("held out", where, lambda: check_held_out(findings, where, artifact, held_out))
+
+    def _completions(self, item: Located, prompts_: Located | None) -> None:
+        findings, where, artifact = self.findings, item.where, item.artifact
+        policies = self._policies(artifact)
+        self.attempt("text", where, lambda: check_answers(findings, where, artifact, policies))
+        if self._can_derive("sampling plan", item) and prompts_ is not None:
+            self.attempt("sampling plan", where, lambda: check_plan(findings, where, artifact, prompts_.artifact))
+
+    def _evaluations(self, item: Located) -> None:
+        findings, where, artifact = self.findings, item.where, item.artifact
+        policies = self._policies(artifact)
+        self.attempt("text", where, lambda: check_answers(findings, where, artifact, policies))
+        held_out = self.get(None, "held_out_prompts")
+        if self._can_derive("evaluations", item) and held_out is not None:
+            self.attempt("evaluations", where, lambda: check_evaluations(findings, where, artifact, held_out.artifact))
+
+    def _computed(self, index: int | None) -> None:
+        findings = self.findings
+        completions, rewards = self.get(index, "completions"), self.get(index, "rewards")
+        advantages, batches = self.get(index, "advantages"), self.get(index, "batches")
+        records, steps = self.get(index, "training_records"), self.get(index, "optimizer_steps")
+        if rewards and completions and self._can_derive("rewards", rewards):
+            self.attempt("rewards", rewards.where, partial(check_rewards, findings, rewards, completions))
+        if advantages and rewards and self._can_derive("advantages", advantages):
+            self.attempt("advantages", advantages.where, partial(check_advantages, findings, advantages, rewards))
+        if batches and completions and advantages and self._can_derive("batches", batches):
+            check = partial(check_batches, findings, batches, completions, advantages)
+            self.attempt("batches", batches.where, check)
+        if records and steps and batches and self._can_derive("records", records):
+            self.attempt("records", records.where, partial(check_records, findings, records, steps, batches))
+            self.attempt("records", records.where, partial(check_tokens, findings, records, batches))
+
+    def _policies(self, artifact: Artifact) -> dict[str, Artifact]:
+        """Return the policies among the inputs of an artifact, by digest."""
+        digests = [f["digest"] for name, f in artifact.manifest.inputs.items() if name.split(":")[0] == "policy"]
+        return {digest: self.by_digest[digest] for digest in digests if digest in self.by_digest}
+
+    def _can_derive(self, check: str, item: Located) -> bool:
+        """Return whether this program's own stage has made the rows: only those can it derive again."""
+        where, manifest = item.where, item.artifact.manifest
+        stage = STAGES.get(manifest.stage)
+        if stage is not None and stage.version == manifest.stage_version:
+            return True
+        if stage is not None and not 1 <= manifest.stage_version < stage.version:
+            found = (
+                f"made by stage {stage.name} {manifest.stage_version}, this program knows versions to {stage.version}"
+            )
+            self.findings.wrong("manifests", where, f"{found}: audit it with the program that made it")
+            return False
+        self.findings.skipped(check, f"made by stage {manifest.stage} {manifest.stage_version}")
+        return False

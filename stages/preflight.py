@@ -1,0 +1,64 @@
+"""What can be known to be wrong before anything is written or started."""
+
+import os
+
+from pipeline.artifact import open_artifact
+from pipeline.errors import ConfigError
+from pipeline.manifest import is_finished
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
+from stages import generate
+from stages.checkpoints import (
+    check_policy,
+    checkpoint_path,
+    context_length,
+    hub_config,
+    looks_local,
+)
+from stages.config import RunConfig
+from stages.generate import check_room
+from stages.iteration import _policy_of_run, _with_optimizer, outside_members
+from stages.score import check_rewards
+
+
+def preflight(config: RunConfig, run: RunDir) -> None:
+    """Fail on what can be known to be wrong before anything is written or started. Read-only.
+
+    A run that has its initial policy needs no longer what it was made of.
+
+    Raises:
+        GrpoError: of the kind that fits, one message.
+    """
+    from stages.sources import first_row
+
+    cores = len(os.sched_getaffinity(0))
+    for key, threads in (("generate", config.generate.num_threads), ("update", config.update.num_threads)):
+        if threads > cores:
+            raise ConfigError(
+                f"{key}.num_threads is {threads}, but this process may use {cores} cores: set it to {cores} or less "
+                "(another number of threads gives other bits)"
+            )
+    check_rewards(config.score, first_row(config.prompts).metadata)
+    if config.evaluate.source is not None:
+        first_row(config.evaluate.source)
+    if is_finished(run.initial_policy):
+        check_room(config.generate, context_length(check_policy(str(open_artifact(run.initial_policy).fetch()))))
+    elif config.starter is not None:
+        check_room(config.generate, config.starter.max_context)
+    elif looks_local(config.policy.model):
+        check_room(config.generate, context_length(check_policy(config.policy.model)))
+        if (trained := _policy_of_run(checkpoint_path(config.policy.model))) is not None:
+            for artifact in _with_optimizer(trained, config.policy).values():
+                artifact.check_sizes()
+    else:
+        check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
+    for member in outside_members(config):
+        check_policy(member.policy)
+    for offline in config.offline:
+        source = open_run(offline.run)
+        for iteration in offline.iterations:
+            if source.open(iteration, "completions").manifest.stage != generate.STAGE.name:
+                raise ConfigError(
+                    f"[[offline]] names {offline.run}, whose completions no policy of this program has sampled, so "
+                    "they cannot train: name a run that generated its own"
+                )
