@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from flows.environment import prepare
+from flows.environment import prepare_environment
 
 NAME = "hacks"
 WANTED = {
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(WANTED), action="append", help="only this run; may be repeated")
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
-    prepare()
+    prepare_environment()
     from flows.train import train
     from pipeline.config import load_toml
     from pipeline.runs import open_run

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flows.environment import prepare
+from flows.environment import prepare_environment
 
 SAMPLING, TRAINING = "engine.generate", "train_on_batches"
 OTHER, BESIDE = "other", "beside"
@@ -148,10 +148,10 @@ def install(clock: Clock) -> None:
     import pipeline.artifact
     import pipeline.run_dir
     import pipeline.stage
-    import stages.iteration
     import stages.optimizer
     import stages.policy
     import stages.update
+    import stages.wiring
     from flows.background import Beside
     from flows.session import Session
     from pipeline.artifact import Artifact
@@ -305,7 +305,7 @@ def main() -> None:
     if arguments.iterations <= arguments.warm_up:
         parser.error("--iterations must be more than --warm-up")
     sys.path.insert(0, "")  # reward functions are found in the current directory, as with `grpo run`
-    prepare()
+    prepare_environment()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that engine, server and scratch folder end with us
     with tempfile.TemporaryDirectory(prefix="grpo-overhead-") as scratch:
         figures = measure(arguments, Path(scratch))

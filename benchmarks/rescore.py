@@ -157,12 +157,18 @@ def score_stage(completions: Path, place: Path) -> None:
         RewardConfig(name="vowels", function=f"{NAME}:share_of_vowels"),
     ]
     config = ScoreConfig(rewards=rewards)
-    run_stage(StageCall(score.STAGE, config, {"completions": open_artifact(completions)}, {"rewards": place}))
+    with open_scorer() as scorer:
+        run_stage(
+            StageCall(score.STAGE, config, {"completions": open_artifact(completions)}, {"rewards": place}), scorer
+        )
 
 
 def score_one(completions: Path, place: Path) -> None:
     config = ScoreConfig(rewards=[RewardConfig(name="brevity", function=f"{NAME}:brevity", arguments={"most": 2000})])
-    run_stage(StageCall(score.STAGE, config, {"completions": open_artifact(completions)}, {"rewards": place}))
+    with open_scorer() as scorer:
+        run_stage(
+            StageCall(score.STAGE, config, {"completions": open_artifact(completions)}, {"rewards": place}), scorer
+        )
 
 
 def score_with_lists(completions: Path, place: Path) -> None:
@@ -183,7 +189,7 @@ def hash_files(completions: Path, place: Path) -> None:
 
 def normalize_stage(rewards: Path, place: Path) -> None:
     config = NormalizeConfig(scale="group_std")
-    run_stage(StageCall(normalize.STAGE, config, {"rewards": open_artifact(rewards)}, {"advantages": place}))
+    run_stage(StageCall(normalize.STAGE, config, {"rewards": open_artifact(rewards)}, {"advantages": place}), None)
 
 
 def normalize_rows(rewards: Path, place: Path) -> None:

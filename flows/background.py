@@ -1,5 +1,6 @@
-"""Beside: tasks that run in a thread beside their flow, while it waits for the engine."""
+"""Tasks that run in a thread next to their flow, while it waits for the engine."""
 
+from collections.abc import Mapping
 from concurrent.futures import wait
 from typing import Any
 
@@ -8,33 +9,35 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 ONE_BY_ONE: TaskRunner[PrefectFuture[Any]] = ThreadPoolTaskRunner(max_workers=1)  # type: ignore[assignment]
-"""For the flow: what is begun runs in the order in which it was begun."""
+"""For the flow: background tasks run in the order in which they were begun."""
 
 
-class Beside:
-    """Tasks that run beside the flow, one after another in the order in which they were begun."""
+class Background:
+    """Tasks that run in the background of the flow, one after another in the order in which they were begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: Mapping[str, Task[[int], str]]) -> None:
+        """``tasks`` are those of the steps by name; each takes an iteration."""
+        self._tasks = tasks
         self._begun: dict[tuple[str, int], PrefectFuture[str]] = {}
 
-    def begin(self, stage: Task[[int], str], iteration: int) -> None:
-        """Have the stage's task run after those begun before."""
-        self._begun[stage.name, iteration] = stage.submit(iteration)
+    def begin(self, name: str, iteration: int) -> None:
+        """Run a step's task after those begun before."""
+        self._begun[name, iteration] = self._tasks[name].submit(iteration)
 
-    def is_begun(self, stage: Task[[int], str], iteration: int) -> bool:
+    def is_begun(self, name: str, iteration: int) -> bool:
         """Return whether the task was begun and not yet waited for."""
-        return (stage.name, iteration) in self._begun
+        return (name, iteration) in self._begun
 
-    def wait_for(self, stage: Task[[int], str], iteration: int) -> None:
+    def wait_for(self, name: str, iteration: int) -> None:
         """Wait until the task is done, and raise what it raised; one that was not begun runs now."""
-        if self.is_begun(stage, iteration):
-            self._wait_for((stage.name, iteration))
+        if self.is_begun(name, iteration):
+            self._wait_for((name, iteration))
         else:
-            stage(iteration)
+            self._tasks[name](iteration)
 
-    def settle(self, stage: Task[[int], str]) -> None:
-        """Wait for every iteration of the stage that was begun, and raise what the first of them raised."""
-        for key in [key for key in self._begun if key[0] == stage.name]:
+    def settle(self, name: str) -> None:
+        """Wait for every iteration of the step that was begun, and raise what the first of them raised."""
+        for key in [key for key in self._begun if key[0] == name]:
             self._wait_for(key)
 
     def raise_failed(self) -> None:
@@ -56,7 +59,7 @@ class Beside:
                 del self._begun[key]
 
     def end(self) -> None:
-        """Wait until nothing runs any more, whatever came of it: the flow ends for a reason of its own."""
+        """Wait for all background tasks; never raises: the flow ends for a reason of its own."""
         threads: list[Any] = list(self._begun.values())
         wait([future.wrapped_future for future in threads])
         self._begun.clear()

@@ -25,7 +25,7 @@ DEFAULTS = {
 PROBE_SECONDS = 5
 
 
-def prepare() -> None:
+def prepare_environment() -> None:
     """Set the environment for this process and its children; call before the first import of prefect.
 
     Raises:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from flows.printing import Format, console, print_rows
 from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.manifest import is_finished
-from pipeline.run_dir import CHECKPOINTS, ITERATION_DATASETS, RunDir
+from pipeline.run_dir import RunDir
 from pipeline.runs import is_run, open_run, runs_in
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ def open_dataset(path: str | Path, dataset: str, iteration: int | None) -> Artif
     if dataset == "held_out_prompts":
         return open_artifact(run.held_out_prompts)
     if dataset == "evaluations" and iteration == -1:
-        return open_artifact(run.initial_evaluations)
-    known = [name for name in ITERATION_DATASETS if name not in CHECKPOINTS]
+        return open_artifact(run.place(INITIAL, "evaluations"))
+    known = [name for name in DATASETS if name not in CHECKPOINTS]
     if dataset not in known:
         raise UsageError(f"there is no dataset {dataset!r}: choose one of {', '.join([*known, 'held_out_prompts'])}")
     return run.open(last_iteration(run, dataset) if iteration is None else iteration, dataset)

@@ -10,41 +10,32 @@ and log probabilities from the engine, scores from the functions, weights from t
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.printing import Format, console, print_rows
 from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import CHAIN, INITIAL, STEPS, When
 from pipeline.errors import GrpoError, UsageError
 from pipeline.manifest import canonical_json, is_finished
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
-from pipeline.stage import StageCall, run_stage
+from pipeline.stage import run_stage
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
-from stages.evaluate import EvaluateResources
 from stages.inspect.checkpoint_diff import TOLERANCE, deviations, machine_changes
 from stages.inspect.run_diff import Deviation
-from stages.iteration import Wiring
 from stages.rewards.scorer import Scorer
+from stages.wiring import Call, Wiring
 
 if TYPE_CHECKING:
     from stages.trainers.local import Trainer
 
-DATASET_OF = {
-    "prompts": "prompts",
-    "generate": "completions",
-    "score": "rewards",
-    "normalize": "advantages",
-    "batch": "batches",
-    "update": "policy",
-    "evaluate": "evaluations",
-}
+DATASET_OF = {step.name: step.writes[-1] for step in CHAIN if step.when is not When.late}
+"""Step -> its main dataset. What is late is compared with the step that it belongs to."""
 STAGES = tuple(DATASET_OF)
-INITIAL = -1
-"""In place of an iteration: the evaluation before the first update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +76,9 @@ class Replayer:
     def __post_init__(self) -> None:
         self.config = recorded_config(self.run)
 
-    def call(self, stage: str, iteration: int) -> StageCall:
-        """Return the call of a stage as the run would make it now. ``evaluate`` is of the policy after the update."""
-        wiring = Wiring(self.config, self.run)
-        calls = {name: getattr(wiring, name) for name in STAGES}
-        call: StageCall = calls[stage](iteration + 1 if stage == "evaluate" else iteration)
-        return call
-
     def replay(self, stage: str, iteration: int) -> Iterator[Replayed]:
         """Compute one stage again, and yield a comparison for each of its outputs. The run is only read."""
-        call = self.call(stage, iteration)
+        call = Wiring(self.config, self.run).call(stage, iteration)
         stored = {name: open_artifact(place) for name, place in call.places.items()}
         changed = changes(call, list(stored.values())[-1])
         if changed:
@@ -106,7 +90,7 @@ class Replayer:
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         resources = self._resources(stage, iteration)
-        outputs = dict(run_stage(replace(call, places=places), resources=resources).outputs)
+        outputs = dict(run_stage(replace(call, places=places), resources).outputs)
         if stage == "update" and is_finished(self.run.place(iteration, "optimizer")):
             stored["optimizer"] = self.run.open(iteration, "optimizer")
             outputs["optimizer"] = self._optimizer(resources, iteration, outputs["policy"], folder)
@@ -125,25 +109,27 @@ class Replayer:
     def _optimizer(self, trainer: "Trainer", iteration: int, policy: Artifact, folder: Path) -> Artifact:
         """Return the state of the trainer that has just made the policy."""
         trainer.digest = policy.digest
-        call = Wiring(self.config, self.run).optimizer(iteration)
+        call = Wiring(self.config, self.run).call("optimizer", iteration)
         call = replace(call, inputs={"policy": policy}, places={"optimizer": folder / "optimizer"})
-        return run_stage(call, resources=trainer).main
+        return run_stage(call, trainer).main
 
     def _resources(self, stage: str, iteration: int) -> Any:
-        if stage == "score":
-            return self.scorer
-        if stage == "evaluate":
-            return EvaluateResources(self._started_engine(), self.scorer)
-        if stage == "generate":
-            return self._started_engine()
-        if stage == "update":
-            from stages.trainers.local import Trainer, resolve_device
-            from stages.trainers.resume import resume
+        makers: dict[str, Callable[[], Any]] = {
+            "engine": self._started_engine,
+            "scorer": lambda: self.scorer,
+            "trainer": lambda: self._new_trainer(iteration),
+        }
+        found = tuple(makers[name]() for name in STEPS[stage].uses)
+        return found[0] if len(found) == 1 else found or None
 
-            trainer = Trainer(device=resolve_device(self.config.resources.device))  # new: weights come from the files
-            resume(trainer, self.run, self.config.update, iteration)
-            return trainer
-        return None
+    def _new_trainer(self, iteration: int) -> "Trainer":
+        """Return a trainer whose weights come from the files."""
+        from stages.trainers.local import Trainer, resolve_device
+        from stages.trainers.resume import resume
+
+        trainer = Trainer(device=resolve_device(self.config.resources.device))
+        resume(trainer, self.run, self.config.update, iteration)
+        return trainer
 
     def _started_engine(self) -> Engine:
         if self.engine is None:
@@ -162,7 +148,7 @@ class Replayer:
             self.engine.close()
 
 
-def changes(call: StageCall, stored: Artifact) -> list[str]:
+def changes(call: Call, stored: Artifact) -> list[str]:
     """Return in which respects the call's recipe differs from the stored artifact's: empty = it asks for the same."""
     wanted, manifest = call.recipe_parts(), stored.manifest
     found = []
@@ -223,7 +209,7 @@ def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:
     if stage is not None and stage not in STAGES:
         raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(STAGES)}")
     if iteration == INITIAL:
-        return ["evaluate"] if stage in (None, "evaluate") and is_finished(run.initial_evaluations) else []
+        return ["evaluate"] if stage in (None, "evaluate") and is_finished(run.place(INITIAL, "evaluations")) else []
     stored = [name for name, dataset in DATASET_OF.items() if is_finished(run.place(iteration, dataset))]
     return [name for name in stored if stage in (None, name)]
 

@@ -13,7 +13,6 @@ from flows.session import Reporter, open_session
 from pipeline.artifact import open_artifact
 from pipeline.config import apply_overrides, load_toml, validate
 from pipeline.errors import ArtifactMissing, ConfigError, UsageError
-from pipeline.files import write_text
 from pipeline.manifest import is_finished
 from pipeline.provenance import environment
 from pipeline.run_dir import RunDir
@@ -58,8 +57,8 @@ def rescore(
             for dataset in ("prompts", "completions"):
                 run.refer(iteration, dataset, source.open(iteration, dataset))
             count += run.open(iteration, "completions").manifest.rows or 0
-            session.score(iteration)
-            session.normalize(iteration)
+            session.perform("score", iteration)
+            session.perform("normalize", iteration)
     return Rescored(run, chosen, count, time.monotonic() - started)
 
 
@@ -141,17 +140,13 @@ def fork_tables(
         tables["offline"] = [OfflineConfig(run=where, iterations=chosen).model_dump()] if chosen else []
     elif offline is not None:
         raise UsageError(f"{config} has [[offline]] and the command --offline {offline}: leave one of them out")
-    validate(RunConfig, tables, str(config))
     return _without_nulls(tables)
 
 
-def write_fork(source: RunDir, at: int, tables: dict[str, object], run: RunDir) -> Path:
-    """Write the fork's config where its run will be; return its path. `grpo run` with it continues the fork."""
-    path = run.root / "fork.toml"
+def fork_toml(source: RunDir, at: int, tables: dict[str, object]) -> str:
+    """Return the fork's config as TOML; `grpo run` with it continues the fork."""
     header = f"# {source.name} after {at} updates, with the tables of another config in place of its own\n"
-    run.root.mkdir(parents=True, exist_ok=True)
-    write_text(path, header + tomli_w.dumps(tables))
-    return path
+    return header + tomli_w.dumps(tables)
 
 
 def _check_rewards(source: RunDir, iteration: int, settings: RunConfig) -> None:

@@ -1,30 +1,30 @@
 """What a run keeps alive between its stages: engine, trainer, reward processes, and somebody who watches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-from pipeline.artifact import open_artifact
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import CHAIN, STEPS, From, Step, When
 from pipeline.errors import GrpoError, UsageError
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir, state_of
-from pipeline.stage import Progress, StageCall, StageResult, find_finished, run_stage, silent
+from pipeline.stage import Progress, StageResult, find_finished, run_stage, silent
 from pipeline.writer import remove_artifact
 from stages.checkpoints import check_policy, checkpoint_path, context_length, looks_local
 from stages.config import RunConfig
-from stages.engines.base import Engine, EngineSettings
+from stages.engines.base import Engine, EngineConfig, EngineSettings
 from stages.engines.process import EngineProcess
-from stages.evaluate import EvaluateResources
 from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics
-from stages.iteration import Wiring
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
 from stages.starter.starter import make_starter
 from stages.trainers.local import Trainer, resolve_device
 from stages.trainers.resume import resume
+from stages.wiring import Call, Wiring
 
 
 class Reporter(Protocol):
@@ -84,14 +84,32 @@ class Session:
     def wiring(self) -> Wiring:
         return Wiring(self.config, self.run)
 
-    def perform(
-        self, label: str, call: StageCall, resources: Any = None, *, progress: Progress | None = None
-    ) -> StageResult:
-        """Return the stage's artifacts, computed or found; the reporter is told.
+    def perform(self, name: str, iteration: int) -> Artifact:
+        """Return the main artifact of a step in an iteration, computed or found; see `pipeline.chain`.
 
-        A stage that runs beside others brings a ``progress`` of its own: the reporter shows one stage at a time.
+        In an offline iteration the completions of another run take the place of prompts and completions.
+
+        Raises:
+            UsageError: when it would generate for an iteration whose completions are another run's.
         """
-        result = run_stage(call, resources=resources, progress=progress or self.reporter.stage(label))
+        step = STEPS[name]
+        if name in ("prompts", "generate") and self.config.stored(iteration):
+            return self.wiring.refer_stored(iteration)
+        if name in ("prompts", "generate"):
+            self._check_own(iteration)
+        if name == "optimizer":
+            self._remove_stale_state(iteration)
+        call = self.wiring.call(name, iteration)
+        resources = None if find_finished(call) else self._resources(step, iteration)
+        in_background = step.when in (When.ahead, When.late)  # the reporter shows one stage at a time
+        result = self._run(name, call, resources, silent if in_background else None)
+        if name == "update" and resources is not None:
+            resources.digest = result.main.digest
+        return result.main
+
+    def _run(self, label: str, call: Call, resources: Any = None, progress: Progress | None = None) -> StageResult:
+        """Return the artifacts of a call, computed or found; they are published, and the reporter is told."""
+        result = run_stage(call, resources, progress or self.reporter.stage(label))
         self._is_due |= not result.reused
         while self._is_due and self._publishing.acquire(blocking=False):  # else the thread that is at it does this too
             try:
@@ -102,8 +120,8 @@ class Session:
         self.reporter.finished(label, result)
         return result
 
-    def initial_policy(self) -> str:
-        """Take the config's policy into the run; a starter is made first, unless it exists. Return its path."""
+    def initial_policy(self) -> Artifact:
+        """Return the initial policy, taken from where the config says; a starter is made first, unless it exists."""
         model = self.config.policy.model
         source = None
         if self.config.starter is not None:
@@ -117,93 +135,66 @@ class Session:
             if not is_finished(self.run.initial_policy):
                 raise
             self.reporter.note(f"{model} is not there any more as it was: the run has its copy")
-            return str(self.run.initial_policy)
-        return self._path("policy", call, source)
+            return open_artifact(self.run.initial_policy)
+        return self._run("policy", call, source).main
 
-    def member_policy(self, name: str) -> str:
-        """Take a member's checkpoint from outside into the run; return its path."""
+    def member_policy(self, name: str) -> Artifact:
+        """Return the policy of a member from outside, taken into the run."""
         member = next(m for m in self.config.generate.plan() if m.name == name)
-        return self._path("policy", self.wiring.member_policy(member), checkpoint_path(member.policy))
+        return self._run("policy", self.wiring.member_policy(member), checkpoint_path(member.policy)).main
 
-    def held_out_prompts(self) -> str:
-        """Draw the questions of every evaluation; return their path."""
-        return self._path("prompts", self.wiring.held_out_prompts())
+    def held_out_prompts(self) -> Artifact:
+        """Return the prompts of every evaluation."""
+        return self._run("prompts", self.wiring.held_out_prompts()).main
 
-    def prompts(self, iteration: int) -> str:
-        """Draw the questions of an iteration; return their path. May run beside other stages."""
-        if self.config.stored(iteration):
-            return self.refer_stored(iteration)
-        self._check_own(iteration)
-        return str(self.perform("prompts", self.wiring.prompts(iteration), progress=silent).main.path)
+    def metrics(self, iteration: int) -> Path:
+        """Put the iteration's row into `metrics.parquet`, show it, return the file. May run next to other stages."""
+        row = recorded_metrics(self.run, iteration)
+        if row is None:
+            row = iteration_metrics(self.run, iteration, self.config.evaluate.pass_threshold)
+            append_metrics(self.run, row)
+        self.reporter.iteration(row)
+        return self.run.metrics
 
-    def refer_stored(self, iteration: int) -> str:
-        """Take completions that another run has stored as those of an iteration; return their path."""
-        return str(self.wiring.refer_stored(iteration).path)
+    def is_done(self, iteration: int) -> bool:
+        """Return whether every artifact that makes the next policy is there, of this very config. Read-only."""
+        if not is_finished(self.run.place(iteration, "policy")):
+            return False
+        taken = ("prompts", "generate") if self.config.stored(iteration) else ()
+        needed = (s for s in CHAIN if s.when in (When.in_order, When.ahead) and s.name not in taken)
+        return all(find_finished(self.wiring.call(step.name, iteration)) is not None for step in needed)
 
-    def generate(self, iteration: int) -> str:
-        """Sample groups of answers; return their path."""
-        if self.config.stored(iteration):
-            return self.refer_stored(iteration)
-        self._check_own(iteration)
-        call = self.wiring.generate(iteration)
-        return self._path("generate", call, None if find_finished(call) else self.ready_engine())
+    def is_evaluated(self, iteration: int) -> bool:
+        """Return whether the evaluation of the policy after the iteration is there, of this very config. Read-only."""
+        run = self.run
+        if not (is_finished(run.place(iteration, "evaluations")) and is_finished(run.held_out_prompts)):
+            return False
+        find_finished(self.wiring.held_out_prompts())
+        return find_finished(self.wiring.call("evaluate", iteration)) is not None
 
     def _check_own(self, iteration: int) -> None:
-        """Raise UsageError when the iteration's completions are another run's: fresh ones would stand in their way."""
         if self.run.refers(iteration, "completions"):
             raise UsageError(
                 f"iteration {iteration} of {self.run.name} refers to the completions of another run, so nothing is "
                 "generated for it; to train on them, fork that run (grpo fork), or name it under [[offline]]"
             )
 
-    def score(self, iteration: int) -> str:
-        """Score the answers; return the rewards' path."""
-        call = self.wiring.score(iteration)
-        return self._path("score", call, None if find_finished(call) else self.scorer())
-
-    def normalize(self, iteration: int) -> str:
-        """Turn rewards into advantages; return their path."""
-        return self._path("normalize", self.wiring.normalize(iteration))
-
-    def batch(self, iteration: int) -> str:
-        """Put the rows into training order; return their path."""
-        return self._path("batch", self.wiring.batch(iteration))
-
-    def update(self, iteration: int) -> str:
-        """Train on the rows; return the next policy's path. Afterwards the trainer is at that policy."""
-        call = self.wiring.update(iteration)
-        trainer = None if find_finished(call) else self.trainer_after(iteration)
-        result = self.perform("update", call, trainer)
-        if trainer is not None:
-            trainer.digest = result.main.digest
-        return str(result.main.path)
-
-    def optimizer(self, iteration: int) -> str:
-        """Keep the optimizer's state after an iteration's update; return its path. May run beside other stages."""
+    def _remove_stale_state(self, iteration: int) -> None:
+        """Remove an optimizer's state that belongs to a policy which lay here before."""
         place = self.run.place(iteration, "optimizer")
         if is_finished(place) and state_of(open_artifact(self.run.policy_before(iteration + 1))) is None:
-            remove_artifact(place)  # of a policy that lay here before
-        call = self.wiring.optimizer(iteration)
-        trainer = None if find_finished(call) else self.trainer_after(iteration + 1)
-        return str(self.perform("optimizer", call, trainer, progress=silent).main.path)
+            remove_artifact(place)
 
-    def evaluate(self, num_updates: int) -> str:
-        """Answer the held-out questions; return the answers' path."""
-        call = self.wiring.evaluate(num_updates)
-        resources = None if find_finished(call) else EvaluateResources(self.ready_engine(), self.scorer())
-        return self._path("evaluate", call, resources)
-
-    def metrics(self, iteration: int) -> str:
-        """Put the iteration's row into `metrics.parquet`, show it, return its path. May run beside other stages."""
-        row = recorded_metrics(self.run, iteration)
-        if row is None:
-            row = iteration_metrics(self.run, iteration, self.config.evaluate.pass_threshold)
-            append_metrics(self.run, row)
-        self.reporter.iteration(row)
-        return str(self.run.metrics)
-
-    def _path(self, label: str, call: StageCall, resources: Any = None) -> str:
-        return str(self.perform(label, call, resources).main.path)
+    def _resources(self, step: Step, iteration: int) -> Any:
+        """Return what the step uses: nothing, one helper, or several as a tuple."""
+        after = step.reads.get("policy") is From.after
+        makers: dict[str, Callable[[], Any]] = {
+            "engine": self.ready_engine,
+            "scorer": self.scorer,
+            "trainer": lambda: self.trainer_after(iteration + 1 if after else iteration),
+        }
+        found = tuple(makers[name]() for name in step.uses)
+        return found[0] if len(found) == 1 else found or None
 
     def warm_up(self, iteration: int) -> None:
         """Start engine and reward processes early, beside other work, when this iteration will need them."""
@@ -258,13 +249,8 @@ def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:
     """Return the engine's settings for a run."""
     generate, resources = config.generate, config.resources
     return EngineSettings(
-        engine=generate.engine,
-        dtype=generate.dtype,
+        **generate.model_dump(include=set(EngineConfig.model_fields)),
         max_model_len=context_length(check_policy(str(policy))),
-        max_num_seqs=generate.max_num_seqs,
-        max_num_batched_tokens=generate.max_num_batched_tokens,
-        prefix_caching=generate.prefix_caching,
-        num_threads=generate.num_threads,
         gpu_memory_utilization=resources.gpu_memory_utilization,
         kv_cache_gib=resources.kv_cache_gib,
     )

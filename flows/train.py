@@ -1,32 +1,47 @@
-"""The train flow: a Prefect flow whose tasks are the stages.
+"""The train flow: a Prefect flow whose tasks are the steps of `pipeline.chain`.
 
 Tasks take an iteration and return a path, never frames, and Prefect's own cache is off: the artifacts are the only
 cache. What lives as long as the run (engine, trainer) is in the `Session` of this process.
 """
 
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ParamSpec
 
-from prefect import flow, task
+from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
-from flows.background import ONE_BY_ONE, Beside
+from flows.background import ONE_BY_ONE, Background
 from flows.prefect_server import temporary_server_watched
-from flows.session import Reporter, Session, SilentReporter, open_session
-from pipeline.artifact import open_artifact
-from pipeline.manifest import is_finished
+from flows.prepare import Prepared, prepare
+from flows.session import Session, open_session
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import CHAIN, INITIAL, When
 from pipeline.provenance import environment, git_state
 from pipeline.run_dir import state_of
-from pipeline.runs import run_at
-from pipeline.stage import find_finished
-from stages.config import check_unchanged, load_config
 from stages.evaluate import summarize
-from stages.iteration import outside_members
-from stages.preflight import preflight
+from stages.wiring import outside_members
 
-session_of_flow: ContextVar[Session] = ContextVar("session_of_flow")
-SILENT = SilentReporter()
-reporter_of_flow: ContextVar[Reporter] = ContextVar("reporter_of_flow", default=SILENT)
+P = ParamSpec("P")
+Tasks = Mapping[str, Task[[int], str]]
+METRICS = "metrics"
+"""Not a step of the chain: the row of `metrics.parquet`, made of what the steps have left."""
+
+
+_handed_over: dict[tuple[str, str, tuple[str, ...]], Prepared] = {}
+"""From a command of this process to the flow that it calls next, so that a config is loaded and checked once."""
+
+
+def train_prepared(prepared: Prepared, config: Path, overrides: list[str] | None = None) -> str:
+    """Run the flow on what `prepare` has checked already; return the path of the last checkpoint."""
+    run = prepared.run
+    where = run.name if run.copy else str(run.root.resolve())
+    key = (str(config.resolve()), where, tuple(overrides or ()))
+    _handed_over[key] = prepared
+    try:
+        return train(config=key[0], run=where, overrides=overrides)
+    finally:
+        _handed_over.pop(key, None)
 
 
 @flow(name="train", persist_result=False, task_runner=ONE_BY_ONE)
@@ -38,179 +53,105 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
         run: the run directory or URL. What the same config has left there is used and not computed again.
         overrides: ``key=value`` settings that take precedence over the file.
     """
-    settings = load_config(Path(config), overrides)
-    run_dir = run_at(run)
-    check_unchanged(run_dir, settings)
-    preflight(settings, run_dir)
-    with temporary_server_watched(), open_session(settings, run_dir, reporter_of_flow.get()) as session:
-        run_dir.record_config(Path(config).read_text(encoding="utf-8"), settings.model_dump(mode="json"))
+    prepared = _handed_over.pop((config, run, tuple(overrides or ())), None) or prepare(Path(config), run, overrides)
+    settings, run_dir = prepared.settings, prepared.run
+    with temporary_server_watched(), open_session(settings, run_dir, prepared.reporter) as session:
+        run_dir.record_config(prepared.toml, settings.model_dump(mode="json"))
         run_dir.record_environment({**environment(), "git_diff": git_state()["diff"]})
-        token = session_of_flow.set(session)
-        beside = Beside()
+        tasks = step_tasks(session)
+        background = Background(tasks)
         try:
-            initial_policy()
-            for member in outside_members(settings):
-                member_policy(member.name)
-            for num_updates in range(settings.iterations + 1):
-                was_done = num_updates == 0 or train_iteration(session, beside, num_updates - 1)
-                if session.wiring.is_evaluated(num_updates):
-                    evaluate_once(session, num_updates)
-                if num_updates:
-                    report(session, beside, num_updates - 1, was_done=was_done)
-                if num_updates in (0, settings.iterations) and session.wiring.is_evaluated(num_updates):
-                    beside.wait_for_all()
-                    session.reporter.evaluation(num_updates, summarize_evaluation(session, num_updates))
-            if settings.iterations:
-                have_state(session, beside, settings.iterations - 1)
-            beside.wait_for_all()
+            train_all(session, tasks, background)
         finally:
-            beside.end()
-            session_of_flow.reset(token)
+            background.end()
     return str(run_dir.policy_before(settings.iterations))
 
 
-def train_iteration(session: Session, beside: Beside, iteration: int) -> bool:
-    """Run the six stages of an iteration; return whether this config had run them. Finished ones cost no Prefect task.
+def train_all(session: Session, tasks: Tasks, background: Background) -> None:
+    """Run every iteration of a run, and the evaluations that its config asks for."""
+    settings = session.config
+    run_task(session.initial_policy)
+    for member in outside_members(settings):
+        run_task(session.member_policy, member.name)
+    for iteration in range(INITIAL, settings.iterations):
+        was_done = iteration == INITIAL or train_iteration(session, tasks, background, iteration)
+        is_to_be_evaluated = settings.is_to_be_evaluated(iteration + 1)
+        if is_to_be_evaluated and not session.is_evaluated(iteration):
+            run_task(session.held_out_prompts)
+            for step in CHAIN:
+                if step.when is When.evaluation:
+                    tasks[step.name](iteration)
+        if iteration > INITIAL:
+            report(session, background, iteration, was_done=was_done)
+        if is_to_be_evaluated and iteration + 1 in (0, settings.iterations):
+            background.wait_for_all()
+            evaluations = open_artifact(session.run.place(iteration, "evaluations")).read()
+            session.reporter.evaluation(iteration + 1, summarize(evaluations))
+    if settings.iterations:
+        have_state(session, background, settings.iterations - 1)
+    background.wait_for_all()
 
-    In an offline iteration the completions of another run take the place of the first two stages. While the engine
+
+def train_iteration(session: Session, tasks: Tasks, background: Background, iteration: int) -> bool:
+    """Run the steps of an iteration; return whether this config had run them. Finished ones cost no Prefect task.
+
+    In an offline iteration the completions of another run take the place of the first two steps. While the engine
     samples, there is time for what it does not need: the next prompts, and what the last iteration has left to write.
     """
-    wiring = session.wiring
-    is_offline = session.config.stored(iteration) is not None
-    if is_finished(session.run.place(iteration, "policy")):
-        sampled = () if is_offline else (wiring.prompts, wiring.generate)
-        calls = (*sampled, wiring.score, wiring.normalize, wiring.batch, wiring.update)
-        if all(find_finished(call(iteration)) is not None for call in calls):
-            return True
-    if iteration and not beside.is_begun(optimizer, iteration - 1):
-        have_state(session, beside, iteration - 1)  # a lost one: before the engine measures what memory it may take
+    if session.is_done(iteration):
+        return True
+    if iteration and not background.is_begun("optimizer", iteration - 1):
+        have_state(session, background, iteration - 1)  # a lost one: before the engine measures what memory it may take
     session.warm_up(iteration)
-    if is_offline:
-        refer_stored(iteration)
-    else:
-        beside.wait_for(prompts, iteration)
-        if iteration + 1 < session.config.iterations and session.config.stored(iteration + 1) is None:
-            beside.begin(prompts, iteration + 1)
-        beside.raise_failed()
-        generate(iteration)
-    for stage in (score, normalize, batch):
-        beside.raise_failed()
-        stage(iteration)
-    beside.settle(metrics)  # a killed run lacks the figures of its last iteration at most
-    if iteration:
-        have_state(session, beside, iteration - 1)
-    update(iteration)
-    beside.begin(optimizer, iteration)
+    for step in CHAIN:
+        match step.when:
+            case When.ahead:
+                background.wait_for(step.name, iteration)
+                if iteration + 1 < session.config.iterations and session.config.stored(iteration + 1) is None:
+                    background.begin(step.name, iteration + 1)
+            case When.in_order:
+                background.raise_failed()
+                if "trainer" in step.uses:
+                    background.settle(METRICS)  # a killed run lacks the figures of its last iteration at most
+                    have_state(session, background, iteration - 1)
+                tasks[step.name](iteration)
+            case When.late:
+                background.begin(step.name, iteration)
     return False
 
 
-def have_state(session: Session, beside: Beside, iteration: int) -> None:
+def have_state(session: Session, background: Background, iteration: int) -> None:
     """Have the optimizer's state after an iteration on disk: it may be there, on its way, or lost."""
+    if iteration == INITIAL:
+        return
     policy = open_artifact(session.run.policy_before(iteration + 1))
-    if beside.is_begun(optimizer, iteration) or state_of(policy) is None:
-        beside.wait_for(optimizer, iteration)
+    if background.is_begun("optimizer", iteration) or state_of(policy) is None:
+        background.wait_for("optimizer", iteration)
 
 
-def report(session: Session, beside: Beside, iteration: int, *, was_done: bool) -> None:
-    """Put the iteration's row into `metrics.parquet` and show it; beside the flow when the iteration was run now."""
+def report(session: Session, background: Background, iteration: int, *, was_done: bool) -> None:
+    """Put the iteration's row into `metrics.parquet` and show it; in the background when the iteration was run now."""
     if was_done:
-        beside.settle(metrics)  # one at a time
+        background.settle(METRICS)  # one at a time
         session.metrics(iteration)
     else:
-        beside.begin(metrics, iteration)
+        background.begin(METRICS, iteration)
 
 
-def evaluate_once(session: Session, num_updates: int) -> None:
-    """Evaluate the policy after so many iterations, unless that is done."""
-    if is_finished(session.run.evaluations_of(num_updates)) and is_finished(session.run.held_out_prompts):
-        find_finished(session.wiring.held_out_prompts())
-        if find_finished(session.wiring.evaluate(num_updates)) is not None:
-            return
-    held_out_prompts()
-    evaluate(num_updates)
+def step_tasks(session: Session) -> Tasks:
+    """Return a Prefect task for each step, which returns the path of what it has made."""
+
+    def perform(name: str) -> Callable[[int], str]:
+        return lambda iteration: str(session.perform(name, iteration).path)
+
+    tasks = {step.name: _task(step.name, perform(step.name)) for step in CHAIN}
+    return {**tasks, METRICS: _task(METRICS, lambda iteration: str(session.metrics(iteration)))}
 
 
-def summarize_evaluation(session: Session, num_updates: int) -> dict[str, float | None]:
-    """Return the figures of an evaluation."""
-    return summarize(open_artifact(session.run.evaluations_of(num_updates)).read())
+def run_task(make: Callable[..., Artifact], *arguments: str) -> None:
+    """Run as a Prefect task what comes before the first iteration."""
+    _task(make.__name__, lambda: str(make(*arguments).path))()
 
 
-stage_task = task(cache_policy=NO_CACHE, persist_result=False)
-
-
-@stage_task
-def initial_policy() -> str:
-    """Take the policy that the run begins with into the run."""
-    return session_of_flow.get().initial_policy()
-
-
-@stage_task
-def member_policy(name: str) -> str:
-    """Take a group member's checkpoint from outside into the run."""
-    return session_of_flow.get().member_policy(name)
-
-
-@stage_task
-def held_out_prompts() -> str:
-    """Draw the questions of every evaluation."""
-    return session_of_flow.get().held_out_prompts()
-
-
-@stage_task
-def prompts(iteration: int) -> str:
-    """Draw the questions of an iteration."""
-    return session_of_flow.get().prompts(iteration)
-
-
-@stage_task
-def refer_stored(iteration: int) -> str:
-    """Take completions that another run has stored as those of an iteration."""
-    return session_of_flow.get().refer_stored(iteration)
-
-
-@stage_task
-def generate(iteration: int) -> str:
-    """Sample groups of answers."""
-    return session_of_flow.get().generate(iteration)
-
-
-@stage_task
-def score(iteration: int) -> str:
-    """Score the answers."""
-    return session_of_flow.get().score(iteration)
-
-
-@stage_task
-def normalize(iteration: int) -> str:
-    """Turn rewards into advantages."""
-    return session_of_flow.get().normalize(iteration)
-
-
-@stage_task
-def batch(iteration: int) -> str:
-    """Put the rows into training order."""
-    return session_of_flow.get().batch(iteration)
-
-
-@stage_task
-def update(iteration: int) -> str:
-    """Train on the rows."""
-    return session_of_flow.get().update(iteration)
-
-
-@stage_task
-def optimizer(iteration: int) -> str:
-    """Keep the optimizer's state after an update."""
-    return session_of_flow.get().optimizer(iteration)
-
-
-@stage_task
-def metrics(iteration: int) -> str:
-    """Put the iteration's row into `metrics.parquet` and show it."""
-    return session_of_flow.get().metrics(iteration)
-
-
-@stage_task
-def evaluate(num_updates: int) -> str:
-    """Answer the held-out questions."""
-    return session_of_flow.get().evaluate(num_updates)
+def _task(name: str, run: Callable[P, str]) -> Task[P, str]:
+    return Task(run, name=name, cache_policy=NO_CACHE, persist_result=False)

@@ -15,7 +15,10 @@ from pipeline.files import sha256_file
 from pipeline.manifest import MANIFEST, MANIFEST_VERSION, STORE_NOTE, Manifest, content_hash, digest_of, recipe_hash
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import polars as pl
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Artifact:
         """
         _verify(self.path, self.manifest.digest)
 
-    def check_schema(self) -> None:
+    def check_schema(self, schemas: "Mapping[str, pa.Schema] | None" = None) -> None:
         """Compare the columns of the rows, if it holds rows, with the documented schema. Read-only.
 
         Raises:
@@ -79,9 +82,10 @@ class Artifact:
         import pyarrow.parquet as pq
 
         from pipeline.conformance import check_schema
+        from pipeline.schema import SCHEMAS
 
         for path in self.files():
-            check_schema(pq.read_schema(path), self.manifest.dataset, path)
+            check_schema(pq.read_schema(path), self.manifest.dataset, path, schemas or SCHEMAS)
 
     def check_sizes(self, *, is_read: bool = True) -> None:
         """Compare every file's size with the manifest: the cheap part of `verify`. Read-only.

@@ -1,6 +1,6 @@
 """Do rows have the documented schema? Checked on every write and when a stage reads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import polars as pl
 import pyarrow as pa
@@ -9,15 +9,15 @@ from pipeline.errors import SchemaError
 from pipeline.schema import SCHEMAS, TOKEN_COLUMNS
 
 
-def conform(frame: pl.DataFrame | pa.Table, name: str) -> pa.Table:
-    """Return the rows as a table of exactly the schema ``name``.
+def conform(frame: pl.DataFrame | pa.Table, name: str, schema: pa.Schema | None = None) -> pa.Table:
+    """Return the rows as a table of exactly the schema of the dataset ``name``, or of the one that is given.
 
     Raises:
         SchemaError: when columns are missing or unknown, a value does not fit its type, or a null stands where none
             may.
     """
     table = frame.to_arrow() if isinstance(frame, pl.DataFrame) else frame
-    schema = _schema_of(table.column_names, name)
+    schema = _without_tokens(schema or SCHEMAS[name], table.column_names)
     missing = [n for n in schema.names if n not in table.column_names]
     unknown = [n for n in table.column_names if n not in schema.names]
     if missing or unknown:
@@ -32,9 +32,14 @@ def conform(frame: pl.DataFrame | pa.Table, name: str) -> pa.Table:
     return table
 
 
-def check_schema(found: pa.Schema, name: str, where: object) -> None:
-    """Raise SchemaError unless ``found`` has exactly the columns and types of the schema ``name``."""
-    expected = _schema_of(found.names, name)
+def check_schema(found: pa.Schema, name: str, where: object, schemas: Mapping[str, pa.Schema] = SCHEMAS) -> None:
+    """Raise SchemaError unless ``found`` has exactly the columns and types of the dataset ``name``."""
+    if name not in schemas:
+        raise SchemaError(
+            f"{where} holds {name}, a dataset without a documented schema: expected one of {', '.join(schemas)}; give "
+            "the stage that reads it the schema (Stage.schemas)"
+        )
+    expected = _without_tokens(schemas[name], found.names)
     if found.equals(expected, check_metadata=False):
         return
     differences = [
@@ -50,9 +55,9 @@ def check_schema(found: pa.Schema, name: str, where: object) -> None:
     )
 
 
-def _schema_of(names: Iterable[str], name: str) -> pa.Schema:
-    """Return the schema ``name``, without the columns of tokens where ``names`` has none of them."""
-    schema, optional = SCHEMAS[name], {field.name for field in TOKEN_COLUMNS}
+def _without_tokens(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
+    """Return the schema without the columns of tokens where ``names`` has none of them."""
+    optional = {field.name for field in TOKEN_COLUMNS}
     if not optional.isdisjoint(names):
         return schema
     return pa.schema([field for field in schema if field.name not in optional], metadata=schema.metadata)

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import DATASETS, INITIAL
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, UsageError
 from pipeline.files import write_text
 from pipeline.manifest import is_finished
@@ -24,21 +25,6 @@ RESOLVED_CONFIG = "config.resolved.json"
 RECORDS = ("config.toml", "fork.toml", RESOLVED_CONFIG, "environment.json", "metrics.parquet")
 """Files beside the artifacts; they may change."""
 REFERENCE = ".reference.json"
-ITERATION_DATASETS = (
-    "prompts",
-    "completions",
-    "rewards",
-    "advantages",
-    "batches",
-    "training_records",
-    "optimizer_steps",
-    "policy",
-    "optimizer",
-    "evaluations",
-)
-"""Folders of an iteration in the order of the stages; ``policy`` holds the weights after its update."""
-CHECKPOINTS = ("policy", "optimizer")
-"""Those that hold tensors; all others hold rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +87,6 @@ class RunDir:
     def held_out_prompts(self) -> Path:
         return self.root / "held_out_prompts"
 
-    @property
-    def initial_evaluations(self) -> Path:
-        return self.root / "evaluations"
-
     def settings(self) -> dict[str, Any]:
         """Return the resolved config as tables. Read-only.
 
@@ -142,16 +124,12 @@ class RunDir:
         return self.root / "iterations" / f"{index:06d}"
 
     def place(self, index: int, dataset: str) -> Path:
-        """Return the directory of a dataset of an iteration, whether it exists or not."""
-        return self.iteration(index) / dataset
+        """Return the directory of a dataset of an iteration, whether it exists or not; see INITIAL."""
+        return self.root / dataset if index == INITIAL else self.iteration(index) / dataset
 
     def member(self, name: str) -> Path:
         """Return the place of a policy from outside that writes group members."""
         return self.root / "members" / name
-
-    def evaluations_of(self, num_updates: int) -> Path:
-        """Return the place of the evaluation of the policy after ``num_updates`` iterations."""
-        return self.place(num_updates - 1, "evaluations") if num_updates else self.initial_evaluations
 
     def policy_before(self, index: int) -> Path:
         """Return the place of the policy that iteration ``index`` samples from and updates."""
@@ -174,13 +152,13 @@ class RunDir:
             if is_finished(path):
                 yield open_artifact(path)
         for index in self.iterations():
-            for dataset in ITERATION_DATASETS:
+            for dataset in DATASETS:
                 if self.has(index, dataset):
                     yield self.open(index, dataset)
 
     def _outside_iterations(self) -> list[Path]:
         members = sorted((self.root / "members").glob("*")) if (self.root / "members").is_dir() else []
-        return [self.initial_policy, *members, self.held_out_prompts, self.initial_evaluations]
+        return [self.initial_policy, *members, self.held_out_prompts, self.place(INITIAL, "evaluations")]
 
     def has(self, index: int, dataset: str) -> bool:
         """Return whether an iteration has a dataset, its own or another run's. Read-only."""
@@ -264,7 +242,7 @@ class RunDir:
     def publish(self) -> None:
         """Bring the store up to date with what is finished here; a run in a local directory needs nothing."""
         if self.copy is not None:
-            places = [self.place(index, dataset) for index in self.iterations() for dataset in ITERATION_DATASETS]
+            places = [self.place(index, dataset) for index in self.iterations() for dataset in DATASETS]
             places = [place for place in places if place.name != "optimizer" or self._is_of_its_policy(place)]
             references = sorted(self.root.glob(f"iterations/*/*{REFERENCE}"))
             records = [self.root / name for name in RECORDS if (self.root / name).is_file()]

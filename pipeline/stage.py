@@ -7,13 +7,16 @@ the recipe, reuse of a finished artifact, refusal of a foreign one, atomic parts
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
+
+import pyarrow as pa
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import OutOfSpace, RecipeMismatch
 from pipeline.files import explain_full_device
 from pipeline.manifest import canonical_json, is_finished, recipe_hash
 from pipeline.provenance import environment
+from pipeline.schema import SCHEMAS
 from pipeline.writer import ArtifactWriter, remove_artifact
 
 
@@ -33,19 +36,24 @@ class HasConfig(Protocol):
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
+C = TypeVar("C", bound=HasConfig)
+"""The stage's config."""
+R = TypeVar("R")
+"""The live helpers that the stage uses, such as a running engine; they decide no result."""
+
+
 @dataclass(slots=True)
-class StageTask:
+class StageTask(Generic[C, R]):
     """What a stage's compute function is given."""
 
-    config: Any
+    config: C
     parameters: Mapping[str, Any]
     """Beyond the config, what decides the result: seed, iteration, hashes of user code."""
     inputs: Mapping[str, Artifact]
     writers: Mapping[str, ArtifactWriter]
     """Output name -> writer."""
     recipe: str
-    resources: Any = None
-    """Live helpers that decide no result, such as a running engine."""
+    resources: R
     progress: Progress = silent
 
     @property
@@ -55,16 +63,19 @@ class StageTask:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """The record of a stage."""
+class Stage(Generic[C, R]):
+    """The record of a stage. Which datasets it reads and writes stands in `pipeline.chain`."""
 
     name: str
     """The verb: module, config table and command have the same name."""
     version: int
-    """Raised whenever the same recipe would give other rows."""
-    outputs: tuple[str, ...]
-    """Dataset names, which are folder names; the last is the main one, whose existence means that the stage is done."""
-    compute: Callable[[StageTask], None]
+    """Raised whenever the same recipe would give other rows, or a default of the config changes."""
+    config: type[C]
+    compute: Callable[[StageTask[C, R]], None]
+    schemas: Mapping[str, pa.Schema] = field(default_factory=dict)
+    """Of the datasets that it writes, or reads, and that `pipeline.schema` does not have."""
+    wants: tuple[str, ...] = ()
+    """What it needs of the run beyond its config: ``seed``, ``iteration``. In the recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +91,14 @@ class StageResult:
 
 
 @dataclass(frozen=True, slots=True)
-class StageCall:
+class StageCall(Generic[C, R]):
     """One stage, bound to its config, inputs and places: what can be hashed, reused or run."""
 
-    stage: Stage
-    config: HasConfig
+    stage: Stage[C, R]
+    config: C
     inputs: Mapping[str, Artifact]
     places: Mapping[str, Path]
-    """Output name -> directory."""
+    """Dataset -> directory; the last is the main one, whose existence means that the stage is done."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def recipe_parts(self) -> dict[str, Any]:
@@ -105,7 +116,7 @@ class StageCall:
         return recipe_hash(parts["stage"], parts["version"], parts["config"], parts["inputs"])
 
 
-def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = silent) -> StageResult:
+def run_stage(call: StageCall[C, R], resources: R, progress: Progress = silent) -> StageResult:
     """Return the stage's artifacts: the finished ones when their recipe matches, else freshly computed.
 
     Secondary outputs of a stage whose main output is missing are debris of a killed process and are made again.
@@ -118,11 +129,12 @@ def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = si
     if finished is not None:
         return finished
     recipe = call.recipe()
-    writers = {name: ArtifactWriter(call.places[name], name, recipe) for name in call.stage.outputs}
+    schemas = {**SCHEMAS, **call.stage.schemas}
+    writers = {name: ArtifactWriter(place, name, recipe, schemas.get(name)) for name, place in call.places.items()}
     for artifact in call.inputs.values():
         artifact.fetch()
         artifact.check_sizes()
-        artifact.check_schema()
+        artifact.check_schema(schemas)
     for writer in writers.values():
         if is_finished(writer.place):
             remove_artifact(writer.place)
@@ -148,17 +160,17 @@ def run_stage(call: StageCall, *, resources: Any = None, progress: Progress = si
     return StageResult(sealed, reused=False)
 
 
-def find_finished(call: StageCall) -> StageResult | None:
+def find_finished(call: StageCall[Any, Any]) -> StageResult | None:
     """Return the finished artifacts of this very recipe, or None when the main one does not exist. Read-only.
 
     Raises:
         RecipeMismatch: when another recipe's artifact stands there.
         ArtifactDamaged: when its rows are not what its manifest says. Checkpoints are only verified when they are read.
     """
-    main = call.places[call.stage.outputs[-1]]
+    main = list(call.places.values())[-1]
     if not is_finished(main):
         return None
-    outputs = {name: open_artifact(call.places[name]) for name in call.stage.outputs}
+    outputs = {name: open_artifact(place) for name, place in call.places.items()}
     for artifact in outputs.values():
         if artifact.manifest.recipe != call.recipe():
             raise RecipeMismatch(
@@ -172,7 +184,7 @@ def find_finished(call: StageCall) -> StageResult | None:
     return StageResult(outputs, reused=True)
 
 
-def _difference(call: StageCall, found: Artifact) -> str:
+def _difference(call: StageCall[Any, Any], found: Artifact) -> str:
     """Say in which respect a finished artifact's recipe differs from the wanted one."""
     wanted = call.recipe_parts()
     manifest = found.manifest

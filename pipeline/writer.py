@@ -21,6 +21,7 @@ from pipeline.manifest import MANIFEST, MANIFEST_VERSION, Manifest, content_hash
 
 if TYPE_CHECKING:
     import polars as pl
+    import pyarrow as pa
 
 
 RECIPE_NOTE = "recipe"
@@ -53,6 +54,8 @@ class ArtifactWriter:
     place: Path
     dataset: str
     recipe: str
+    schema: "pa.Schema | None" = None
+    """Of its rows; None = that of `pipeline.schema`."""
     started: float = field(default_factory=time.time)
     _counts: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)
     """Of the parts that this process has written: rows, and rows dropped for each reason."""
@@ -97,7 +100,7 @@ class ArtifactWriter:
 
         from pipeline.conformance import conform
 
-        table = conform(frame, self.dataset)
+        table = conform(frame, self.dataset, self.schema)
         with atomic_write(self.part_path(index)) as temporary:
             pq.write_table(
                 table, temporary, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_checksum=True

@@ -172,7 +172,7 @@ def _step(rows: pl.DataFrame, config: BatchConfig, *, step: int) -> pl.DataFrame
     ).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int32).over("microbatch"))
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[BatchConfig, None]) -> None:
     """Order the rows of an iteration."""
     frame = batch_rows(
         task.inputs["completions"].scan().select(NEEDED).collect(),
@@ -185,4 +185,4 @@ def compute(task: StageTask) -> None:
     task.writer.write_part(0, frame)
 
 
-STAGE = Stage("batch", version=1, outputs=("batches",), compute=compute)
+STAGE = Stage("batch", version=1, config=BatchConfig, compute=compute, wants=("seed", "iteration"))

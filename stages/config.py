@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
+from pipeline.chain import CHAIN, load_stage
 from pipeline.config import StrictModel, apply_overrides, load_toml, validate
 from pipeline.errors import RecipeMismatch
 from pipeline.run_dir import RunDir
@@ -106,6 +107,11 @@ class RunConfig(StrictModel):
         plan = [(source.run, index) for source in self.offline for index in source.iterations]
         return plan[iteration] if iteration < len(plan) else None
 
+    def is_to_be_evaluated(self, num_updates: int) -> bool:
+        """Return whether the policy after so many iterations is to be evaluated."""
+        every = self.evaluate.every
+        return every > 0 and (num_updates % every == 0 or num_updates == self.iterations)
+
     @property
     def held_out_share(self) -> float:
         """Share of the training source's questions that training and warm-up leave alone."""
@@ -113,21 +119,24 @@ class RunConfig(StrictModel):
 
     def evaluation(self) -> EvaluateTaskConfig:
         """Return what decides an evaluation."""
-        generate = self.generate
+        shared = set(EvaluateTaskConfig.model_fields) & set(GenerateConfig.model_fields)
         return EvaluateTaskConfig(
             num_samples=self.evaluate.num_samples,
             pass_threshold=self.evaluate.pass_threshold,
-            max_tokens=generate.max_tokens,
-            temperature=generate.temperature,
-            engine=generate.engine,
-            dtype=generate.dtype,
-            max_num_seqs=generate.max_num_seqs,
-            max_num_batched_tokens=generate.max_num_batched_tokens,
-            num_threads=generate.num_threads,
-            prefix_caching=generate.prefix_caching,
             score=self.score,
             normalize=self.normalize,
+            **self.generate.model_dump(include=shared),
         )
+
+
+def config_class() -> type[RunConfig]:
+    """Return the run's config with the tables of the stages in the chain that `RunConfig` does not list itself."""
+    own = [step for step in CHAIN if step.name not in RunConfig.model_fields]
+    tables = {step.name: load_stage(step).config for step in own if step.stage}
+    if not tables:
+        return RunConfig
+    fields: dict[str, Any] = {name: (table, Field(default_factory=table)) for name, table in tables.items()}
+    return create_model("RunConfig", __base__=RunConfig, **fields)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -136,7 +145,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: naming every wrong key, or that the path is no TOML file.
     """
-    return validate(RunConfig, apply_overrides(load_toml(path), overrides or []), str(path))
+    return validate(config_class(), apply_overrides(load_toml(path), overrides or []), str(path))
 
 
 def derive_tables(run: RunDir, path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def derive_tables(run: RunDir, path: Path, overrides: list[str] | None = None) -
 
 def recorded_config(run: RunDir) -> RunConfig:
     """Return the config that a run was made with. Read-only."""
-    return validate(RunConfig, run.settings(), str(run.resolved_config))
+    return validate(config_class(), run.settings(), str(run.resolved_config))
 
 
 def check_unchanged(run: RunDir, config: RunConfig) -> None:

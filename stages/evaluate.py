@@ -1,7 +1,5 @@
 """evaluate: held-out prompts and a policy -> answers with their rewards, for pass@1 (greedy) and pass@k (sampled)."""
 
-from dataclasses import dataclass
-
 import polars as pl
 import pyarrow as pa
 from pydantic import Field
@@ -9,12 +7,14 @@ from pydantic import Field
 from pipeline.config import StrictModel
 from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
-from stages.checkpoints import load_tokenizer, stop_token_ids
-from stages.engines.base import Engine, Generated, Request, Sampling
-from stages.generate import list_column, request_seed
+from stages.checkpoints import stop_token_ids
+from stages.engines.base import Engine, EngineConfig, Generated, Sampling
+from stages.generate import list_column
 from stages.members import CURRENT
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.rewards.scorer import Scorer
+from stages.rollout.base import make_requests, texts_of
+from stages.rollout.single_turn import ROLLOUT
 from stages.score import ScoreConfig, score_rows
 from stages.sources import SourceConfig
 
@@ -36,29 +36,18 @@ class EvaluateConfig(StrictModel):
     """Another source to take the questions from; null = the held-out share of [prompts]."""
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluateResources:
-    """What answers and what scores."""
-
-    engine: Engine
-    scorer: Scorer
-
-
-class EvaluateTaskConfig(StrictModel):
+class EvaluateTaskConfig(EngineConfig):
     """What decides an evaluation, beyond its prompts and its policy."""
 
     num_samples: int
     pass_threshold: float
     max_tokens: int
     temperature: float
-    engine: str
-    dtype: str
-    max_num_seqs: int
-    max_num_batched_tokens: int | None
-    num_threads: int
-    prefix_caching: bool
     score: ScoreConfig
     normalize: NormalizeConfig
+
+
+EvaluateTask = StageTask[EvaluateTaskConfig, tuple[Engine, Scorer]]
 
 
 def evaluation_rows(
@@ -115,46 +104,38 @@ def _mean(values: pl.Series) -> float | None:
     return None if mean is None else float(mean)  # type: ignore[arg-type]
 
 
-def compute(task: StageTask) -> None:
-    """Answer and score. ``task.resources`` are `EvaluateResources`."""
-    resources: EvaluateResources = task.resources
-    config: EvaluateTaskConfig = task.config
+def compute(task: EvaluateTask) -> None:
+    """Sample completions of the held-out prompts, and score them."""
+    config, (_, scorer) = task.config, task.resources
     prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null()).with_row_index("position")
     total = len(prompts) * (1 + config.num_samples)
     done = 0
     for part, (decoding, per_prompt) in enumerate({"greedy": 1, "sampled": config.num_samples}.items()):
         if not task.writer.has_part(part):
-            rows = _answer(task, prompts, decoding, per_prompt)
+            rows = _sample(task, prompts, decoding, per_prompt)
             # a reward may ask who wrote the answer
             named = rows.with_columns(pl.lit(CURRENT).alias("policy_name"))
-            scored = score_rows(named, prompts, config.score, resources.scorer)
+            scored = score_rows(named, prompts, config.score, scorer)
             task.writer.write_part(part, _with_rewards(rows, scored, config))
         done += len(prompts) * per_prompt
         task.progress(done, total)
 
 
-def _answer(task: StageTask, prompts: pl.DataFrame, decoding: str, per_prompt: int) -> pl.DataFrame:
-    config: EvaluateTaskConfig = task.config
-    engine = task.resources.engine
+def _sample(task: EvaluateTask, prompts: pl.DataFrame, decoding: str, per_prompt: int) -> pl.DataFrame:
+    config, (engine, _) = task.config, task.resources
     policy = task.inputs["policy"]
     temperature = 0.0 if decoding == "greedy" else config.temperature
     sampling = Sampling(
         temperature=temperature, max_tokens=config.max_tokens, stop_token_ids=tuple(stop_token_ids(policy.path))
     )
-    token_ids = prompts["prompt_token_ids"].to_list()
-    # minus one marks evaluation: no training request has that index
-    seeds = [request_seed(task.parameters["seed"], -1, g, i) for g in range(len(prompts)) for i in range(per_prompt)]
-    requests = [
-        Request(ids, s) for ids, s in zip([t for t in token_ids for _ in range(per_prompt)], seeds, strict=True)
-    ]
-    engine.load(policy.path)
-    generated = engine.generate(requests, sampling, None)
-    texts = load_tokenizer(policy.path).batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
+    # minus one marks evaluation: no training request has that iteration
+    requests = make_requests(prompts, range(per_prompt), seed=task.parameters["seed"], iteration=-1)
+    generated = ROLLOUT(engine, policy.path, requests, sampling)
     return evaluation_rows(
         prompts,
         generated,
-        texts,
-        seeds,
+        texts_of(policy.path, generated),
+        [request.seed for request in requests],
         recipe=task.recipe,
         decoding=decoding,
         temperature=temperature,
@@ -173,4 +154,4 @@ def _with_rewards(rows: pl.DataFrame, scored: pl.DataFrame, config: EvaluateTask
     )
 
 
-STAGE = Stage("evaluate", version=1, outputs=("evaluations",), compute=compute)
+STAGE = Stage("evaluate", version=1, config=EvaluateTaskConfig, compute=compute, wants=("seed",))

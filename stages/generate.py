@@ -5,30 +5,30 @@ digest and log probabilities. A part is always the same set of requests in the s
 engine the very batches that an undisturbed run would have sent.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pipeline.config import StrictModel
 from pipeline.errors import ConfigError
 from pipeline.files import identity
 from pipeline.schema import SCHEMAS
 from pipeline.stage import Stage, StageTask
-from stages.checkpoints import load_tokenizer, stop_token_ids
-from stages.engines.base import Engine, EngineInfo, Generated, Request, Sampling
+from stages.checkpoints import stop_token_ids
+from stages.engines.base import Engine, EngineConfig, EngineInfo, Generated, Sampling
 from stages.members import CURRENT, Author, MemberConfig
+from stages.rollout.base import make_requests, texts_of
+from stages.rollout.single_turn import ROLLOUT
 
 DEFAULT_GROUP_SIZE = 8
 
 
-class GenerateConfig(StrictModel):
+class GenerateConfig(EngineConfig):
     """Config of the generate stage."""
 
     group_size: int | None = Field(None, ge=1)
@@ -42,20 +42,8 @@ class GenerateConfig(StrictModel):
     top_k: int = Field(0, ge=0)
     """0 = off."""
     min_p: float = Field(0.0, ge=0, lt=1)
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """transformers is for machines where vLLM cannot be installed: same rows, slower."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the engine's weights."""
-    max_num_seqs: int = Field(256, ge=1)
-    """Requests that run at once. Decides the shapes of matrix products, hence bits: part of the recipe."""
-    max_num_batched_tokens: int | None = Field(None, ge=1)
-    """Prompt tokens per engine step; null = from the model's context. Part of the recipe for the same reason."""
-    prefix_caching: bool = True
-    """Compute the prompt of a group once."""
     groups_per_part: int = Field(256, ge=1)
     """Groups per committed part. A killed run loses the part that is sampled and the one that is written at most."""
-    num_threads: int = Field(2, ge=1)
-    """CPU threads of the engine; they change the bits of results."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -92,12 +80,6 @@ class GenerateConfig(StrictModel):
     def plan(self) -> list[MemberConfig]:
         """Return the members, also when the config lists none."""
         return self.members or [MemberConfig(name=CURRENT, policy=CURRENT, count=self.size)]
-
-
-def request_seed(run_seed: int, iteration: int, group: int, index: int) -> int:
-    """Return the seed of one request: 63 bits that depend on nothing but these numbers."""
-    text = f"{run_seed}/{iteration}/{group}/{index}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def completion_rows(
@@ -167,7 +149,7 @@ def check_room(config: GenerateConfig, context: int) -> int:
     return room
 
 
-def authors(task: StageTask) -> Mapping[str, Author]:
+def authors(task: StageTask[GenerateConfig, Engine]) -> Mapping[str, Author]:
     """Return the policies that write, by member name, from the task's inputs and parameters."""
     iterations = task.parameters["policy_iterations"]
     return {
@@ -181,14 +163,14 @@ def authors(task: StageTask) -> Mapping[str, Author]:
     }
 
 
-def compute(task: StageTask) -> None:
-    """Generate the missing parts; one is written while the next is sampled. ``task.resources`` is the engine."""
-    config: GenerateConfig = task.config
+def compute(task: StageTask[GenerateConfig, Engine]) -> None:
+    """Generate the missing parts; one is written while the next is sampled."""
+    config = task.config
     prompts = task.inputs["prompts"].read().filter(pl.col("drop_reason").is_null()).with_row_index("position")
     by_name = authors(task)
     meter = _Meter(task, total=len(prompts) * config.size)
     part = first_index = 0
-    with ThreadPoolExecutor(max_workers=1) as beside:
+    with ThreadPoolExecutor(max_workers=1) as background:
         last: Future[None] | None = None
         for member in config.plan():
             indices = range(first_index, first_index + member.count)
@@ -196,7 +178,7 @@ def compute(task: StageTask) -> None:
             for rows in prompts.iter_slices(config.groups_per_part):
                 if not task.writer.has_part(part):
                     make_rows = _sample(task, by_name[member.name], rows, indices, meter)
-                    before, last = last, beside.submit(_write_part, task, part, make_rows)
+                    before, last = last, background.submit(_write_part, task, part, make_rows)
                     if before is not None:
                         before.result()
                 meter.finish_part(len(rows) * member.count)
@@ -205,16 +187,15 @@ def compute(task: StageTask) -> None:
             last.result()
 
 
-def _write_part(task: StageTask, part: int, make_rows: Callable[[], pl.DataFrame]) -> None:
+def _write_part(task: StageTask[GenerateConfig, Engine], part: int, make_rows: Callable[[], pl.DataFrame]) -> None:
     task.writer.write_part(part, make_rows())
 
 
 def _sample(
-    task: StageTask, author: Author, prompts: pl.DataFrame, indices: range, meter: "_Meter"
+    task: StageTask[GenerateConfig, Engine], author: Author, prompts: pl.DataFrame, indices: range, meter: "_Meter"
 ) -> Callable[[], pl.DataFrame]:
-    """Have the engine answer; return what makes rows of the answers, for which it need not wait."""
-    config: GenerateConfig = task.config
-    engine: Engine = task.resources
+    """Sample the completions; return what makes rows of them, for which the engine need not wait."""
+    config, engine = task.config, task.resources
     sampling = Sampling(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -223,22 +204,16 @@ def _sample(
         max_tokens=config.max_tokens,
         stop_token_ids=tuple(stop_token_ids(author.path)),
     )
-    seed, iteration = task.parameters["seed"], task.parameters["iteration"]
-    seeds = [request_seed(seed, iteration, position, i) for position in prompts["position"] for i in indices]
-    token_ids = [ids for ids in prompts["prompt_token_ids"].to_list() for _ in indices]
-    requests = [Request(ids, s) for ids, s in zip(token_ids, seeds, strict=True)]
-    engine.load(author.path)
-    generated = engine.generate(requests, sampling, meter.update)
+    requests = make_requests(prompts, indices, seed=task.parameters["seed"], iteration=task.parameters["iteration"])
+    generated = ROLLOUT(engine, author.path, requests, sampling, meter.update)
     info = engine.info
 
     def make_rows() -> pl.DataFrame:
-        tokenizer = load_tokenizer(author.path)
-        texts = tokenizer.batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
         return completion_rows(
             prompts,
             generated,
-            seeds,
-            texts,
+            [request.seed for request in requests],
+            texts_of(author.path, generated),
             indices,
             recipe=task.recipe,
             author=author,
@@ -252,7 +227,7 @@ def _sample(
 class _Meter:
     """Adds up finished requests and tokens over the parts, for the progress bar."""
 
-    def __init__(self, task: StageTask, total: int) -> None:
+    def __init__(self, task: StageTask[GenerateConfig, Engine], total: int) -> None:
         self.task, self.total = task, total
         self.done = self.tokens = self.part_tokens = 0
         self.started = time.monotonic()
@@ -268,4 +243,4 @@ class _Meter:
         self.part_tokens = 0
 
 
-STAGE = Stage("generate", version=1, outputs=("completions",), compute=compute)
+STAGE = Stage("generate", version=1, config=GenerateConfig, compute=compute, wants=("seed", "iteration"))

@@ -85,7 +85,7 @@ def import_completions(
         UsageError: when the run was not made by an import.
         RecipeMismatch: when other files have been imported into this run.
     """
-    place = {name: run.place(0, name) for name in STAGE.outputs}
+    place = {name: run.place(0, name) for name in ("prompts", "completions")}
     foreign = [] if is_finished(place["completions"]) else [a for a in run.artifacts() if a.manifest.stage != ENGINE]
     if foreign:
         raise UsageError(
@@ -102,7 +102,7 @@ def import_completions(
     }
     material = Material(rows, written, _load(tokenizer) if tokenizer else None)
     config = SourceConfig(**questions.model_dump(include=set(SourceConfig.model_fields)))
-    return run_stage(StageCall(STAGE, config, {}, place, parameters), resources=material, progress=progress)
+    return run_stage(StageCall(STAGE, config, {}, place, parameters), material, progress)
 
 
 def read_questions(config: SourceConfig) -> list[SourceRow]:
@@ -256,12 +256,12 @@ def _load(path: Path) -> "PreTrainedTokenizerBase":
         raise PolicyError(f"the tokenizer in {path} cannot be loaded ({error}): save it there again") from error
 
 
-def compute(task: StageTask) -> None:
-    """Write the imported rows. ``task.resources`` is a `Material`."""
-    material: Material = task.resources
+def compute(task: StageTask[SourceConfig, Material]) -> None:
+    """Write the imported rows."""
+    material = task.resources
     prompts = imported_prompts(material)
     task.writers["prompts"].write_part(0, prompts)
     task.writers["completions"].write_part(0, imported_completions(material, prompts, task.recipe))
 
 
-STAGE = Stage(ENGINE, version=1, outputs=("prompts", "completions"), compute=compute)
+STAGE = Stage(ENGINE, version=1, config=SourceConfig, compute=compute)

@@ -83,9 +83,9 @@ def check_recipes(rewards: pl.DataFrame, names: list[str]) -> None:
         )
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[NormalizeConfig, None]) -> None:
     """Write the advantages of an iteration."""
     task.writer.write_part(0, normalize_rows(task.inputs["rewards"].scan(), task.config))
 
 
-STAGE = Stage("normalize", version=3, outputs=("advantages",), compute=compute)
+STAGE = Stage("normalize", version=3, config=NormalizeConfig, compute=compute)

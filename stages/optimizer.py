@@ -14,13 +14,14 @@ from pipeline.object_store import url_of
 from pipeline.run_dir import state_of
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import STATE_FILE
+from stages.trainers.local import Trainer
 
 
 class OptimizerConfig(StrictModel):
     """The stage has no settings."""
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[OptimizerConfig, Trainer]) -> None:
     """Write the state. ``task.resources`` is the `Trainer`, as it is after the policy's update."""
     from grpo.optimizer import save_optimizer
 
@@ -51,4 +52,4 @@ def state_beside(policy: Artifact) -> Artifact:
     return state
 
 
-STAGE = Stage("optimizer", version=1, outputs=("optimizer",), compute=compute)
+STAGE = Stage("optimizer", version=1, config=OptimizerConfig, compute=compute)

@@ -25,7 +25,7 @@ class PolicyConfig(StrictModel):
     """When model is the policy of a run, go on with its optimizer's moments and step count."""
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[PolicyConfig, Path | None]) -> None:
     """Normalize a checkpoint. ``task.resources`` is the local path, or None for the hub model of the config."""
     from transformers import AutoTokenizer
 
@@ -47,4 +47,4 @@ def compute(task: StageTask) -> None:
         raise PolicyError(str(error)) from error
 
 
-STAGE = Stage("policy", version=1, outputs=("policy",), compute=compute)
+STAGE = Stage("policy", version=1, config=PolicyConfig, compute=compute)

@@ -17,8 +17,8 @@ from stages.checkpoints import (
 )
 from stages.config import RunConfig
 from stages.generate import check_room
-from stages.iteration import _policy_of_run, _with_optimizer, outside_members
 from stages.score import check_rewards
+from stages.wiring import outside_members, policy_of_run, with_optimizer
 
 
 def preflight(config: RunConfig, run: RunDir) -> None:
@@ -47,8 +47,8 @@ def preflight(config: RunConfig, run: RunDir) -> None:
         check_room(config.generate, config.starter.max_context)
     elif looks_local(config.policy.model):
         check_room(config.generate, context_length(check_policy(config.policy.model)))
-        if (trained := _policy_of_run(checkpoint_path(config.policy.model))) is not None:
-            for artifact in _with_optimizer(trained, config.policy).values():
+        if (trained := policy_of_run(checkpoint_path(config.policy.model))) is not None:
+            for artifact in with_optimizer(trained, config.policy).values():
                 artifact.check_sizes()
     else:
         check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))

@@ -59,7 +59,7 @@ def tokenize(conversations: Sequence[list[dict[str, str]]], tokenizer: "PreTrain
     return [list(row) for row in tokenizer(texts)["input_ids"]]
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[SourceConfig, None]) -> None:
     """Draw and tokenize the questions of an iteration."""
     rows = draw(
         task.config,
@@ -79,4 +79,4 @@ def compute(task: StageTask) -> None:
     task.writer.write_part(0, frame)
 
 
-STAGE = Stage("prompts", version=1, outputs=("prompts",), compute=compute)
+STAGE = Stage("prompts", version=1, config=SourceConfig, compute=compute, wants=("seed", "iteration"))

@@ -126,17 +126,9 @@ def score_rows(
         return own.score(completions, prompts, rewards)
 
 
-def compute(task: StageTask) -> None:
-    """Score the missing parts. ``task.resources`` is a `Scorer`; without one the stage makes its own."""
-    if isinstance(task.resources, Scorer):
-        _score_parts(task, task.resources)
-        return
-    with open_scorer() as scorer:
-        _score_parts(task, scorer)
-
-
-def _score_parts(task: StageTask, scorer: Scorer) -> None:
-    config: ScoreConfig = task.config
+def compute(task: StageTask[ScoreConfig, Scorer]) -> None:
+    """Score the missing parts."""
+    config, scorer = task.config, task.resources
     rewards = find_rewards(config)
     completions = task.inputs["completions"]
     completions.verify()
@@ -161,4 +153,4 @@ def _score_parts(task: StageTask, scorer: Scorer) -> None:
         report(0)
 
 
-STAGE = Stage("score", version=3, outputs=("rewards",), compute=compute)
+STAGE = Stage("score", version=3, config=ScoreConfig, compute=compute)

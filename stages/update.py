@@ -7,10 +7,11 @@ The next policy holds what transformers and vLLM load as it stands; the optimize
 
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import copy_tokenizer
-from stages.trainers.local import train
+from stages.trainers.base import UpdateConfig
+from stages.trainers.local import Trainer, train
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[UpdateConfig, Trainer]) -> None:
     """Train on the batches. ``task.resources`` is a `Trainer` at the policy."""
     from grpo.policy import save_policy
 
@@ -23,4 +24,4 @@ def compute(task: StageTask) -> None:
     task.writers["optimizer_steps"].write_part(0, steps)
 
 
-STAGE = Stage("update", version=2, outputs=("training_records", "optimizer_steps", "policy"), compute=compute)
+STAGE = Stage("update", version=2, config=UpdateConfig, compute=compute)

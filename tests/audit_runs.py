@@ -62,7 +62,7 @@ def write_run(
         rows = [_prompt(question, reference) for question, reference in held_out]
         write_artifact(run.held_out_prompts, "prompts", prompt_rows(*rows))
     if evaluation:
-        write_artifact(run.evaluations_of(len(iterations)), "evaluations", _evaluation(evaluation))
+        write_artifact(run.place(len(iterations) - 1, "evaluations"), "evaluations", _evaluation(evaluation))
     return run
 
 

@@ -27,7 +27,7 @@ def tiny_artifact(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Return the policy artifact of the tiny policy; not to be changed."""
     place = tmp_path_factory.mktemp("artifacts") / "policy"
     call = StageCall(policy.STAGE, policy.PolicyConfig(model="local files"), {}, {"policy": place})
-    return run_stage(call, resources=tiny_policy).main
+    return run_stage(call, tiny_policy).main
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from stages.config import load_config
 from stages.engines.base import Engine, Request
 from stages.engines.scripted import ScriptedEngine
 from stages.inspect.metrics import append_metrics, iteration_metrics
-from stages.iteration import outside_members
+from stages.wiring import outside_members
 from tests.policies import EOS
 
 CONFIG = """
@@ -154,12 +154,12 @@ def _run(folder: Path, text: str, name: str, engine: Engine) -> RunDir:
         for member in outside_members(config):
             session.member_policy(member.name)
         session.held_out_prompts()
-        session.evaluate(0)
+        session.perform("evaluate", -1)
         for k in range(config.iterations):
             for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
-                getattr(session, stage)(k)
+                session.perform(stage, k)
             if (k + 1) % config.evaluate.every == 0:
-                session.evaluate(k + 1)
+                session.perform("evaluate", k)
             append_metrics(run, iteration_metrics(run, k, pass_threshold=1.0))
     return run
 

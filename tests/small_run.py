@@ -54,9 +54,9 @@ def make_small_run(folder: Path, policy: Path, iterations: int = 1) -> Path:
     with closing(Session(config, run_dir, _engine=ScriptedEngine(answer))) as session:
         session.initial_policy()
         for iteration in range(iterations):
-            for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch):
-                stage(iteration)
-            session.update(iteration)
-            session.optimizer(iteration)
+            for stage in ("prompts", "generate", "score", "normalize", "batch"):
+                session.perform(stage, iteration)
+            session.perform("update", iteration)
+            session.perform("optimizer", iteration)
             append_metrics(run_dir, iteration_metrics(run_dir, iteration, pass_threshold=1.0))
     return run_dir.root

@@ -71,10 +71,10 @@ def start(
         run.record_config("", config.model_dump(mode="json"))
         session.initial_policy()
         for index in range(iterations):
-            for stage in (session.prompts, session.generate, session.score, session.normalize, session.batch):
-                stage(index)
-            session.update(index)
-            session.optimizer(index)
+            for stage in ("prompts", "generate", "score", "normalize", "batch"):
+                session.perform(stage, index)
+            session.perform("update", index)
+            session.perform("optimizer", index)
             if recorded_metrics(run, index) is None:
                 append_metrics(run, iteration_metrics(run, index, pass_threshold=1.0))
     return run

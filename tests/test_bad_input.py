@@ -121,14 +121,14 @@ def run(folder: Path) -> Path:
     from pipeline.run_dir import RunDir
     from pipeline.stage import run_stage
     from stages.config import load_config
-    from stages.iteration import Wiring
+    from stages.wiring import Wiring
 
     config = load_config(folder / "config.toml")
     run_dir = RunDir(folder / "runs" / "config")
     wiring = Wiring(config, run_dir)
     run_dir.record_config((folder / "config.toml").read_text(), config.model_dump(mode="json"))
-    run_stage(wiring.initial_policy(Path(config.policy.model)), resources=Path(config.policy.model))
-    run_stage(wiring.prompts(0))
+    run_stage(wiring.initial_policy(Path(config.policy.model)), Path(config.policy.model))
+    run_stage(wiring.call("prompts", 0), None)
     return run_dir.root
 
 

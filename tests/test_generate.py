@@ -13,8 +13,9 @@ from pipeline.stage import StageCall, StageResult, run_stage
 from stages import generate
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
-from stages.generate import GenerateConfig, check_room, request_seed
+from stages.generate import GenerateConfig, check_room
 from stages.members import MemberConfig
+from stages.rollout.base import request_seed
 from tests.builders import prompt_rows, write_artifact
 from tests.policies import EOS
 
@@ -40,7 +41,7 @@ def make_call(root: Path, tiny_artifact: Artifact, config: GenerateConfig, num_p
 
 def run(root: Path, tiny_artifact: Artifact, engine: ScriptedEngine | None = None, **config: Any) -> StageResult:
     call = make_call(root, tiny_artifact, GenerateConfig(max_tokens=8, **config))
-    return run_stage(call, resources=engine or ScriptedEngine(answer))
+    return run_stage(call, engine or ScriptedEngine(answer))
 
 
 def test_every_prompt_that_is_used_gets_one_group(tmp_path: Path, tiny_artifact: Artifact) -> None:

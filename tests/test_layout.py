@@ -31,7 +31,7 @@ def test_the_generic_package_names_resolve_inside_the_repository(name: str) -> N
         "flows.verification",
         "pipeline.run_dir",
         "pipeline.schema",
-        "stages.iteration",
+        "stages.wiring",
         "stages.inspect.verify.verify",
     ],
 )

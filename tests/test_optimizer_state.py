@@ -70,7 +70,7 @@ def test_a_policy_holds_no_optimizer_and_a_state_names_its_policy(original: RunD
 def test_a_state_that_was_lost_is_made_again_to_the_bit(original: RunDir, run: RunDir) -> None:
     forget(run, 1, "optimizer")
     with closing(session_of(run)) as session:
-        session.optimizer(1)
+        session.perform("optimizer", 1)
     assert run.open(1, "optimizer").digest == original.open(1, "optimizer").digest
 
 
@@ -78,8 +78,8 @@ def test_without_any_state_training_starts_again_from_the_initial_policy(origina
     forget(run, 0, "optimizer")
     forget(run, 1, "optimizer", "policy", "training_records", "optimizer_steps")
     with closing(session_of(run)) as session:
-        session.update(1)
-        session.optimizer(1)
+        session.perform("update", 1)
+        session.perform("optimizer", 1)
     assert not is_finished(run.place(0, "optimizer"))
     for dataset in ("policy", "optimizer", "training_records", "optimizer_steps"):
         assert run.open(1, dataset).digest == original.open(1, dataset).digest
@@ -92,7 +92,7 @@ def test_the_moments_matter(original: RunDir, run: RunDir) -> None:
         trainer = session.trainer_after(1)
         assert trainer.optimizer is not None
         trainer.optimizer.adamw.state.clear()
-        session.update(1)
+        session.perform("update", 1)
     assert run.open(1, "policy").digest != original.open(1, "policy").digest
 
 
@@ -102,7 +102,7 @@ def test_other_weights_than_those_stored_are_refused(run: RunDir) -> None:
     shutil.copyfile(run.policy_before(1) / "model.safetensors", run.policy_before(2) / "model.safetensors")
     fix_hashes(run.policy_before(2))
     with closing(session_of(run)) as session, pytest.raises(PolicyError, match="gives other weights than those stored"):
-        session.optimizer(1)
+        session.perform("optimizer", 1)
     assert not run.place(1, "optimizer").exists()
 
 
@@ -114,8 +114,8 @@ def test_a_state_of_another_policy_is_not_taken_for_one(original: RunDir, run: R
     with pytest.raises(ArtifactMissing, match="is not the optimizer's state that belongs to"):
         fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, [])
     with closing(session_of(run)) as session:
-        session.update(1)
-        session.optimizer(0)
+        session.perform("update", 1)
+        session.perform("optimizer", 0)
     assert run.open(1, "policy").digest == original.open(1, "policy").digest
     assert run.open(0, "optimizer").digest == original.open(0, "optimizer").digest
 
@@ -124,7 +124,7 @@ def test_a_pruning_that_was_killed_between_state_and_weights_leaves_a_way(origin
     next(prune(prunable(run, 1, [])))
     forget(run, 1, "optimizer")
     with closing(session_of(run)) as session:
-        session.optimizer(1)
+        session.perform("optimizer", 1)
     assert run.open(1, "optimizer").digest == original.open(1, "optimizer").digest
 
 
@@ -145,7 +145,7 @@ def test_weights_are_compared_as_they_are_stored(tmp_path: Path, tiny_policy: Pa
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
     copy_tokenizer(tiny_policy, tmp_path / "model")
     call = StageCall(policy.STAGE, PolicyConfig(model="local files"), {}, {"policy": tmp_path / "policy"})
-    made = run_stage(call, resources=tmp_path / "model").main
+    made = run_stage(call, tmp_path / "model").main
     trainer = Trainer()
     trainer.load(made, None, UpdateConfig(num_threads=1))
     check_equal(trainer, made, 0)
@@ -159,7 +159,7 @@ def test_a_pruned_state_is_not_taken_for_one(run: RunDir) -> None:
     list(prune(prunable(run, 1, [])))
     forget(run, 1, "optimizer")
     with closing(session_of(run)) as session:
-        session.optimizer(1)
+        session.perform("optimizer", 1)
     assert is_finished(run.place(1, "optimizer"))
 
 
@@ -167,7 +167,7 @@ def test_a_state_whose_file_is_gone_is_none(original: RunDir, run: RunDir) -> No
     forget(run, 1, "optimizer", "policy", "training_records", "optimizer_steps")
     (run.place(0, "optimizer") / STATE).unlink()
     with closing(session_of(run)) as session:
-        session.update(1)
+        session.perform("update", 1)
     assert run.open(1, "policy").digest == original.open(1, "policy").digest
 
 

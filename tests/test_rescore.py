@@ -222,9 +222,9 @@ def test_a_fork_trains_on_stored_completions_under_new_rewards(run: Path, tmp_pa
     new = RunDir(tmp_path / "fork")
     with closing(Session(settings, new)) as session:
         session.initial_policy()
-        session.refer_stored(0)
-        for stage in (session.score, session.normalize, session.batch, session.update):
-            stage(0)
+        session.perform("generate", 0)
+        for stage in ("score", "normalize", "batch", "update"):
+            session.perform(stage, 0)
     old_policy = open_run(run).open(0, "policy")
     initial = next(a for a in new.artifacts() if a.path.name == "initial_policy")
     assert initial.manifest.inputs["policy"]["digest"] == old_policy.digest
@@ -245,9 +245,9 @@ def test_offline_rows_have_no_age(run: Path, tmp_path: Path) -> None:
     new = RunDir(tmp_path / "fork")
     with closing(Session(settings, new)) as session:
         session.initial_policy()
-        session.refer_stored(1)
-        for stage in (session.score, session.normalize, session.batch):
-            stage(1)
+        session.perform("generate", 1)
+        for stage in ("score", "normalize", "batch"):
+            session.perform(stage, 1)
     assert set(new.open(1, "batches").read()["drop_reason"]) == {None, "zero_variance"}
     new.record_config("", settings.model_dump(mode="json"))
     assert print_verification(new.root, 20, Format.table)
@@ -263,9 +263,9 @@ def test_a_fork_of_a_fork_is_fed_by_the_fork(run: Path, tmp_path: Path) -> None:
     fork.record_config("", settings.model_dump(mode="json"))
     with closing(Session(settings, fork)) as session:
         session.initial_policy()
-        session.refer_stored(0)
-        for stage in (session.score, session.normalize, session.batch, session.update):
-            stage(0)
+        session.perform("generate", 0)
+        for stage in ("score", "normalize", "batch", "update"):
+            session.perform(stage, 0)
     second = fork_tables(open_run(fork.root), 0, config(run, REWARDS), 1, [])
     assert second["offline"] == [{"run": str(fork.root), "iterations": [0]}]
 
@@ -273,7 +273,7 @@ def test_a_fork_of_a_fork_is_fed_by_the_fork(run: Path, tmp_path: Path) -> None:
 def test_nothing_is_generated_over_the_completions_of_another_run(run: Path, tmp_path: Path) -> None:
     new = rescored(run, REWARDS, tmp_path / "new", [0])
     with closing(Session(recorded_config(new), new)) as session, pytest.raises(UsageError, match="refers to the compl"):
-        session.prompts(0)
+        session.perform("prompts", 0)
     assert not new.place(0, "prompts").exists()
 
 
@@ -290,7 +290,7 @@ def test_a_fork_cannot_take_more_stored_iterations_than_there_are(run: Path) -> 
 def test_stored_completions_without_correction_are_refused(run: Path) -> None:
     text = f'[update]\ncorrection = "none"\n[[offline]]\nrun = "{run}"\niterations = [0]\n'
     with pytest.raises(ConfigError, match="nothing would weigh what they are worth"):
-        fork_tables(open_run(run), 0, config(run, text), None, [])
+        validate(RunConfig, fork_tables(open_run(run), 0, config(run, text), None, []), "fork")
 
 
 def test_stored_completions_of_another_tokenizer_are_refused(run: Path, tiny_policy: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_stored_completions_of_another_tokenizer_are_refused(run: Path, tiny_pol
     with closing(Session(settings, new)) as session:
         session.initial_policy()
         with pytest.raises(PolicyError, match=r"the policy of .*small has another tokenizer than the run's policy"):
-            session.refer_stored(0)
+            session.perform("generate", 0)
     assert not new.has(0, "prompts")
 
 

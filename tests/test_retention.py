@@ -147,7 +147,7 @@ def test_a_pruned_run_goes_on(tmp_path: Path, tiny_policy: Path) -> None:
     with closing(Session(recorded_config(run), run, _engine=ScriptedEngine(answer))) as session:
         for k in range(3):
             for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
-                getattr(session, stage)(k)
+                session.perform(stage, k)
 
 
 def test_an_update_from_a_pruned_policy_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
@@ -159,4 +159,4 @@ def test_an_update_from_a_pruned_policy_is_refused(tmp_path: Path, tiny_policy: 
         closing(Session(recorded_config(run), run, _engine=ScriptedEngine(answer))) as session,
         pytest.raises(ArtifactMissing, match="was dropped by `grpo prune`"),
     ):
-        session.update(1)
+        session.perform("update", 1)

@@ -14,6 +14,7 @@ from pipeline.writer import ArtifactWriter
 from stages import score as stage
 from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig
+from stages.rewards.scorer import open_scorer
 from stages.score import FailureCounter, ScoreConfig, check_rewards, find_rewards, score_rows, slices
 from tests.builders import completion_rows, fill, new_writer, prompt_rows, seal, write_artifact
 
@@ -62,7 +63,7 @@ def test_several_functions_give_a_row_each() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("raise", "ValueError: no number in it (test_score.py:31)"),
+        ("raise", "ValueError: no number in it (test_score.py:32)"),
         ("nan", "the function returned nan"),
         ("infinite", "the function returned inf"),
         ("none", "the function returned None"),
@@ -156,7 +157,7 @@ def test_slices_go_over_the_borders_of_files_and_lose_no_row(tmp_path: Path) -> 
     assert found == [["0", "1"], ["2", "3"], ["4"]]
 
 
-def stopped_call(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: list[float | None]) -> StageCall:
+def stopped_call(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: list[float | None]) -> StageCall[Any, Any]:
     """Return the scoring of three texts in parts of two rows, of which a killed process has left the first one.
 
     No function of this config gives the rewards that stand in it, so that they show whether it was kept.
@@ -178,10 +179,14 @@ def stopped_call(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: list[float
 
 def test_parts_that_a_killed_process_has_scored_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = stopped_call(tmp_path, monkeypatch, [8.0, 9.0])
-    assert run_stage(call).main.read()["reward"].to_list() == [8.0, 9.0, 3.0]
+    with open_scorer() as scorer:
+        assert run_stage(call, scorer).main.read()["reward"].to_list() == [8.0, 9.0, 3.0]
 
 
 def test_failures_in_parts_that_were_kept_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = stopped_call(tmp_path, monkeypatch, [8.0, None])
-    with pytest.raises(RewardError, match=r"could not score 1 of 3 completions.* first error: too long"):
-        run_stage(call)
+    with (
+        open_scorer() as scorer,
+        pytest.raises(RewardError, match=r"could not score 1 of 3 completions.* first error: too long"),
+    ):
+        run_stage(call, scorer)

@@ -223,6 +223,6 @@ def test_the_imported_example_can_be_verified(tmp_path: Path, monkeypatch: pytes
     import_completions(settings.prompts, Path("configs/travel/completions.jsonl"), run)
     run.record_config("", settings.model_dump(mode="json"))
     with closing(Session(settings, run)) as session:
-        session.score(0)
-        session.normalize(0)
+        session.perform("score", 0)
+        session.perform("normalize", 0)
     assert print_verification(run.root, 20, Format.table)

@@ -120,8 +120,8 @@ def import_(
         progress = reporter.stage("import")
         import_completions(settings.prompts, completions, run, tokenizer=tokenizer, progress=progress)
         run.record_config(config.read_text(encoding="utf-8"), settings.model_dump(mode="json"))
-        session.score(0)
-        session.normalize(0)
+        session.perform("score", 0)
+        session.perform("normalize", 0)
     print(f"{run.name}\nlook at it: grpo groups {run.name}; grpo show {run.name}")
 
 

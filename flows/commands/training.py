@@ -1,12 +1,17 @@
 """Commands that train. They import what they need when they are called."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.common import Config, NewRun, Overrides, Run, app, named_after, start_working
+from pipeline.chain import STEPS
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from flows.prepare import Prepared
 
 
 @app.command()
@@ -25,31 +30,23 @@ def run(
 
 
 def _train(config: Path, place: str, overrides: list[str] | None) -> None:
-    from flows.environment import prepare
+    from flows.environment import prepare_environment
 
-    prepare()
-    from pipeline.runs import run_at
-    from stages.config import check_unchanged, load_config
-    from stages.preflight import preflight
+    prepare_environment()
+    from flows.prepare import prepare
 
-    settings = load_config(config, overrides)
-    run = run_at(place)
-    check_unchanged(run, settings)
-    preflight(settings, run)
+    _train_prepared(prepare(config, place, overrides), config, overrides)
+
+
+def _train_prepared(prepared: "Prepared", config: Path, overrides: list[str] | None) -> None:
     start_working()
     from flows.progress import TerminalReporter
+    from flows.train import train_prepared
 
-    reporter = TerminalReporter()
+    run, reporter = prepared.run, TerminalReporter()
     reporter.note(f"{config} -> {run.name}")
-    from flows.train import reporter_of_flow, train
-
     with reporter.shown():
-        token = reporter_of_flow.set(reporter)
-        try:
-            where = run.name if run.copy else str(run.root.resolve())
-            policy = train(config=str(config.resolve()), run=where, overrides=overrides)
-        finally:
-            reporter_of_flow.reset(token)
+        policy = train_prepared(replace(prepared, reporter=reporter), config, overrides)
     print(f"last policy: {run.shown(Path(policy))}\nlook at it: grpo metrics {run.name}; grpo show {run.name}")
 
 
@@ -71,31 +68,32 @@ def fork(
 
     Example: grpo fork runs/demo configs/terse.toml --at 20 --offline 5
     """
-    from flows.rescore import fork_tables, write_fork
+    from flows.environment import prepare_environment
+
+    prepare_environment()
+    from flows.prepare import check
+    from flows.rescore import fork_tables, fork_toml
     from pipeline.config import validate
+    from pipeline.files import write_text
     from pipeline.manifest import is_finished
     from pipeline.runs import open_run, run_at
-    from stages.config import RunConfig, check_unchanged
-    from stages.preflight import preflight
+    from stages.config import config_class
 
-    source = open_run(run)
-    place = new or named_after(run, f"{config.stem}-{at}")
-    is_begun = is_finished(run_at(place).initial_policy)
+    source, place = open_run(run), run_at(new or named_after(run, f"{config.stem}-{at}"))
+    is_begun = is_finished(place.initial_policy)
     tables = fork_tables(source, at, config, offline, overrides or [], is_begun=is_begun)
-    settings = validate(RunConfig, tables, str(config))
-    check_unchanged(run_at(place), settings)
-    preflight(settings, run_at(place))
-    path = write_fork(source, at, tables, run_at(place))
-    _train(path, place, None)
+    toml = fork_toml(source, at, tables)
+    prepared = check(validate(config_class(), tables, str(config)), place, toml)
+    place.root.mkdir(parents=True, exist_ok=True)
+    write_text(place.root / "fork.toml", toml)
+    _train_prepared(prepared, place.root / "fork.toml", None)
 
 
 @app.command()
 def stage(
     name: Annotated[
         str,
-        typer.Argument(
-            metavar="NAME", help="prompts, generate, score, normalize, batch, update, optimizer or evaluate."
-        ),
+        typer.Argument(metavar="NAME", help=f"{', '.join(list(STEPS)[:-1])} or {list(STEPS)[-1]}."),
     ],
     run: Run,
     iteration: Annotated[int, typer.Option("--iteration", "-i", min=0, help="Which iteration.")],
@@ -110,18 +108,17 @@ def stage(
     from pipeline.runs import open_run
     from stages.config import recorded_config
 
-    names = ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer", "evaluate")
-    if name not in names:
-        raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(names)}")
+    if name not in STEPS:
+        raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(STEPS)}")
     run_dir = open_run(run)
     start_working()
     reporter = TerminalReporter()
     with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
         is_new = name == "update" and not is_finished(run_dir.place(iteration, "policy"))
-        path = getattr(session, name)(iteration + 1 if name == "evaluate" else iteration)
+        made = session.perform(name, iteration)
         if is_new:
-            session.optimizer(iteration)  # else the next update would have to train on these rows once more
-    print(run_dir.shown(Path(path)))
+            session.perform("optimizer", iteration)  # else the next update would have to train on these rows once more
+    print(run_dir.shown(made.path))
 
 
 @app.command()

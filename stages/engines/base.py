@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from pydantic import Field, field_validator
+
+from pipeline.config import StrictModel
 from pipeline.errors import ConfigError, EngineError
+
+ENGINES = ("vllm", "transformers")
 
 MIN_TEMPERATURE = 0.01
 """vLLM silently raises a lower temperature to this one, and treats 0 as greedy."""
@@ -84,11 +89,36 @@ class Generated:
     which does not tell."""
 
 
+class EngineConfig(StrictModel):
+    """What of an engine stands in the config, and can change the bits of its results."""
+
+    engine: str = "vllm"
+    """``vllm``; ``transformers``, for machines where vLLM cannot be installed: same rows, slower; or
+    ``module:function``, which takes `EngineSettings` and returns an `Engine`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the engine's weights."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Requests that run at once. Decides the shapes of matrix products, hence bits: part of the recipe."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Prompt tokens per engine step; null = from the model's context. Part of the recipe for the same reason."""
+    prefix_caching: bool = True
+    """Compute the prompt of a group once."""
+    num_threads: int = Field(2, ge=1)
+    """CPU threads of the engine; they change the bits of results."""
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, name: str) -> str:
+        if name not in ENGINES and ":" not in name:
+            raise ValueError(f"{name!r} is no engine: expected {', '.join(ENGINES)} or module:function; choose one")
+        return name
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What an engine is started with. All but the two sizes of memory can change the bits of its results."""
 
-    engine: Literal["vllm", "transformers"]
+    engine: str
     dtype: Literal["float32", "bfloat16", "float16"]
     """Of weights and activations; log probabilities are computed in float32 from logits in this type."""
     max_model_len: int

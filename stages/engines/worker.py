@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from pipeline.errors import GrpoError
+from pipeline.functions import import_function
 from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, Request, Sampling
 
 WATCH_SECONDS = 0.25
@@ -60,9 +61,12 @@ def build_engine(settings: EngineSettings) -> Engine:
         from stages.engines.vllm_engine import VllmEngine
 
         return VllmEngine(settings)
-    from stages.engines.transformers_engine import TransformersEngine
+    if settings.engine == "transformers":
+        from stages.engines.transformers_engine import TransformersEngine
 
-    return TransformersEngine(settings)
+        return TransformersEngine(settings)
+    engine: Engine = import_function(settings.engine)[0](settings)
+    return engine
 
 
 def main(socket: int, parent: int, scratch: str) -> None:

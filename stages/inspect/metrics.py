@@ -5,6 +5,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.artifact import open_artifact
+from pipeline.chain import CHAIN, WRITER, When
 from pipeline.conformance import conform
 from pipeline.files import atomic_write
 from pipeline.manifest import is_finished
@@ -12,7 +13,8 @@ from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from stages.evaluate import summarize
 
-STAGE_DATASETS = ("prompts", "completions", "rewards", "advantages", "batches", "policy", "evaluations")
+STAGE_DATASETS = tuple(step.writes[-1] for step in CHAIN if step.when is not When.late)
+"""The main dataset of each stage whose seconds count: what is late runs beside another stage."""
 
 
 def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
         "generate_tokens_per_second": num_tokens / max(seconds["completions"], 1e-9)
         if "completions" in seconds
         else None,
-        "seconds": [{"stage": _stage(name), "seconds": value} for name, value in seconds.items()],
+        "seconds": [{"stage": WRITER[name].name, "seconds": value} for name, value in seconds.items()],
     }
     if "evaluations" in seconds:
         row |= summarize(run.open(iteration, "evaluations").read())
@@ -58,7 +60,7 @@ def recorded_metrics(run: RunDir, iteration: int) -> dict[str, Any] | None:
     if not run.metrics.is_file():
         return None
     found = run.read_metrics().filter(pl.col("iteration") == iteration).to_dicts()
-    wanted = [{"stage": _stage(name), "seconds": value} for name, value in _seconds(run, iteration).items()]
+    wanted = [{"stage": WRITER[name].name, "seconds": value} for name, value in _seconds(run, iteration).items()]
     return found[0] if found and found[0]["seconds"] == wanted else None
 
 
@@ -69,11 +71,6 @@ def _seconds(run: RunDir, iteration: int) -> dict[str, float]:
         for name in STAGE_DATASETS
         if is_finished(place := run.place(iteration, name))
     }
-
-
-def _stage(dataset: str) -> str:
-    verbs = {"completions": "generate", "rewards": "score", "advantages": "normalize", "batches": "batch"}
-    return {**verbs, "policy": "update", "evaluations": "evaluate"}.get(dataset, dataset)
 
 
 def _sampled(completions: pl.LazyFrame) -> pl.LazyFrame:

@@ -14,9 +14,10 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL
 from pipeline.errors import UsageError
 from pipeline.manifest import is_finished
-from pipeline.run_dir import CHECKPOINTS, ITERATION_DATASETS, RunDir
+from pipeline.run_dir import RunDir
 from stages.evaluate import summarize
 from stages.inspect.metrics import STAGE_DATASETS
 from stages.inspect.report_groups import TokenText, choose_groups, encoded_size, group_views
@@ -133,8 +134,8 @@ def collect(
         max_tokens=settings.get("generate", {}).get("max_tokens"),
         pass_threshold=threshold,
     )
-    if is_finished(run.initial_evaluations):
-        report.initial = summarize(open_artifact(run.initial_evaluations).read())
+    if is_finished(run.place(INITIAL, "evaluations")):
+        report.initial = summarize(open_artifact(run.place(INITIAL, "evaluations")).read())
     flagged = _flagged(findings or [])
     tokens = TokenText(run)
     used = 0
@@ -202,7 +203,7 @@ def _find(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
 def _open(run: RunDir, iteration: int, report: Report, position: int) -> Data:
     data: Data = {}
     seconds: Values = {}
-    for dataset in ITERATION_DATASETS:
+    for dataset in DATASETS:
         artifact = _find(run, iteration, dataset)
         if artifact is None:
             report.absent[dataset] = report.absent.get(dataset, 0) + 1

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import polars as pl
 
 from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import DATASETS, INITIAL
 from pipeline.errors import ArtifactMissing
 from pipeline.manifest import canonical_json, is_finished
-from pipeline.run_dir import ITERATION_DATASETS, RunDir
+from pipeline.run_dir import RunDir
 
 IDENTITIES = ("completion_id", "group_id", "policy_digest", "policy_iteration", "reward_recipe")
 """Columns that follow from the recipe: rows that differ in nothing else say the same."""
@@ -116,12 +117,13 @@ def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
 
 def _pairs(a: RunDir, b: RunDir) -> Iterator[tuple[str, Artifact | None, Artifact | None]]:
     """Yield the artifacts of both runs by name, in the order in which they are made; None = not finished."""
-    for name in ("initial_policy", "held_out_prompts", "initial_evaluations"):
-        of_a, of_b = _open(getattr(a, name)), _open(getattr(b, name))
+    firsts = [(r.initial_policy, r.held_out_prompts, r.place(INITIAL, "evaluations")) for r in (a, b)]
+    for name, *places in zip(("initial_policy", "held_out_prompts", "initial_evaluations"), *firsts, strict=True):
+        of_a, of_b = map(_open, places)
         if of_a or of_b:
             yield name, of_a, of_b
     for index in sorted({*a.iterations(), *b.iterations()}):
-        for dataset in ITERATION_DATASETS:
+        for dataset in DATASETS:
             of_a, of_b = _open_dataset(a, index, dataset), _open_dataset(b, index, dataset)
             if dataset == "optimizer" and not (of_a and of_b):
                 continue  # it may be missing, and follows from the rest

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 REWARD_MODEL = "reward_model"
 USED = "preferences_used"
+OUTPUTS = (USED, REWARD_MODEL)
 REPORT = "training.json"
 """Lies beside the weights: losses, and the accuracies of what trained and of what was held out."""
 
@@ -172,15 +173,15 @@ def train_reward_model(
         "runs": [],
         "older": [],
     }
-    call = StageCall(STAGE, config.model_copy(update=by_digest), inputs, dict.fromkeys(STAGE.outputs, root), parameters)
+    call = StageCall(STAGE, config.model_copy(update=by_digest), inputs, dict.fromkeys(OUTPUTS, root), parameters)
     material = Material(model_source(config.base), rows, new.undecided + extra.undecided, device)
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # of two processes that need the same model the second waits, and finds it
         place = root / call.recipe()[:12]
         place.mkdir(exist_ok=True)
-        call = replace(call, places={name: place / name for name in STAGE.outputs})
-        return run_stage(call, resources=material, progress=progress)
+        call = replace(call, places={name: place / name for name in OUTPUTS})
+        return run_stage(call, material, progress)
 
 
 def _base(config: RewardModelConfig) -> tuple[dict[str, Artifact], dict[str, Any], Artifact | None]:
@@ -207,14 +208,13 @@ def _read(config: RewardModelConfig, files: Sequence[str], source: str) -> Prefe
     )
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[RewardModelConfig, Material]) -> None:
     """Train, score every pair with the result, and write model, tokenizer, report and rows."""
     from grpo.optimizer import deterministic
     from grpo.policy import save_policy
     from stages.reward_model.preference_loss import score_pairs, train_on_preferences
 
-    config: RewardModelConfig = task.config
-    material: Material = task.resources
+    config, material = task.config, task.resources
     deterministic(config.num_threads)
     model, tokenizer = _load(config, material)
     limits = [config.max_tokens or 0, context_length(model.config.to_dict()), int(tokenizer.model_max_length)]
@@ -352,4 +352,4 @@ def _save_tokenizer(tokenizer: Any, source: str, target: Path) -> None:
         (target / "chat_template.jinja").write_text(PLAIN_TEMPLATE, encoding="utf-8")
 
 
-STAGE = Stage(REWARD_MODEL, version=1, outputs=(USED, REWARD_MODEL), compute=compute)
+STAGE = Stage(REWARD_MODEL, version=1, config=RewardModelConfig, compute=compute)

@@ -149,11 +149,11 @@ def warm_up(
     return model, tokenizer, losses
 
 
-def compute(task: StageTask) -> None:
+def compute(task: StageTask[StarterConfig, None]) -> None:
     """Draw the questions that are demonstrated, warm the model up, and save it with its tokenizer."""
     from grpo.policy import save_policy
 
-    config: StarterConfig = task.config
+    config = task.config
     questions = draw(
         SourceConfig(**task.parameters["source"]),
         split="train",
@@ -170,7 +170,7 @@ def compute(task: StageTask) -> None:
     tokenizer.save_pretrained(task.writer.directory)
 
 
-STAGE = Stage("starter", version=1, outputs=("policy",), compute=compute)
+STAGE = Stage("starter", version=1, config=StarterConfig, compute=compute)
 
 
 def make_starter(
@@ -186,4 +186,4 @@ def make_starter(
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # of two runs that need the same starter the second waits, and finds it
-        return run_stage(replace(call, places={"policy": root / call.recipe()[:12]}), progress=progress)
+        return run_stage(replace(call, places={"policy": root / call.recipe()[:12]}), None, progress)

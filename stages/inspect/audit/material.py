@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.artifact import open_artifact
+from pipeline.chain import INITIAL
 from pipeline.errors import ArtifactMissing
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
@@ -197,8 +198,8 @@ def _training(run: RunDir, iterations: list[int]) -> pl.DataFrame:
 
 def _evaluations(run: RunDir) -> pl.DataFrame:
     found: list[tuple[int, Any]] = []
-    if is_finished(run.initial_evaluations):
-        found.append((0, open_artifact(run.initial_evaluations)))
+    if is_finished(run.place(INITIAL, "evaluations")):
+        found.append((0, open_artifact(run.place(INITIAL, "evaluations"))))
     found += [(k + 1, run.open(k, "evaluations")) for k in run.iterations() if run.has(k, "evaluations")]
     names = [name for name in EVALUATION_SCHEMA if name != "iteration"]
     frames = [artifact.scan().select(_at(updates), *names).collect() for updates, artifact in found]

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import PRUNED_NOTE, Artifact, open_artifact, pruned_files
+from pipeline.chain import DATASETS, INITIAL, known_schemas
 from pipeline.errors import ArtifactError, ArtifactMissing, SchemaError
 from pipeline.files import sha256_file
 from pipeline.manifest import MANIFEST
-from pipeline.run_dir import ITERATION_DATASETS, REFERENCE, RunDir
+from pipeline.run_dir import REFERENCE, RunDir
 from stages.inspect.verify.ledger import Findings, Where, shorten
 
 UPDATE_DATASETS = ("training_records", "optimizer_steps", "policy")
@@ -45,14 +46,14 @@ def open_all(run: RunDir, findings: Findings) -> Catalog:
         "initial_policy": run.initial_policy,
         **{f"member {place.name}": place for place in (sorted(members.iterdir()) if members.is_dir() else [])},
         "held_out_prompts": run.held_out_prompts,
-        "initial_evaluations": run.initial_evaluations,
+        "initial_evaluations": run.place(INITIAL, "evaluations"),
     }
     for name, place in fixed.items():
         _open(run, findings, catalog, (None, name), place)
     for index in run.iterations():
-        for dataset in ITERATION_DATASETS:
+        for dataset in DATASETS:
             _open(run, findings, catalog, (index, dataset), run.place(index, dataset))
-        known = {*ITERATION_DATASETS, *(f"{name}{REFERENCE}" for name in ITERATION_DATASETS)}
+        known = {*DATASETS, *(f"{name}{REFERENCE}" for name in DATASETS)}
         for path in sorted(run.iteration(index).iterdir()):
             if path.name not in known and not path.name.startswith("."):  # hidden: unfinished, or being removed
                 where = Where(relative_path(path, run.root), path.name, index)
@@ -154,7 +155,7 @@ def _check_counts(findings: Findings, item: Located) -> None:
         findings.checked("counts")
         try:
             rows = pq.read_metadata(path).num_rows
-            item.artifact.check_schema()
+            item.artifact.check_schema(known_schemas())
             drops.update(_drops(path))
         except (SchemaError, pa.ArrowException, pl.exceptions.PolarsError, KeyError) as error:
             findings.wrong("schema", where, str(error), part=path.name)

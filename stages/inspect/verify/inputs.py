@@ -6,57 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import CHAIN, INITIAL, WRITER, From
 from pipeline.errors import ArtifactError
 from pipeline.manifest import canonical_json
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.files import Catalog, Located, policy_key, relative_path
 from stages.inspect.verify.ledger import Findings, Where, shorten
 
-OWN_TABLE = {
-    "completions": "generate",
-    "rewards": "score",
-    "advantages": "normalize",
-    "batches": "batch",
-    "policy": "update",
-    "training_records": "update",
-    "optimizer_steps": "update",
-    "prompts": "prompts",
-}
-"""Dataset of an iteration -> table of the config that decides it."""
-
-
-REQUIRED_INPUTS = {
-    "prompts": {"policy"},
-    "held_out_prompts": {"policy"},
-    "completions": {"prompts", "policy:"},
-    "rewards": {"prompts", "completions"},
-    "advantages": {"rewards"},
-    "batches": {"completions", "advantages"},
-    "training_records": {"batches", "policy"},
-    "optimizer_steps": {"batches", "policy"},
-    "policy": {"batches", "policy"},
-    "optimizer": {"policy"},
-    "evaluations": {"prompts", "policy"},
-    "initial_evaluations": {"prompts", "policy"},
-}
-"""What each dataset is made from; ``policy:`` stands for one or more members."""
-
-STAGE_OF = {
-    "initial_policy": "policy",
-    "held_out_prompts": "prompts",
-    "prompts": "prompts",
-    "completions": "generate",
-    "rewards": "score",
-    "advantages": "normalize",
-    "batches": "batch",
-    "training_records": "update",
-    "optimizer_steps": "update",
-    "policy": "update",
-    "optimizer": "optimizer",
-    "evaluations": "evaluate",
-    "initial_evaluations": "evaluate",
-}
-"""The stage of this program that makes what stands in a place of a run; other stages' inputs are their own matter."""
+BEFORE_ITERATIONS = {"held_out_prompts": "prompts", "initial_evaluations": "evaluations"}
+"""Places before the first iteration -> the dataset that they hold."""
 
 
 def check_inputs(findings: Findings, run: RunDir, catalog: Catalog) -> list[Located]:
@@ -95,15 +53,16 @@ def check_inputs(findings: Findings, run: RunDir, catalog: Catalog) -> list[Loca
 def _check_kind(findings: Findings, key: tuple[int | None, str], item: Located) -> None:
     """Check that an artifact is of the kind that its place is for, and lacks no input of its stage."""
     manifest, place = item.artifact.manifest, key[1]
-    kind = {"initial_policy": "policy", "held_out_prompts": "prompts", "initial_evaluations": "evaluations"}.get(
-        place, "policy" if place.startswith("member ") else place
-    )
+    is_policy = place == "initial_policy" or place.startswith("member ")
+    kind = "policy" if is_policy else BEFORE_ITERATIONS.get(place, place)
     if kind and manifest.dataset != kind:
         findings.wrong("manifests", item.where, f"it holds {manifest.dataset}, expected {kind}")
-    if manifest.stage != STAGE_OF.get(place):
+    step = WRITER.get(kind)
+    if is_policy or step is None or manifest.stage != step.name:  # the inputs of other stages are their own matter
         return
+    required = {f"{name}:" if source is From.members else name for name, source in step.reads.items()}
     names = {"policy:" if name.startswith("policy:") else name for name in manifest.inputs}
-    if lacking := sorted(REQUIRED_INPUTS.get(place, set()) - names):
+    if lacking := sorted(required - names):
         findings.wrong("inputs", item.where, f"the manifest of stage {manifest.stage} names no {', '.join(lacking)}")
 
 
@@ -119,21 +78,25 @@ def _open_outside(findings: Findings, run: RunDir, item: Located, name: str, pla
 
 def _source_in_run(key: tuple[int | None, str], name: str, artifact: Artifact) -> tuple[int | None, str] | None:
     """Return the place in the run that a stage takes this input from, None when only the manifest knows."""
-    index, dataset = key
-    config = artifact.manifest.config
-    if dataset in ("held_out_prompts", "prompts"):
-        return (None, "initial_policy")
-    if dataset in ("evaluations", "initial_evaluations"):
-        return (None, "held_out_prompts") if name == "prompts" else policy_key(config.get("policy_iteration"))
-    if index is None:
-        return None
-    if dataset == "optimizer":
-        return (index, "policy")
-    if name.startswith("policy:"):
-        member = name.removeprefix("policy:")
-        updates = config.get("policy_iterations", {}).get(member)
-        return (None, f"member {member}") if updates is None else policy_key(updates)
-    return policy_key(index) if name == "policy" else (index, name)
+    place, dataset = key
+    index = INITIAL if place is None else place
+    step = WRITER.get(BEFORE_ITERATIONS.get(dataset, dataset))
+    name, _, member = name.partition(":")
+    match step.reads.get(name) if step else None:
+        case From.initial:
+            return (None, "initial_policy")
+        case From.held_out:
+            return (None, "held_out_prompts")
+        case From.before:
+            return policy_key(index)
+        case From.after:
+            return policy_key(index + 1)
+        case From.members:
+            updates = artifact.manifest.config.get("policy_iterations", {}).get(member)
+            return (None, f"member {member}") if updates is None else policy_key(updates)
+        case From.here:
+            return (index, name)
+    return None
 
 
 def check_config(findings: Findings, run: RunDir, catalog: Catalog) -> dict[str, Any]:
@@ -142,7 +105,7 @@ def check_config(findings: Findings, run: RunDir, catalog: Catalog) -> dict[str,
     findings.checked("config")
     try:
         tables: dict[str, Any] = json.loads(run.resolved_config.read_text(encoding="utf-8"))
-        stated = {name: dict(tables[name]) for name in dict.fromkeys(OWN_TABLE.values())}
+        stated = {step.name: dict(tables[step.name]) for step in CHAIN if step.name in tables}
         stated["evaluate"] = {
             **stated["generate"],
             **tables["evaluate"],
@@ -152,8 +115,9 @@ def check_config(findings: Findings, run: RunDir, catalog: Catalog) -> dict[str,
         findings.wrong("config", where, f"the file cannot be read: {type(error).__name__}: {error}")
         return {}
     for (index, dataset), item in catalog.items():
-        table = "evaluate" if dataset in ("evaluations", "initial_evaluations") else OWN_TABLE.get(dataset)
-        if table is None or (index is None and table != "evaluate") or not item.is_own:
+        step = WRITER.get(BEFORE_ITERATIONS.get(dataset, dataset))
+        table = step.name if step else ""
+        if table not in stated or dataset == "held_out_prompts" or not item.is_own:
             continue
         expected = {**stated[table], "seed": tables.get("seed"), "iteration": index}
         for name, value in item.artifact.manifest.config.items():

@@ -13,9 +13,10 @@ import polars as pl
 
 from pipeline.artifact import Artifact
 from pipeline.files import identity
-from stages.generate import GenerateConfig, request_seed
+from stages.generate import GenerateConfig
 from stages.inspect.verify.ledger import PART, Findings, Rule, Where, WrongRow, apply_rules, compare
 from stages.inspect.verify.rows import fingerprint, scan
+from stages.rollout.base import request_seed
 
 HASHED = {"prompt": "the prompt is not that of the input"}
 """What a differing fingerprint means."""

@@ -17,9 +17,9 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.artifact import Artifact
+from pipeline.chain import STEPS, load_stage
 from pipeline.errors import GrpoError
 from pipeline.run_dir import RunDir
-from stages import batch, evaluate, generate, normalize, prompts, score, update
 from stages.inspect.verify.checkpoints import check_policies, check_states
 from stages.inspect.verify.derived import check_advantages, check_batches, check_metrics, check_records, check_rewards
 from stages.inspect.verify.files import Catalog, Located, check_files, open_all, relative_path
@@ -28,8 +28,6 @@ from stages.inspect.verify.ledger import Findings, Where
 from stages.inspect.verify.plan import check_evaluations, check_plan
 from stages.inspect.verify.rows import check_answers, check_held_out, check_prompts, questions
 from stages.inspect.verify.tokens import check_tokens
-
-STAGES = {s.STAGE.name: s.STAGE for s in (prompts, generate, score, normalize, batch, update, evaluate)}
 
 
 def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] = lambda _: None) -> Findings:
@@ -77,7 +75,7 @@ def check_due_evaluations(
         is_due = updates % every == 0 or updates == last
         may_be_coming = updates == len(finished) and updates != last
         if is_due and not may_be_coming and (index, name) not in catalog:
-            where = Where(relative_path(run.evaluations_of(updates), run.root), "evaluations", index)
+            where = Where(relative_path(run.place(updates - 1, "evaluations"), run.root), "evaluations", index)
             text = f"evaluate.every is {every}, but the policy after {updates} updates has no evaluation"
             findings.wrong("evaluations", where, text)
 
@@ -177,7 +175,7 @@ class _Audit:
     def _can_derive(self, check: str, item: Located) -> bool:
         """Return whether this program's own stage has made the rows: only those can it derive again."""
         where, manifest = item.where, item.artifact.manifest
-        stage = STAGES.get(manifest.stage)
+        stage = load_stage(STEPS[manifest.stage]) if manifest.stage in STEPS else None
         if stage is not None and stage.version == manifest.stage_version:
             return True
         if stage is not None and not 1 <= manifest.stage_version < stage.version:

@@ -1,4 +1,4 @@
-"""Tasks beside the flow: what is waited for, when, and whose error is told. The tasks are stand-ins for Prefect's."""
+"""Background tasks of the flow: what is waited for, when, and whose error is told. The tasks are stand-ins."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.background import Beside
+from flows.background import Background
 
 
 class State:
@@ -22,7 +22,7 @@ class State:
 
 
 class StandInFuture:
-    """What `Beside` uses of a future."""
+    """What `Background` uses of a future."""
 
     def __init__(self, wrapped: "Future[State]") -> None:
         self.wrapped_future = wrapped
@@ -37,7 +37,7 @@ class StandInFuture:
 
 
 class StandIn:
-    """What `Beside` uses of a task."""
+    """What `Background` uses of a task."""
 
     def __init__(self, name: str, threads: ThreadPoolExecutor) -> None:
         self.name, self.threads, self.ran = name, threads, list[int]()
@@ -68,77 +68,77 @@ def task() -> Any:
 
 
 def test_a_task_that_was_begun_is_not_run_again(task: Any) -> None:
-    beside = Beside()
-    beside.begin(task, 3)
-    assert beside.is_begun(task, 3)
-    assert not beside.is_begun(task, 4)
-    beside.wait_for(task, 3)
+    background = Background({task.name: task})
+    background.begin("prompts", 3)
+    assert background.is_begun("prompts", 3)
+    assert not background.is_begun("prompts", 4)
+    background.wait_for("prompts", 3)
     assert task.ran == [3]
-    assert not beside.is_begun(task, 3)
+    assert not background.is_begun("prompts", 3)
 
 
 def test_a_task_that_was_not_begun_runs_when_it_is_waited_for(task: Any) -> None:
-    Beside().wait_for(task, 5)
+    Background({task.name: task}).wait_for("prompts", 5)
     assert task.ran == [5]
 
 
 def test_an_error_is_told_where_the_task_is_waited_for(task: Any) -> None:
-    beside = Beside()
-    beside.begin(task, -1)
-    beside.begin(task, 2)
+    background = Background({task.name: task})
+    background.begin("prompts", -1)
+    background.begin("prompts", 2)
     with pytest.raises(ValueError, match="prompts of -1"):
-        beside.wait_for_all()
-    beside.wait_for_all()
+        background.wait_for_all()
+    background.wait_for_all()
     assert task.ran == [-1, 2]
 
 
 def test_a_stage_is_settled_and_others_go_on(task: Any) -> None:
-    other = StandIn("metrics", task.threads)
-    beside = Beside()
-    for stage, iteration in ((other, 1), (other, 2), (task, 3)):
-        beside.begin(stage, iteration)  # type: ignore[arg-type]
-    beside.settle(other)
+    other: Any = StandIn("metrics", task.threads)
+    background = Background({"prompts": task, "metrics": other})
+    for stage, iteration in (("metrics", 1), ("metrics", 2), ("prompts", 3)):
+        background.begin(stage, iteration)
+    background.settle("metrics")
     assert other.ran == [1, 2]
-    assert not beside.is_begun(other, 1)
-    assert beside.is_begun(task, 3)
-    beside.begin(other, -3)
+    assert not background.is_begun("metrics", 1)
+    assert background.is_begun("prompts", 3)
+    background.begin("metrics", -3)
     with pytest.raises(ValueError, match="metrics of -3"):
-        beside.settle(other)
+        background.settle("metrics")
 
 
 def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task: Any) -> None:
     goes_on = Event()
-    slow = StandIn("slow", task.threads)
+    slow: Any = StandIn("slow", task.threads)
     slow.before = goes_on.wait
-    beside = Beside()
-    beside.begin(task, 7)
-    beside.begin(task, -7)
-    beside.begin(slow, 1)  # type: ignore[arg-type]
+    background = Background({"prompts": task, "slow": slow})
+    background.begin("prompts", 7)
+    background.begin("prompts", -7)
+    background.begin("slow", 1)
     while len(task.ran) < 2:
         time.sleep(0.001)
     time.sleep(0.05)
     try:
         with pytest.raises(ValueError, match="prompts of -7"):
-            beside.raise_failed()
-        beside.raise_failed()
-        assert beside.is_begun(task, 7)
+            background.raise_failed()
+        background.raise_failed()
+        assert background.is_begun("prompts", 7)
     finally:
         goes_on.set()
-    beside.wait_for_all()
+    background.wait_for_all()
 
 
 def test_an_interrupted_wait_leaves_the_task_to_the_end(task: Any) -> None:
     goes_on = Event()
     task.before = goes_on.wait
-    beside = Beside()
-    beside.begin(task, 1)
-    future = beside._begun["prompts", 1]
+    background = Background({task.name: task})
+    background.begin("prompts", 1)
+    future = background._begun["prompts", 1]
     future.result = interrupted  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
-        beside.wait_for(task, 1)
-    assert beside.is_begun(task, 1)
+        background.wait_for("prompts", 1)
+    assert background.is_begun("prompts", 1)
     goes_on.set()
-    beside.end()
+    background.end()
     assert task.ran == [1]
 
 
@@ -147,9 +147,9 @@ def interrupted() -> str:
 
 
 def test_at_the_end_errors_are_not_told_but_nothing_runs_any_more(task: Any) -> None:
-    beside = Beside()
-    beside.begin(task, 1)
-    beside.begin(task, -2)
-    beside.end()
+    background = Background({task.name: task})
+    background.begin("prompts", 1)
+    background.begin("prompts", -2)
+    background.end()
     assert task.ran == [1, -2]
-    beside.wait_for_all()
+    background.wait_for_all()

@@ -1,0 +1,42 @@
+"""A run that is about to be trained: its config loaded, compared with what the run was made with, and checked, once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flows.session import Reporter, SilentReporter
+from pipeline.run_dir import RunDir
+from pipeline.runs import run_at
+from stages.config import RunConfig, check_unchanged, load_config
+from stages.preflight import preflight
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run whose config is loaded and checked: nothing is known to be wrong."""
+
+    settings: RunConfig
+    run: RunDir
+    toml: str
+    """The config's file as the user wrote it."""
+    reporter: Reporter = field(default_factory=SilentReporter)
+
+
+def prepare(config: Path, run: str, overrides: list[str] | None = None) -> Prepared:
+    """Return the run of a config's file, checked as far as can be before anything is written. Read-only.
+
+    Raises:
+        GrpoError: of the kind that fits, one message.
+    """
+    settings = load_config(config, overrides)
+    return check(settings, run_at(run), config.read_text(encoding="utf-8"))
+
+
+def check(settings: RunConfig, run: RunDir, toml: str) -> Prepared:
+    """Return the run of a config that is loaded already, checked likewise. Read-only.
+
+    Raises:
+        GrpoError: of the kind that fits, one message.
+    """
+    check_unchanged(run, settings)
+    preflight(settings, run)
+    return Prepared(settings, run, toml)

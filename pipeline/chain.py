@@ -1,0 +1,107 @@
+"""The chain of stages: the one list from which everything that names a stage or a dataset is derived.
+
+It holds names only. What a stage computes is imported when it is asked for (`load_stage`), so that a command which only
+looks does not pay for it. A new stage is one module and one line here; see docs/decisions/0012.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.stage import Stage
+
+
+class From(StrEnum):
+    """Where a stage takes an input from."""
+
+    here = "the dataset of the input's name, of the same iteration"
+    initial = "the initial policy"
+    before = "the policy that the iteration begins with"
+    after = "the policy after the iteration's update"
+    members = "the policies of the group's members; one input policy:<name> for each"
+    held_out = "the held-out prompts"
+
+
+class When(StrEnum):
+    """When a training run comes to a stage."""
+
+    in_order = "after the step before it"
+    ahead = "in the background, while the iteration before samples: it needs nothing of its own iteration"
+    late = "in the background, while the next iteration samples: it may be missing after a kill"
+    evaluation = "after the iterations that evaluate.every names, and before the first"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage in the chain."""
+
+    name: str
+    """The verb: the stage's module, its config table and its command have the same name."""
+    writes: tuple[str, ...]
+    """Datasets, which are folder names; the last is the main one, whose existence means that the stage is done."""
+    reads: Mapping[str, From]
+    uses: tuple[str, ...] = ()
+    """Live helpers that decide no result: engine, scorer, trainer."""
+    tensors: tuple[str, ...] = ()
+    """Those of ``writes`` that are checkpoints; all others hold rows."""
+    when: When = When.in_order
+    stage: str = ""
+    """``module:STAGE``; empty = ``stages.<name>:STAGE``."""
+
+
+CHAIN = (
+    Step("prompts", ("prompts",), {"policy": From.initial}, when=When.ahead),
+    Step("generate", ("completions",), {"prompts": From.here, "policy": From.members}, uses=("engine",)),
+    Step("score", ("rewards",), {"prompts": From.here, "completions": From.here}, uses=("scorer",)),
+    Step("normalize", ("advantages",), {"rewards": From.here}),
+    Step("batch", ("batches",), {"completions": From.here, "advantages": From.here}),
+    Step(
+        "update",
+        ("training_records", "optimizer_steps", "policy"),
+        {"batches": From.here, "policy": From.before},
+        uses=("trainer",),
+        tensors=("policy",),
+    ),
+    Step(
+        "optimizer", ("optimizer",), {"policy": From.after}, uses=("trainer",), tensors=("optimizer",), when=When.late
+    ),
+    Step(
+        "evaluate",
+        ("evaluations",),
+        {"prompts": From.held_out, "policy": From.after},
+        uses=("engine", "scorer"),
+        when=When.evaluation,
+    ),
+)
+"""In the order in which an iteration comes to them."""
+
+STEPS = {step.name: step for step in CHAIN}
+DATASETS = tuple(dataset for step in CHAIN for dataset in step.writes)
+"""Folders of an iteration, in the order in which they are made."""
+CHECKPOINTS = tuple(dataset for step in CHAIN for dataset in step.tensors)
+"""Those that hold tensors."""
+WRITER = {dataset: step for step in CHAIN for dataset in step.writes}
+"""Dataset -> the step that writes it."""
+INITIAL = -1
+"""In place of an iteration: before the first one. The evaluation of the initial policy belongs to it."""
+
+
+@cache
+def known_schemas() -> "Mapping[str, pa.Schema]":
+    """Return the schema of every dataset that holds rows, those of stages from outside among them."""
+    from pipeline.schema import SCHEMAS
+
+    return {**SCHEMAS, **{name: schema for s in CHAIN if s.stage for name, schema in load_stage(s).schemas.items()}}
+
+
+def load_stage(step: Step) -> "Stage[Any, Any]":
+    """Return the step's stage; its module is imported when it is first asked for."""
+    module, _, name = (step.stage or f"stages.{step.name}:STAGE").partition(":")
+    stage: Stage[Any, Any] = getattr(importlib.import_module(module), name)
+    return stage

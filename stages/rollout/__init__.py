@@ -1,0 +1,1 @@
+"""How completions come about: `base` says what a rollout is, `single_turn` asks the engine once."""

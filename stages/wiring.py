@@ -1,0 +1,230 @@
+"""The stages of a run, bound to it: for each, its config, its inputs, and where its outputs go.
+
+What is bound follows from `pipeline.chain`; here stands what a step needs beyond that. Nothing here computes. A
+`StageCall` can be hashed, looked up or run.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import STEPS, From, Step, load_stage
+from pipeline.config import StrictModel
+from pipeline.manifest import is_finished
+from pipeline.object_store import url_of
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run
+from pipeline.stage import StageCall
+from stages import policy, prompts, update
+from stages.checkpoints import (
+    OPTIMIZER_FILE,
+    check_policy,
+    checkpoint_identity,
+    checkpoint_path,
+    context_length,
+)
+from stages.config import RunConfig
+from stages.generate import check_room
+from stages.members import MemberConfig, check_same_tokenizer, member_updates
+from stages.optimizer import state_beside
+from stages.policy import PolicyConfig
+from stages.score import find_rewards
+from stages.sources import SourceConfig, source_identity
+
+Call = StageCall[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """The calls of a run's stages. Inputs must be finished when their call is asked for."""
+
+    config: RunConfig
+    run: RunDir
+
+    def call(self, name: str, iteration: int) -> Call:
+        """Return the call of a step in an iteration; of ``evaluate`` in INITIAL, that of the initial policy."""
+        step = STEPS[name]
+        stage = load_stage(step)
+        run_facts = {"seed": self.config.seed, "iteration": iteration}
+        more = _PARAMETERS[name](self, iteration) if name in _PARAMETERS else {}
+        return StageCall(
+            stage,
+            self._settings(name),
+            self._inputs(step, iteration),
+            {dataset: self.run.place(iteration, dataset) for dataset in step.writes},
+            {**{wanted: run_facts[wanted] for wanted in stage.wants}, **more},
+        )
+
+    def _settings(self, name: str) -> StrictModel:
+        """Return what of the run's config decides a step."""
+        match name:
+            case "prompts":
+                return _source_alone(self.config.prompts)
+            case "evaluate":
+                return self.config.evaluation()
+        table = getattr(self.config, name, None)
+        return table if isinstance(table, StrictModel) else load_stage(STEPS[name]).config()
+
+    def _inputs(self, step: Step, iteration: int) -> dict[str, Artifact]:
+        found: dict[str, Artifact] = {}
+        for name, source in step.reads.items():
+            match source:
+                case From.here:
+                    found[name] = self.run.open(iteration, name)
+                case From.initial:
+                    found[name] = open_artifact(self.run.initial_policy)
+                case From.before:
+                    found[name] = open_artifact(self.run.policy_before(iteration))
+                case From.after:
+                    found[name] = open_artifact(self.run.policy_before(iteration + 1))
+                case From.held_out:
+                    found[name] = open_artifact(self.run.held_out_prompts)
+                case From.members:
+                    for member in self.config.generate.plan():
+                        found[f"{name}:{member.name}"] = self._policy_of(member, iteration)
+        return found
+
+    def _policy_of(self, member: MemberConfig, iteration: int) -> Artifact:
+        """Return the policy that writes a member in this iteration."""
+        num_updates = member_updates(member, iteration)
+        if num_updates is not None:
+            return open_artifact(self.run.policy_before(num_updates))
+        artifact = open_artifact(self.run.member(member.name))
+        check_same_tokenizer(artifact, open_artifact(self.run.initial_policy), f"group member {member.name!r}")
+        return artifact
+
+    def initial_policy(self, source: Path | None) -> Call:
+        """Return the call that makes the initial policy of a local checkpoint, or of the hub model of the config."""
+        return self._policy(self.config.policy, source, self.run.initial_policy)
+
+    def member_policy(self, member: MemberConfig) -> Call:
+        """Return the call that takes a member's checkpoint from outside into the run."""
+        config = PolicyConfig(model=member.policy, keep_optimizer=False)
+        return self._policy(config, checkpoint_path(member.policy), self.run.member(member.name))
+
+    def _policy(self, config: PolicyConfig, source: Path | None, place: Path) -> Call:
+        if source is None:
+            return StageCall(policy.STAGE, config, {}, {"policy": place})
+        if (trained := policy_of_run(source)) is not None:
+            # the policy of another run: its digest vouches for what that one was trained on
+            anonymous = config.model_copy(update={"model": "policy of a run"})
+            return StageCall(policy.STAGE, anonymous, with_optimizer(trained, config), {"policy": place})
+        # a checkpoint is what its files are, wherever they lie
+        anonymous = config.model_copy(update={"model": "local files"})
+        return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, checkpoint_identity(str(source)))
+
+    def held_out_prompts(self) -> Call:
+        """Return the call that draws the prompts of every evaluation."""
+        evaluate = self.config.evaluate
+        source = evaluate.source or self.config.prompts
+        return StageCall(
+            prompts.STAGE,
+            _source_alone(source),
+            {"policy": open_artifact(self.run.initial_policy)},
+            {"prompts": self.run.held_out_prompts},
+            {
+                "seed": self.config.seed,
+                "iteration": 0,
+                "split": "held_out",
+                "held_out_share": 1.0 if evaluate.source is not None else self.config.held_out_share,
+                "count": evaluate.num_prompts,
+                **self.of_prompts(source),
+            },
+        )
+
+    def of_prompts(self, source: SourceConfig) -> dict[str, Any]:
+        """Return what decides the prompts of a source beyond its settings."""
+        initial = check_policy(str(open_artifact(self.run.initial_policy).fetch()))
+        return {
+            "max_prompt_tokens": check_room(self.config.generate, context_length(initial)),
+            **source_identity(source),
+        }
+
+    def refer_stored(self, iteration: int) -> Artifact:
+        """Make the stored completions that feed this iteration, and their prompts, datasets of it; return them.
+
+        Raises:
+            ArtifactMissing: when the other run does not have them.
+            PolicyError: when they were written with another tokenizer.
+        """
+        stored = self.config.stored(iteration)
+        assert stored is not None
+        source = open_run(stored[0])
+        if is_finished(source.initial_policy):
+            ours = open_artifact(self.run.initial_policy)
+            check_same_tokenizer(open_artifact(source.initial_policy), ours, f"policy of {source.name}")
+        self.run.refer(iteration, "prompts", source.open(stored[1], "prompts"))
+        completions = source.open(stored[1], "completions")
+        self.run.refer(iteration, "completions", completions)
+        return completions
+
+
+def _source_alone(source: SourceConfig) -> SourceConfig:
+    """Return the settings of a source without those of the table that it stands in."""
+    return SourceConfig(**source.model_dump(include=set(SourceConfig.model_fields)))
+
+
+def _of_prompts(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    config = wiring.config
+    return {
+        "split": "train",
+        "held_out_share": config.held_out_share,
+        "count": config.prompts.prompts_per_iteration,
+        **wiring.of_prompts(config.prompts),
+    }
+
+
+def _of_generate(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    members = wiring.config.generate.plan()
+    return {"policy_iterations": {member.name: member_updates(member, iteration) for member in members}}
+
+
+def _of_score(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    """Return the identities of the reward functions."""
+    return {"reward_recipes": {reward.name: reward.recipe for reward in find_rewards(wiring.config.score)}}
+
+
+def _of_batch(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    # answers stored by another run have no age in this one
+    return {"is_offline": True} if wiring.config.stored(iteration) else {}
+
+
+def _of_evaluate(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    return {"policy_iteration": iteration + 1, **_of_score(wiring, iteration)}
+
+
+_PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
+    "prompts": _of_prompts,
+    "generate": _of_generate,
+    "score": _of_score,
+    "batch": _of_batch,
+    "evaluate": _of_evaluate,
+}
+"""What decides a step's result beyond its config, its inputs and what its stage wants of the run."""
+
+
+def policy_of_run(path: Path) -> Artifact | None:
+    """Return the artifact when an update has made the checkpoint, or when it is a fork's, with a state inside."""
+    found = open_artifact(path) if is_finished(path) else None
+    if found is None:
+        return None
+    is_fork = OPTIMIZER_FILE in found.manifest.files and url_of(path) is None
+    return found if found.manifest.stage == update.STAGE.name or is_fork else None
+
+
+def with_optimizer(policy: Artifact, config: PolicyConfig) -> dict[str, Artifact]:
+    """Return the inputs of a policy that comes from a run: it, and unless unwanted the optimizer's state beside it.
+
+    Raises:
+        ArtifactMissing: when the state is not there.
+    """
+    if not config.keep_optimizer or OPTIMIZER_FILE in policy.manifest.files:
+        return {"policy": policy}
+    return {"policy": policy, "optimizer": state_beside(policy)}
+
+
+def outside_members(config: RunConfig) -> list[MemberConfig]:
+    """Return the members whose policy is a checkpoint from outside the run."""
+    return [member for member in config.generate.plan() if member_updates(member, 1 << 30) is None]
