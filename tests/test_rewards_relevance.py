@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import RewardError
 from stages.rewards.relevance import bm25, bm25_identity, coverage
-from stages.rewards.text import sentences, words
+from stages.rewards.words import sentences, words
 from tests.work import check_case, instructions, reward_cases
 
 CORPUS = "red apple\nred pear\n\ngreen pear plum\n"

@@ -6,8 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import RewardError
-from stages.rewards.answers import NOTHING_WITHIN, answer_part, occurs
+from stages.rewards.answers import NOTHING_WITHIN, answer_part
 from stages.rewards.base import Score
+from stages.rewards.words import occurs
 
 PLAIN_MARKS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u2010": "-", "\u2011": "-", "\u00ad": None})
 """Apostrophes and hyphens that mean the same, and the soft hyphen, which means nothing."""

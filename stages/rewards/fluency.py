@@ -16,7 +16,7 @@ import regex
 
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
-from stages.rewards.text import clipped, is_unspaced, ngrams, prose, words
+from stages.rewards.words import IS_UNSPACED, clipped, ngrams, prose, words
 
 MOST_PERIOD = 64
 """Longest unit of a loop, in words and in characters; each possible length costs a pass over the answer."""
@@ -106,7 +106,7 @@ def language(
     detector = _detector(_codes(candidates))
     expected = _known(language, detector)
     text = prose(completion)
-    num_letters = sum(3 if is_unspaced(c) else 1 for c in text if c.isalpha())
+    num_letters = sum(3 if IS_UNSPACED.match(c) else 1 for c in text if c.isalpha())
     if num_letters < least_letters:
         reason = f"{num_letters} letters, fewer than {least_letters}: too short to tell"
         return Score(None, {"expected": expected, "reason": reason})

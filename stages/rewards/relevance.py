@@ -1,7 +1,7 @@
 """Rewards for answers that speak of what the prompt asks, by the words that both share.
 
 Both look at words, not at meaning: a synonym counts as missing, and an answer that repeats the question scores high.
-Weigh them lightly, beside a reward for being right. Stop words are described in `stages.rewards.text`.
+Weigh them lightly, beside a reward for being right. Stop words are described in `stages.rewards.words`.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file
 from stages.rewards.base import Score
-from stages.rewards.text import MOST_LISTED, content_words
+from stages.rewards.words import MOST_LISTED, content_words
 
 AVERAGE_WORDS = 100.0
 """Content words of an answer of usual length, where no corpus says otherwise."""
