@@ -109,6 +109,10 @@ def test_words_in_capitals_are_no_names_in_a_shout() -> None:
     assert conversation("This is Rome", messages=turns).detail["unsupported"] == ["rome"]
 
 
+def test_a_capital_behind_a_combining_mark_is_inside_a_word() -> None:
+    assert conversation("The eXs and e\u0301Xs", context="x").detail["num_facts"] == 0
+
+
 @pytest.mark.parametrize("function", [overlap, quotes, conversation])
 @pytest.mark.parametrize("unit", ["a cat ", '"a" ', "A 1 "])
 def test_the_work_grows_with_the_answer_and_no_faster(function: Any, unit: str) -> None:

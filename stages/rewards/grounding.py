@@ -12,7 +12,7 @@ from typing import Any
 import regex
 
 from pipeline.errors import RewardError
-from stages.rewards.base import Score
+from stages.rewards.base import Score, check_range
 from stages.rewards.words import (
     MOST_LISTED,
     clipped,
@@ -52,7 +52,8 @@ OUTER_PUNCTUATION = " .,;:!?\u3002\u3001\uff0c"
 NUMBER = regex.compile(r"(?<![\p{L}\p{N}])\p{Nd}++(?:[.,]\p{Nd}++)*+")
 LIST_MARKER = regex.compile(r"^[ \t]*+\p{Nd}{1,3}[.)][ \t]++(?=\S)", regex.MULTILINE)
 THOUSANDS = regex.compile(r"\d{1,3}([.,])\d{3}(?:\1\d{3})*+")
-NAME = regex.compile(r"\p{Lu}[\p{L}\p{M}\p{N}]*+")
+NAME = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Lu}[\p{L}\p{M}\p{N}]*+")
+BEFORE_FIRST_WORD = regex.compile(r"[^\p{L}\p{N}]*+")
 LOWER_CASE = regex.compile(r"\p{Ll}")
 
 Context = str | list[str] | None
@@ -72,8 +73,7 @@ def overlap(
     shorter ones. With ``include_messages`` the user's messages are context, too. An answer without content words gets
     0.
     """
-    if length < 1:
-        raise RewardError(f"length is {length}; expected at least 1: give the words of an n-gram, 1 or 2 as a rule")
+    check_range("length", length, 1)
     passages = _evidence(context, messages if include_messages else None)
     if not passages:
         return Score(None, {"reason": "no context"})
@@ -182,12 +182,10 @@ def _names(text: str, stop_words: str | Sequence[str]) -> Iterator[str]:
     for sentence in sentences(text):
         if not LOWER_CASE.search(sentence):
             continue  # all in capitals, or no capitals in this script: nothing stands out as a name
-        opening = regex.search(r"[\p{L}\p{N}]", sentence)
+        opening = BEFORE_FIRST_WORD.match(sentence).end()
         for match in NAME.finditer(sentence):
             name = match.group()
-            inside_word = match.start() and sentence[match.start() - 1].isalnum()
-            opens = opening is not None and match.start() == opening.start()
-            if inside_word or (opens and not any(c.isupper() for c in name[1:])):
+            if match.start() == opening and not any(c.isupper() for c in name[1:]):
                 continue
             is_abbreviation = len(name) > 1 and name.isupper()  # US is no pronoun
             yield from (word for word in words(name) if is_abbreviation or word not in left_out)
