@@ -34,7 +34,7 @@ AFTER_END = "[\"'\u201d\u2019\u00bb)\\]*_]*+"
 SENTENCE_END = regex.compile(rf"[{END_MARKS}]{AFTER_END}\s++|[\u3002\uff01\uff1f]++|\n++")
 INVISIBLE = dict.fromkeys((0x00AD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF))
 TYPOGRAPHY = str.maketrans(
-    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4`", "'")
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4\u02bc`", "'")
     | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033", '"')
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
 )
@@ -146,7 +146,8 @@ def prose(text: str, instead: str = " ") -> str:
 def folded(text: str) -> str:
     """Return the text without differences of case, white space, width, and the shape of quotes and dashes."""
     plain = unicodedata.normalize("NFKC", text.translate(INVISIBLE).translate(TYPOGRAPHY)).translate(TYPOGRAPHY)
-    return " ".join(plain.casefold().split())
+    # folding can leave a letter and its mark apart again
+    return " ".join(unicodedata.normalize("NFKC", plain.casefold()).split())
 
 
 def occurs(text: str, phrase: str) -> bool:
