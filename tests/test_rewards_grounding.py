@@ -78,6 +78,21 @@ def test_a_quotation_spoken_inside_another_word_is_found_where_it_stands_alone()
     assert quotes('"art"', context="party of art").reward == 1.0
 
 
+@pytest.mark.parametrize(
+    ("passage", "quote", "reward"),
+    [
+        ("it is 2.5 km long", "5 km", 0.0),  # a number is one word
+        ("it is 5 km long", "5 km", 1.0),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u093f\u0928\u094d\u0926", 0.0),  # cut before a vowel's mark
+        ("\uc11c\uc6b8\uc740", "\uc11c\uc6b8", 1.0),  # Korean writes particles onto words
+    ],
+)
+def test_a_quotation_stands_in_the_context_as_whole_words_of_any_script(
+    passage: str, quote: str, reward: float
+) -> None:
+    assert quotes(f'"{quote}"', context=passage).reward == reward
+
+
 def test_only_so_many_quotations_are_looked_up() -> None:
     answer = " ".join(f'"q{i}"' for i in range(MOST_QUOTES + 50))
     assert quotes(answer, context="q1").detail["num_quotes"] == 1000
@@ -92,6 +107,10 @@ def test_words_in_capitals_are_no_names_in_a_shout() -> None:
     turns = [{"role": "user", "content": "hm"}]
     assert conversation("THIS IS ROME", messages=turns).detail["num_facts"] == 0
     assert conversation("This is Rome", messages=turns).detail["unsupported"] == ["rome"]
+
+
+def test_a_capital_behind_a_combining_mark_is_inside_a_word() -> None:
+    assert conversation("The eXs and e\u0301Xs", context="x").detail["num_facts"] == 0
 
 
 @pytest.mark.parametrize("function", [overlap, quotes, conversation])

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.errors import RewardError
 from stages.rewards.embedding import relevance, relevance_identity
-from stages.rewards.entailment import grounding, grounding_identity, label_roles, split_sentences
+from stages.rewards.entailment import grounding, grounding_identity, label_roles
 from stages.rewards.frozen_models import batches_by_length
 from stages.rewards.model_identity import model_identity
 from stages.rewards.perplexity import fluency, fluency_identity
@@ -349,18 +349,6 @@ def test_labels_are_read_by_name_or_given(names: Any, labels: Any, roles: Any) -
 def test_unclear_labels_are_refused(names: Any, labels: Any, weight: float) -> None:
     with pytest.raises(RewardError, match="give the argument labels"):
         label_roles(names, labels, weight)
-
-
-def test_sentences_end_at_signs_and_lines() -> None:
-    text = 'It is 3.5 m. "Is it?" Yes!\n- a line\n\n\u662f\u3002\u4e0d\u662f\u3002'
-    assert split_sentences(text) == [
-        "It is 3.5 m.",
-        '"Is it?"',
-        "Yes!",
-        "- a line",
-        "\u662f\u3002",
-        "\u4e0d\u662f\u3002",
-    ]
 
 
 # reward model

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import RewardError
 from stages.rewards.relevance import bm25, bm25_identity, coverage
-from stages.rewards.text import sentences, words
+from stages.rewards.words import sentences, words
 from tests.work import check_case, instructions, reward_cases
 
 CORPUS = "red apple\nred pear\n\ngreen pear plum\n"
@@ -104,6 +104,7 @@ def test_words_of_any_script() -> None:
 def test_sentences_end_at_marks_of_any_script_and_at_lines() -> None:
     text = 'He said "no." Then\u2026 \u4f60\u597d\u3002\u518d\u89c1 3.14 x\n\ny'
     assert sentences(text) == ['He said "no."', "Then\u2026", "\u4f60\u597d\u3002", "\u518d\u89c1 3.14 x", "y"]
+    assert sentences('It is 3.5 m. "Is it?" Yes!\n- a line') == ["It is 3.5 m.", '"Is it?"', "Yes!", "- a line"]
 
 
 @pytest.mark.parametrize("function", [bm25, coverage])

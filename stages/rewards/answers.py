@@ -1,6 +1,5 @@
 """What the rewards of this folder share: which part of an answer counts, and what it is compared with."""
 
-import unicodedata
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,18 +14,6 @@ LONGEST_SHOWN = 200
 """Characters of an answer that a detail repeats; the answer itself lies in the completions."""
 NO_REFERENCE = "no reference answer"
 NOTHING_WITHIN = "the pattern of 'within' does not occur"
-
-UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x3005, 0x30FF),  # Japanese syllables
-    (0x31F0, 0x9FFF),  # Chinese characters
-    (0xAC00, 0xD7AF),  # Korean, which has blanks but writes particles onto the words
-    (0xF900, 0xFAFF),
-    (0x20000, 0x3FFFF),
-)
-"""Code points of the scripts in which a word may begin and end without a blank."""
 
 
 def answer_part(completion: str, within: str | None) -> str | None:
@@ -71,38 +58,3 @@ def accepted_answers(reference: str | None, references: Sequence[object] | None)
 def shown(text: str) -> str:
     """Return the text as a detail repeats it: its first characters."""
     return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
-
-
-def occurs(text: str, phrase: str) -> bool:
-    """Return whether the phrase stands in the text as whole words or whole numbers."""
-    start = text.find(phrase)
-    while start >= 0:
-        end = start + len(phrase)
-        if _is_border(text, start) and _is_border(text, end):
-            return True
-        start = text.find(phrase, start + 1)
-    return False
-
-
-def _is_border(text: str, position: int) -> bool:
-    """Return whether a word or number can begin or end at this position."""
-    if position in (0, len(text)):
-        return True
-    before, after = text[position - 1], text[position]
-    if _is_in_word(before) and _is_in_word(after):
-        # a mark belongs to the letter before it even where words have no blanks between them
-        return (_is_unspaced(before) or _is_unspaced(after)) and not unicodedata.category(after).startswith("M")
-    if before in ".," and after.isdecimal():  # 5 does not occur in 2.5
-        return not (position > 1 and text[position - 2].isdecimal())
-    if after in ".," and before.isdecimal():  # nor in 5.2
-        return not text[position + 1 : position + 2].isdecimal()
-    return True
-
-
-def _is_in_word(character: str) -> bool:
-    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
-
-
-def _is_unspaced(character: str) -> bool:
-    code = ord(character)
-    return code >= UNSPACED[0][0] and any(low <= code <= high for low, high in UNSPACED)

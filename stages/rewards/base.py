@@ -32,8 +32,11 @@ values: digests of the files, the hash of a judge's prompt. What it returns take
 identity, so that arguments that decide nothing (where a file lies, how many requests at once) can be left out.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.errors import RewardError
 
 FACTS = {
     "completion": "the answer as text",
@@ -60,3 +63,14 @@ class Score:
     """Null = cannot say."""
     detail: Any = None
     """JSON-like: the extracted answer, the facts found, the judge's words."""
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Check an argument of a reward.
+
+    Raises:
+        RewardError: when it lies outside the range.
+    """
+    if not least <= value <= most:
+        expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise RewardError(f"{name} is {value}; expected {expected}: correct it in the reward's arguments")

@@ -9,8 +9,9 @@ from typing import Any
 import regex
 
 from pipeline.errors import RewardError
-from stages.rewards.answers import NO_REFERENCE, NOTHING_WITHIN, answer_part, occurs, shown
+from stages.rewards.answers import NO_REFERENCE, NOTHING_WITHIN, answer_part, shown
 from stages.rewards.base import Score
+from stages.rewards.words import occurs
 
 ANSWER_WORDS = (
     r"(?:answer|choose|pick|select|antwort|r\u00e9ponse|respuesta|risposta|resposta|\u043e\u0442\u0432\u0435\u0442"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,11 +18,10 @@ from stages.rewards.frozen_models import (
     reward_frame,
 )
 from stages.rewards.model_identity import model_identity
+from stages.rewards.words import sentences as split_sentences
 
 Combine = Literal["mean", "min"]
 ROLES = ("entailment", "contradiction", "neutral")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|(?<=[\u3002\uff01\uff1f])\s*|\s*\n\s*")
-"""Sign and white space, a full-width sign, or a new line. Abbreviations split too many rather than too few."""
 
 
 def grounding(
@@ -118,11 +116,6 @@ def grounding_identity(
         "device": device,
         "num_threads": num_threads,
     }
-
-
-def split_sentences(text: str) -> list[str]:
-    """Return the sentences of a text, without empty ones."""
-    return [piece for part in SENTENCE_END.split(text) if (piece := part.strip())]
 
 
 def label_roles(

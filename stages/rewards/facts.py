@@ -1,16 +1,15 @@
 """A reward for the facts that an answer must and must not hold."""
 
-import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import RewardError
-from stages.rewards.answers import NOTHING_WITHIN, answer_part, occurs
+from stages.rewards.answers import NOTHING_WITHIN, answer_part
 from stages.rewards.base import Score
+from stages.rewards.words import folded, occurs
 
-PLAIN_MARKS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u2010": "-", "\u2011": "-", "\u00ad": None})
-"""Apostrophes and hyphens that mean the same, and the soft hyphen, which means nothing."""
+_folded_alias = lru_cache(maxsize=65536)(folded)
 
 
 def required_facts(
@@ -24,7 +23,7 @@ def required_facts(
 
     ``facts`` and ``forbidden`` are keys of the source row's metadata: lists of facts, each a text or a list of its
     aliases. An alias occurs where its words stand as whole words; case, the Unicode form (NFKC), white space and the
-    kind of apostrophe do not count. The detail lists the aliases found and the first alias of what is missing.
+    shape of quotes and dashes do not count. The detail lists the aliases found and the first alias of what is missing.
     Negation and inflection are not understood: "not Paris" names Paris, "Parisian" does not.
     Without required facts the share is 1. Null when the row has neither key.
 
@@ -43,7 +42,7 @@ def required_facts(
     part = answer_part(completion, within)
     if part is None:
         return Score(0.0, {"reason": NOTHING_WITHIN})
-    text = _folded(part)
+    text = folded(part)
     named = [_first_named(text, names) for names in required]
     wrong = [alias for names in banned if (alias := _first_named(text, names)) is not None]
     found = [alias for alias in named if alias is not None]
@@ -72,11 +71,3 @@ def _aliases(facts: Sequence[Any] | None, key: str) -> list[list[str]]:
 def _first_named(text: str, aliases: Sequence[str]) -> str | None:
     """Return the first alias that occurs in the folded text."""
     return next((alias for alias in aliases if occurs(text, _folded_alias(alias))), None)
-
-
-def _folded(text: str) -> str:
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(PLAIN_MARKS)).casefold())
-    return " ".join(plain.split())
-
-
-_folded_alias = lru_cache(maxsize=65536)(_folded)

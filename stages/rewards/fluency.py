@@ -15,8 +15,8 @@ import numpy.typing as npt
 import regex
 
 from pipeline.errors import RewardError
-from stages.rewards.base import Score
-from stages.rewards.text import clipped, is_unspaced, ngrams, prose, words
+from stages.rewards.base import Score, check_range
+from stages.rewards.words import IS_UNSPACED, clipped, ngrams, prose, words
 
 MOST_PERIOD = 64
 """Longest unit of a loop, in words and in characters; each possible length costs a pass over the answer."""
@@ -47,14 +47,11 @@ def repetition(
     some hundred words repeats a few 4-grams. The detail names the longest loop and the most frequent n-gram. An empty
     answer repeats nothing and gets 1.
     """
-    for name, value, least in [("length", length, 1), ("least_copies", least_copies, 2)]:
-        if value < least:
-            raise RewardError(f"{name} is {value}; expected at least {least}: correct it in the arguments")
-    if least_copies_of_characters < 2 or not 0 <= tolerance < 1:
-        raise RewardError(
-            f"least_copies_of_characters is {least_copies_of_characters} and tolerance {tolerance}; expected at least "
-            "2, and 0 to under 1: correct them in the arguments"
-        )
+    check_range("length", length, 1)
+    check_range("least_copies", least_copies, 2)
+    check_range("least_copies_of_characters", least_copies_of_characters, 2)
+    if not 0 <= tolerance < 1:
+        raise RewardError(f"the tolerance {tolerance} is not 0 to under 1: correct it in the reward's arguments")
     tokens = words(completion)
     text = SPACING.sub(" ", completion)
     ngram_counts = Counter(ngrams(tokens, length))
@@ -106,7 +103,7 @@ def language(
     detector = _detector(_codes(candidates))
     expected = _known(language, detector)
     text = prose(completion)
-    num_letters = sum(3 if is_unspaced(c) else 1 for c in text if c.isalpha())
+    num_letters = sum(3 if IS_UNSPACED.match(c) else 1 for c in text if c.isalpha())
     if num_letters < least_letters:
         reason = f"{num_letters} letters, fewer than {least_letters}: too short to tell"
         return Score(None, {"expected": expected, "reason": reason})

@@ -12,14 +12,14 @@ from typing import Any
 import regex
 
 from pipeline.errors import RewardError
-from stages.rewards.base import Score
-from stages.rewards.text import (
+from stages.rewards.base import Score, check_range
+from stages.rewards.words import (
     MOST_LISTED,
     clipped,
     content_words,
     folded,
-    is_unspaced,
     ngrams,
+    occurs,
     sentences,
     stop_set,
     words,
@@ -52,7 +52,8 @@ OUTER_PUNCTUATION = " .,;:!?\u3002\u3001\uff0c"
 NUMBER = regex.compile(r"(?<![\p{L}\p{N}])\p{Nd}++(?:[.,]\p{Nd}++)*+")
 LIST_MARKER = regex.compile(r"^[ \t]*+\p{Nd}{1,3}[.)][ \t]++(?=\S)", regex.MULTILINE)
 THOUSANDS = regex.compile(r"\d{1,3}([.,])\d{3}(?:\1\d{3})*+")
-NAME = regex.compile(r"\p{Lu}[\p{L}\p{M}\p{N}]*+")
+NAME = regex.compile(r"(?<![\p{L}\p{M}\p{N}])\p{Lu}[\p{L}\p{M}\p{N}]*+")
+BEFORE_FIRST_WORD = regex.compile(r"[^\p{L}\p{N}]*+")
 LOWER_CASE = regex.compile(r"\p{Ll}")
 
 Context = str | list[str] | None
@@ -72,8 +73,7 @@ def overlap(
     shorter ones. With ``include_messages`` the user's messages are context, too. An answer without content words gets
     0.
     """
-    if length < 1:
-        raise RewardError(f"length is {length}; expected at least 1: give the words of an n-gram, 1 or 2 as a rule")
+    check_range("length", length, 1)
     passages = _evidence(context, messages if include_messages else None)
     if not passages:
         return Score(None, {"reason": "no context"})
@@ -120,7 +120,7 @@ def quotes(
     invented: list[str] = []
     for quote, span in list(distinct.items())[:MOST_QUOTES]:
         parts = [part.strip(OUTER_PUNCTUATION) for part in OMISSION.split(quote, MOST_OMISSIONS)]
-        is_found = all(any(_stands_in(part, passage) for passage in passages) for part in parts if part)
+        is_found = all(any(occurs(passage, part) for passage in passages) for part in parts if part)
         (found if is_found else invented).append(clipped(span, 200))
     num_quotes = len(found) + len(invented)
     detail = {"num_quotes": num_quotes, "found": found[:MOST_LISTED], "invented": invented[:MOST_LISTED]}
@@ -167,23 +167,6 @@ def _evidence(context: Context, messages: list[dict[str, Any]] | None) -> list[s
     return [passage for passage in [*passages, *turns] if passage.strip()]
 
 
-def _stands_in(part: str, passage: str) -> bool:
-    position = passage.find(part)
-    while position >= 0:
-        end = position + len(part)
-        if _is_border(passage[position - 1 : position], part[0]) and _is_border(passage[end : end + 1], part[-1]):
-            return True
-        position = passage.find(part, position + 1)
-    return False
-
-
-def _is_border(outside: str, inside: str) -> bool:
-    """Return whether a word may end between two neighbours; without spaces between words it may end anywhere."""
-    if not (outside.isalnum() and inside.isalnum()):
-        return True
-    return is_unspaced(outside) or is_unspaced(inside)
-
-
 def _numbers(text: str) -> Iterator[str]:
     for number in NUMBER.findall(unicodedata.normalize("NFKC", LIST_MARKER.sub(" ", text))):
         digits = "".join(c if c in ".," else str(unicodedata.decimal(c)) for c in number)
@@ -195,16 +178,14 @@ def _numbers(text: str) -> Iterator[str]:
 
 
 def _names(text: str, stop_words: str | Sequence[str]) -> Iterator[str]:
-    left_out = stop_set(stop_words if isinstance(stop_words, str) else tuple(stop_words))
+    left_out = stop_set(stop_words)
     for sentence in sentences(text):
         if not LOWER_CASE.search(sentence):
             continue  # all in capitals, or no capitals in this script: nothing stands out as a name
-        opening = regex.search(r"[\p{L}\p{N}]", sentence)
+        opening = BEFORE_FIRST_WORD.match(sentence).end()
         for match in NAME.finditer(sentence):
             name = match.group()
-            inside_word = match.start() and sentence[match.start() - 1].isalnum()
-            opens = opening is not None and match.start() == opening.start()
-            if inside_word or (opens and not any(c.isupper() for c in name[1:])):
+            if match.start() == opening and not any(c.isupper() for c in name[1:]):
                 continue
             is_abbreviation = len(name) > 1 and name.isupper()  # US is no pronoun
             yield from (word for word in words(name) if is_abbreviation or word not in left_out)

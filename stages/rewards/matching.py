@@ -14,10 +14,9 @@ import regex
 
 from stages.rewards.answers import NO_REFERENCE, NOTHING_WITHIN, accepted_answers, answer_part, shown
 from stages.rewards.base import Score
+from stages.rewards.words import UNSPACED
 
-UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u30fc]\p{M}*"
-"""A character of a script that puts no blanks between words, with the marks on it; 30fc is the Japanese long vowel."""
-TOKEN = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})\S)+")
+TOKEN = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
 PUNCTUATION = regex.compile(r"[\p{P}$+<=>^`|~]+")
 """Unicode's punctuation and the rest of ASCII's, as SQuAD's script has it."""
 ARTICLES = ("a", "an", "the")

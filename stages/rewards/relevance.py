@@ -1,21 +1,21 @@
 """Rewards for answers that speak of what the prompt asks, by the words that both share.
 
 Both look at words, not at meaning: a synonym counts as missing, and an answer that repeats the question scores high.
-Weigh them lightly, beside a reward for being right. Stop words are described in `stages.rewards.text`.
+Weigh them lightly, beside a reward for being right. Stop words are described in `stages.rewards.words`.
 """
 
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file
-from stages.rewards.base import Score
-from stages.rewards.text import MOST_LISTED, content_words
+from stages.rewards.base import Score, check_range
+from stages.rewards.words import MOST_LISTED, content_words, stop_set, words
 
 AVERAGE_WORDS = 100.0
 """Content words of an answer of usual length, where no corpus says otherwise."""
@@ -23,19 +23,13 @@ AVERAGE_WORDS = 100.0
 NO_WORDS = {"reason": "the prompt has no content words"}
 
 
-@dataclass(frozen=True, slots=True)
-class CorpusStatistics:
+class Corpus(NamedTuple):
     """What BM25 knows of a corpus."""
 
     num_documents: int
     average_words: float
     document_counts: Counter[str]
     """In how many documents a word occurs."""
-
-    def inverse_document_frequency(self, word: str) -> float:
-        """Return ln(1 + (N - n + 0.5) / (n + 0.5)), which is above 0 for every word."""
-        count = self.document_counts[word]
-        return math.log1p((self.num_documents - count + 0.5) / (count + 0.5))
 
 
 def bm25(
@@ -60,18 +54,18 @@ def bm25(
     Each worker reads it once; some 10,000 documents are plenty. Without corpus every word has the idf 1. Average
     length, in content words, is ``average_words``, else the corpus's, else 100.
     """
-    _check("k1", k1, 0, math.inf)
-    _check("b", b, 0, 1)
-    _check("average_words", average_words or 1, 1, math.inf)
+    check_range("k1", k1, 0)
+    check_range("b", b, 0, 1)
+    check_range("average_words", average_words or 1, 1)
     wanted = list(dict.fromkeys(content_words(prompt, stop_words)))
     if not wanted:
         return Score(None, NO_WORDS)
-    known = _read_corpus(corpus, corpus_key, _frozen(stop_words)) if corpus else None
+    known = _read_corpus(corpus, corpus_key, stop_set(stop_words)) if corpus else None
     answer = content_words(completion, stop_words)
     average = average_words or (known.average_words if known else AVERAGE_WORDS)
     damping = k1 * (1 - b + b * len(answer) / average)
     counts = Counter(answer)
-    weights = {word: known.inverse_document_frequency(word) if known else 1.0 for word in wanted}
+    weights = {word: _inverse_document_frequency(word, known) for word in wanted}
     # a word that is not there adds nothing, whatever the damping: with k1 = 0 it would be 0 / 0
     parts = {word: weights[word] * n / (n + damping) for word in wanted if (n := counts[word])}
     reward = sum(parts.values()) / sum(weights.values())
@@ -100,12 +94,12 @@ def bm25_identity(
         RewardError: when the corpus cannot be used.
     """
     if corpus:
-        _read_corpus(corpus, corpus_key, _frozen(stop_words))
+        _read_corpus(corpus, corpus_key, stop_set(stop_words))
     return {
         "corpus": sha256_file(Path(corpus)) if corpus else None,
         "corpus_key": corpus_key if corpus else None,
         "average_words": average_words,
-        "stop_words": stop_words if isinstance(stop_words, str) else list(stop_words),
+        "stop_words": stop_words,
         "k1": k1,
         "b": b,
     }
@@ -117,35 +111,43 @@ def coverage(completion: str, prompt: str, stop_words: str | Sequence[str] = "en
     With ``prefix`` above 0 words count as equal when their first ``prefix`` characters are: a coarse way to match
     "calculated" with "calculation" that works for languages with endings, and needs no dictionary.
     """
-    if prefix < 0:
-        raise RewardError(f"prefix is {prefix}; expected a number of characters: give 0 for whole words, or say 6")
+    check_range("prefix", prefix, 0)
     wanted = list(dict.fromkeys(content_words(prompt, stop_words)))
     if not wanted:
         return Score(None, NO_WORDS)
-    said = {word[: prefix or None] for word in content_words(completion, stop_words)}
-    covered = [word for word in wanted if word[: prefix or None] in said]
-    missing = [word for word in wanted if word[: prefix or None] not in said]
+    end = prefix or None
+    said = {word[:end] for word in content_words(completion, stop_words)}
+    covered = [word for word in wanted if word[:end] in said]
+    missing = [word for word in wanted if word[:end] not in said]
     return Score(
         len(covered) / len(wanted),
         {"num_words": len(wanted), "covered": covered[:MOST_LISTED], "missing": missing[:MOST_LISTED]},
     )
 
 
+def _inverse_document_frequency(word: str, corpus: Corpus | None) -> float:
+    """Return ln(1 + (N - n + 0.5) / (n + 0.5)), which is above 0 for every word; 1 without a corpus."""
+    if corpus is None:
+        return 1.0
+    count = corpus.document_counts[word]
+    return math.log1p((corpus.num_documents - count + 0.5) / (count + 0.5))
+
+
 @lru_cache(maxsize=8)
-def _read_corpus(corpus: str, key: str, stop_words: str | tuple[str, ...]) -> CorpusStatistics:
+def _read_corpus(corpus: str, key: str, left_out: frozenset[str]) -> Corpus:
     path = Path(corpus)
     if not path.is_file():
         raise RewardError(f"corpus is {corpus!r}, where no file is; expected a text or .jsonl file: correct the path")
     counts: Counter[str] = Counter()
     num_documents = num_words = 0
     for document in _documents(path, key):
-        found = content_words(document, stop_words)
+        found = [word for word in words(document) if word not in left_out]
         counts.update(set(found))
         num_documents += 1
         num_words += len(found)
     if not num_words:
         raise RewardError(f"the corpus {corpus!r} has no content words; expected one document per line: give another")
-    return CorpusStatistics(num_documents, num_words / num_documents, counts)
+    return Corpus(num_documents, num_words / num_documents, counts)
 
 
 def _documents(path: Path, key: str) -> Iterator[str]:
@@ -164,12 +166,3 @@ def _documents(path: Path, key: str) -> Iterator[str]:
                     f"({type(error).__name__}: {error}): correct the line, or name the key as corpus_key"
                 ) from error
             yield str(document)
-
-
-def _frozen(stop_words: str | Sequence[str]) -> str | tuple[str, ...]:
-    return stop_words if isinstance(stop_words, str) else tuple(stop_words)
-
-
-def _check(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise RewardError(f"{name} is {value}; expected {least} to {most}: correct it in the arguments of the reward")

@@ -7,12 +7,20 @@ quoted speech that goes on over paragraphs.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import regex
 
 from stages.rewards.base import Score
-from stages.rewards.text import IS_UNSPACED, MOST_LISTED, SENTENCE_END, clipped, prose
+from stages.rewards.words import (
+    AFTER_END,
+    END_MARKS,
+    IS_UNSPACED,
+    MOST_LISTED,
+    SOUTH_EAST_ASIAN,
+    clipped,
+    prose,
+    sentence_spans,
+)
 
 PAIRS = dict(zip(")]}\uff09\u300d\u300f\u3011\u300b", "([{\uff08\u300c\u300e\u3010\u300a", strict=True))
 BRACKET = regex.compile(f"[{regex.escape(''.join([*PAIRS, *PAIRS.values()]))}]")
@@ -24,11 +32,11 @@ DOUBLED = regex.compile(
     r"(?<![\p{L}\p{M}\p{Nd}'\u2019-])(\p{L}[\p{L}\p{M}]*+)[ \t]++\1(?![\p{L}\p{M}\p{Nd}'\u2019-])", regex.I
 )
 CASED_START = regex.compile(r"[\s\"'(\[*_\u00ab\u201c\u201e\u2018\u00bf\u00a1]*+(\p{Ll})")
-LAST_WORD = regex.compile(r"\p{L}++(?=[.!?\u2026\u061f\u06d4\u0964]?[\"'\u201d\u2019\u00bb)\]*_]*+\s*+$)")
+LAST_WORD = regex.compile(rf"\p{{L}}++(?=[{END_MARKS}]?{AFTER_END}\s*+$)")
 CLOSERS = " \t\n\r\"'\u201d\u2019\u201c\u00bb)]*_~\u300d\u300f\uff09"
 STRUCTURE = regex.compile(r"\s*+(?:[#|>+*\u2022-]|\p{Nd}{1,3}[.)]|\p{L}\)|https?:)")
 """A heading, table row, quotation or list item: no sentence is expected."""
-NO_FULL_STOP = regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+NO_FULL_STOP = regex.compile(f"[{SOUTH_EAST_ASIAN}]")
 """Scripts that write sentences without a mark at their end, or may."""
 
 LEAST_WORDS = 4
@@ -99,9 +107,7 @@ def _sentence_case(text: str) -> list[str] | None:
     findings: list[str] = []
     num_sentences = 0
     is_abbreviation = False
-    # a single line end is no border: texts are wrapped
-    borders = [0, *(match.end() for match in SENTENCE_END.finditer(text) if match.group() != "\n"), len(text)]
-    for start, end in pairwise(borders):
+    for start, end in sentence_spans(text, is_wrapped=True):
         sentence = text[start:end]
         is_paragraph = not start or text[start - 2 : start] == "\n\n"
         if not STRUCTURE.match(sentence) and len(sentence.split(None, LEAST_WORDS)) >= LEAST_WORDS:

@@ -16,7 +16,8 @@ import regex
 
 from pipeline.errors import RewardError
 
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u30fc"
+SOUTH_EAST_ASIAN = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+UNSPACED = rf"\p{{Han}}\p{{Hiragana}}\p{{Katakana}}\p{{Bopomofo}}{SOUTH_EAST_ASIAN}\u30fc"
 """Characters of the scripts without spaces; U+30FC lengthens a vowel in Japanese and belongs to no script."""
 
 WORD = regex.compile(
@@ -25,12 +26,15 @@ WORD = regex.compile(
     regex.V1,
 )
 IS_UNSPACED = regex.compile(f"[{UNSPACED}]")
-SENTENCE_END = regex.compile(
-    "[.!?\u2026\u061f\u06d4\u0964][\"'\u201d\u2019\u00bb)\\]*_]*+\\s++|[\u3002\uff01\uff1f]++|\n++"
-)
+HAS_BORDERS_INSIDE = regex.compile(rf"[{UNSPACED}\p{{Hangul}}]")
+"""Korean has spaces, but writes particles onto the words."""
+END_MARKS = ".!?\u2026\u061f\u06d4\u0964"
+AFTER_END = "[\"'\u201d\u2019\u00bb)\\]*_]*+"
+"""What may stand between the mark and the space: quotes, brackets, emphasis of Markdown."""
+SENTENCE_END = regex.compile(rf"[{END_MARKS}]{AFTER_END}\s++|[\u3002\uff01\uff1f]++|\n++")
 INVISIBLE = dict.fromkeys((0x00AD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF))
 TYPOGRAPHY = str.maketrans(
-    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4`", "'")
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4\u02bc`", "'")
     | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033", '"')
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
 )
@@ -85,18 +89,22 @@ def words(text: str) -> list[str]:
 
 
 def content_words(text: str, stop_words: str | Sequence[str]) -> list[str]:
-    """Return the words without the stop words, which are a key of `STOP_WORDS`, "none", or the words themselves."""
-    left_out = stop_set(stop_words if isinstance(stop_words, str) else tuple(stop_words))
+    """Return the words that are no stop words, see `stop_set`."""
+    left_out = stop_set(stop_words)
     return [word for word in words(text) if word not in left_out]
 
 
-@lru_cache(maxsize=64)
-def stop_set(stop_words: str | tuple[str, ...]) -> frozenset[str]:
-    """Return the stop words, folded as `words` folds.
+def stop_set(stop_words: str | Sequence[str]) -> frozenset[str]:
+    """Return the stop words, folded as `words` folds: of a key of `STOP_WORDS`, of "none", or of a list of words.
 
     Raises:
         RewardError: when a name stands for no list.
     """
+    return _stop_set(stop_words if isinstance(stop_words, str) else tuple(stop_words))
+
+
+@lru_cache(maxsize=64)
+def _stop_set(stop_words: str | tuple[str, ...]) -> frozenset[str]:
     if stop_words == "none":
         return frozenset()
     if isinstance(stop_words, tuple):
@@ -116,9 +124,13 @@ def ngrams(tokens: Sequence[str], length: int) -> Iterable[tuple[str, ...]]:
 
 def sentences(text: str) -> list[str]:
     """Return the sentences and lines, stripped, without empty ones. An abbreviation's full stop ends one, too."""
-    borders = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
-    parts = (text[start:end].strip() for start, end in pairwise(borders))
-    return [part for part in parts if part]
+    return [part for start, end in sentence_spans(text) if (part := text[start:end].strip())]
+
+
+def sentence_spans(text: str, is_wrapped: bool = False) -> Iterable[tuple[int, int]]:
+    """Return start and end of each sentence; in a wrapped text a single line end is no border."""
+    ends = (end.end() for end in SENTENCE_END.finditer(text) if not (is_wrapped and end.group() == "\n"))
+    return pairwise([0, *ends, len(text)])
 
 
 def prose(text: str, instead: str = " ") -> str:
@@ -134,12 +146,37 @@ def prose(text: str, instead: str = " ") -> str:
 def folded(text: str) -> str:
     """Return the text without differences of case, white space, width, and the shape of quotes and dashes."""
     plain = unicodedata.normalize("NFKC", text.translate(INVISIBLE).translate(TYPOGRAPHY)).translate(TYPOGRAPHY)
-    return " ".join(plain.casefold().split())
+    # folding can leave a letter and its mark apart again
+    return " ".join(unicodedata.normalize("NFKC", plain.casefold()).split())
 
 
-def is_unspaced(character: str) -> bool:
-    """Return whether the character belongs to a script that puts no space between words."""
-    return IS_UNSPACED.match(character) is not None
+def occurs(text: str, phrase: str) -> bool:
+    """Return whether the phrase stands in the text as whole words or whole numbers."""
+    start = text.find(phrase)
+    while start >= 0:
+        if _is_border(text, start) and _is_border(text, start + len(phrase)):
+            return True
+        start = text.find(phrase, start + 1)
+    return False
+
+
+def _is_border(text: str, position: int) -> bool:
+    """Return whether a word or number can begin or end at this position."""
+    if position in (0, len(text)):
+        return True
+    before, after = text[position - 1], text[position]
+    if _is_in_word(before) and _is_in_word(after):
+        # a mark belongs to the letter before it even where words have no spaces between them
+        return not unicodedata.category(after).startswith("M") and bool(HAS_BORDERS_INSIDE.search(before + after))
+    if before in ".," and after.isdecimal():  # 5 does not occur in 2.5
+        return not (position > 1 and text[position - 2].isdecimal())
+    if after in ".," and before.isdecimal():  # nor in 5.2
+        return not text[position + 1 : position + 2].isdecimal()
+    return True
+
+
+def _is_in_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
 
 
 def clipped(text: str, most: int = 80) -> str:
