@@ -12,6 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flows.rescore import fork_tables
 from flows.session import Session
+from grpo.settings import UpdateConfig
 from pipeline.artifact import open_artifact
 from pipeline.config import validate
 from pipeline.errors import ArtifactMissing, PolicyError
@@ -28,7 +29,6 @@ from stages.engines.scripted import ScriptedEngine
 from stages.inspect.verify.verify import verify_run
 from stages.policy import PolicyConfig
 from stages.preflight import preflight
-from stages.trainers.base import UpdateConfig
 from stages.trainers.local import Trainer
 from stages.trainers.resume import check_equal, resume
 from tests.finished import answer, finished_run, fix_hashes, manifest_of

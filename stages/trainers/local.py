@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from grpo.settings import UpdateConfig
 from pipeline.artifact import Artifact
 from pipeline.errors import GrpoError, PolicyError
 from pipeline.stage import Progress, silent
-from stages.trainers.base import UpdateConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,10 +49,10 @@ class Trainer:
         from grpo.policy import load_policy
 
         deterministic(config.num_threads)  # before the first work on a GPU
-        settings, self.digest = config.settings(), None
+        self.digest = None
         try:
             model = load_policy(policy.path, device=self.device, gradient_checkpointing=config.gradient_checkpointing)
-            optimizer = make_optimizer(model, settings) if state is None else load_optimizer(state, model, settings)
+            optimizer = make_optimizer(model, config) if state is None else load_optimizer(state, model, config)
         except ValueError as error:
             raise PolicyError(str(error)) from error
         self.model, self.optimizer, self.digest = model, optimizer, policy.digest
@@ -82,7 +82,7 @@ def train(
     trainer.digest = None
     listener = _listener(progress, rows)
     try:
-        return train_on_batches(trainer.model, trainer.optimizer, rows, config.settings(), listener)
+        return train_on_batches(trainer.model, trainer.optimizer, rows, config, listener)
     except ArithmeticError as error:
         raise GrpoError(str(error)) from error
 

@@ -5,13 +5,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from grpo.settings import UpdateConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import PolicyError
 from pipeline.files import explain_full_device, sha256_file
 from pipeline.prune import is_resumable
 from pipeline.run_dir import RunDir, state_of
 from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE
-from stages.trainers.base import UpdateConfig
 from stages.trainers.local import Trainer, train
 
 COMPARED = "grpo-weights-"
