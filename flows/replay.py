@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.printing import Format, console, print_rows
 from pipeline.artifact import Artifact, open_artifact
@@ -29,9 +29,7 @@ from stages.inspect.checkpoint_diff import TOLERANCE, deviations, machine_change
 from stages.inspect.run_diff import Deviation
 from stages.iteration import Wiring
 from stages.rewards.scorer import Scorer
-
-if TYPE_CHECKING:
-    from stages.trainers.local import Trainer
+from stages.trainers.base import Trainer
 
 DATASET_OF = {
     "prompts": "prompts",
@@ -122,9 +120,8 @@ class Replayer:
             machine = machine_changes(stored[name], artifact)
             yield Replayed(iteration, stage, name, word, *digests, _found(odd), seconds, odd, machine)
 
-    def _optimizer(self, trainer: "Trainer", iteration: int, policy: Artifact, folder: Path) -> Artifact:
+    def _optimizer(self, trainer: Trainer, iteration: int, policy: Artifact, folder: Path) -> Artifact:
         """Return the state of the trainer that has just made the policy."""
-        trainer.digest = policy.digest
         call = Wiring(self.config, self.run).optimizer(iteration)
         call = replace(call, inputs={"policy": policy}, places={"optimizer": folder / "optimizer"})
         return run_stage(call, resources=trainer).main
@@ -137,10 +134,12 @@ class Replayer:
         if stage == "generate":
             return self._started_engine()
         if stage == "update":
-            from stages.trainers.local import Trainer, resolve_device
+            from stages.trainers.local import LocalTrainer, resolve_device
             from stages.trainers.resume import resume
 
-            trainer = Trainer(device=resolve_device(self.config.resources.device))  # new: weights come from the files
+            trainer = LocalTrainer(
+                device=resolve_device(self.config.resources.device)
+            )  # new: weights come from the files
             resume(trainer, self.run, self.config.update, iteration)
             return trainer
         return None

@@ -23,7 +23,8 @@ from stages.iteration import Wiring
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
 from stages.starter.starter import make_starter
-from stages.trainers.local import Trainer, resolve_device
+from stages.trainers.base import Trainer
+from stages.trainers.local import LocalTrainer, resolve_device
 from stages.trainers.resume import resume
 
 
@@ -173,10 +174,7 @@ class Session:
         """Train on the rows; return the next policy's path. Afterwards the trainer is at that policy."""
         call = self.wiring.update(iteration)
         trainer = None if find_finished(call) else self.trainer_after(iteration)
-        result = self.perform("update", call, trainer)
-        if trainer is not None:
-            trainer.digest = result.main.digest
-        return str(result.main.path)
+        return self._path("update", call, trainer)
 
     def optimizer(self, iteration: int) -> str:
         """Keep the optimizer's state after an iteration's update; return its path. May run beside other stages."""
@@ -239,19 +237,22 @@ class Session:
     def trainer_after(self, num_updates: int) -> Trainer:
         """Return the trainer as it is after so many iterations; it keeps model and optimizer between them."""
         if self._trainer is None:
-            self._trainer = Trainer(device=resolve_device(self.config.resources.device))
+            self._trainer = LocalTrainer(device=resolve_device(self.config.resources.device))
             self.run.logs.mkdir(parents=True, exist_ok=True)
         resume(self._trainer, self.run, self.config.update, num_updates, self.reporter.note, self.run.logs)
         return self._trainer
 
     def close(self) -> None:
-        """End the engine's process and everything it started."""
+        """End the processes of engine and reward functions and everything they started; let go of the trainer."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
         if self._scorer is not None:
             self._scorer.close()
             self._scorer = None
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
 
 
 def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:

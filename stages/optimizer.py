@@ -22,10 +22,9 @@ class OptimizerConfig(StrictModel):
 
 def compute(task: StageTask) -> None:
     """Write the state. ``task.resources`` is the `Trainer`, as it is after the policy's update."""
-    from grpo.optimizer import save_optimizer
-
-    model, optimizer = task.resources.at(task.inputs["policy"])
-    save_optimizer(optimizer, model, task.writer.directory / STATE_FILE)
+    policy, trainer = task.inputs["policy"], task.resources
+    assert trainer.is_at(policy), f"the trainer is not at {policy.path}: resume it first"
+    trainer.save_state(task.writer.directory / STATE_FILE)
 
 
 def state_beside(policy: Artifact) -> Artifact:
