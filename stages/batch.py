@@ -97,7 +97,7 @@ def batch_rows(
         for index, part in enumerate(_deal(kept, config.optimizer_steps, seed, iteration, epoch))
     ]
     uninformative = rows.filter(pl.col("drop_reason") == "zero_variance")["loss_tokens"].sum() * config.epochs
-    extra = uninformative / max(len(steps), 1) if config.zero_variance == "keep_in_denominator" else 0.0
+    extra = float(uninformative / max(len(steps), 1)) if config.zero_variance == "keep_in_denominator" else 0.0
     ordered = [step.with_columns(loss_denominator=token_mean(step["loss_tokens"], extra)) for step in steps]
     dropped = rows.filter(pl.col("drop_reason").is_not_null()).sort("completion_id").with_columns(**NO_PLACE)
     return pl.concat([*ordered, dropped], how="diagonal").select(
