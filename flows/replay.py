@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.printing import Format, console, print_rows
 from pipeline.artifact import Artifact, open_artifact
@@ -28,10 +28,8 @@ from stages.engines.base import Engine
 from stages.inspect.checkpoint_diff import TOLERANCE, deviations, machine_changes
 from stages.inspect.run_diff import Deviation
 from stages.rewards.scorer import Scorer
+from stages.trainers.base import Trainer
 from stages.wiring import Call, Wiring
-
-if TYPE_CHECKING:
-    from stages.trainers.local import Trainer
 
 DATASET_OF = {step.name: step.writes[-1] for step in CHAIN if step.when is not When.late}
 """Step -> its main dataset. What is late is compared with the step that it belongs to."""
@@ -106,9 +104,8 @@ class Replayer:
             machine = machine_changes(stored[name], artifact)
             yield Replayed(iteration, stage, name, word, *digests, _found(odd), seconds, odd, machine)
 
-    def _optimizer(self, trainer: "Trainer", iteration: int, policy: Artifact, folder: Path) -> Artifact:
+    def _optimizer(self, trainer: Trainer, iteration: int, policy: Artifact, folder: Path) -> Artifact:
         """Return the state of the trainer that has just made the policy."""
-        trainer.digest = policy.digest
         call = Wiring(self.config, self.run).call("optimizer", iteration)
         call = replace(call, inputs={"policy": policy}, places={"optimizer": folder / "optimizer"})
         return run_stage(call, trainer).main
@@ -122,12 +119,12 @@ class Replayer:
         found = tuple(makers[name]() for name in STEPS[stage].uses)
         return found[0] if len(found) == 1 else found or None
 
-    def _new_trainer(self, iteration: int) -> "Trainer":
+    def _new_trainer(self, iteration: int) -> Trainer:
         """Return a trainer whose weights come from the files."""
-        from stages.trainers.local import Trainer, resolve_device
+        from stages.trainers.local import LocalTrainer, resolve_device
         from stages.trainers.resume import resume
 
-        trainer = Trainer(device=resolve_device(self.config.resources.device))
+        trainer = LocalTrainer(device=resolve_device(self.config.resources.device))
         resume(trainer, self.run, self.config.update, iteration)
         return trainer
 

@@ -22,7 +22,8 @@ from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_m
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
 from stages.starter.starter import make_starter
-from stages.trainers.local import Trainer, resolve_device
+from stages.trainers.base import Trainer
+from stages.trainers.local import LocalTrainer, resolve_device
 from stages.trainers.resume import resume
 from stages.wiring import Call, Wiring
 
@@ -103,8 +104,6 @@ class Session:
         resources = None if find_finished(call) else self._resources(step, iteration)
         in_background = step.when in (When.ahead, When.late)  # the reporter shows one stage at a time
         result = self._run(name, call, resources, silent if in_background else None)
-        if name == "update" and resources is not None:
-            resources.digest = result.main.digest
         return result.main
 
     def _run(self, label: str, call: Call, resources: Any = None, progress: Progress | None = None) -> StageResult:
@@ -230,19 +229,22 @@ class Session:
     def trainer_after(self, num_updates: int) -> Trainer:
         """Return the trainer as it is after so many iterations; it keeps model and optimizer between them."""
         if self._trainer is None:
-            self._trainer = Trainer(device=resolve_device(self.config.resources.device))
+            self._trainer = LocalTrainer(device=resolve_device(self.config.resources.device))
             self.run.logs.mkdir(parents=True, exist_ok=True)
         resume(self._trainer, self.run, self.config.update, num_updates, self.reporter.note, self.run.logs)
         return self._trainer
 
     def close(self) -> None:
-        """End the engine's process and everything it started."""
+        """End the processes of engine and reward functions and everything they started; let go of the trainer."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
         if self._scorer is not None:
             self._scorer.close()
             self._scorer = None
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
 
 
 def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:

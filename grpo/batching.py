@@ -1,6 +1,27 @@
-"""The cut of rows into microbatches. No torch: it happens where the order becomes data, long before a forward."""
+"""Rows before they train: what counts of them, and their cut into microbatches. No torch: here the order becomes data,
+long before a forward.
+"""
 
 from collections.abc import Sequence
+
+import polars as pl
+
+
+def loss_tokens() -> pl.Expr:
+    """Return the number of tokens that train of each row of completions or batches."""
+    masked = pl.col("loss_mask").list.eval(pl.element().cast(pl.Int32)).list.sum()
+    return pl.when(pl.col("loss_mask").is_null()).then(pl.col("completion_token_ids").list.len()).otherwise(masked)
+
+
+def full_vocabulary_logprobs(*, has_kept_mass: bool) -> pl.Expr:
+    """Return the sampling logprobs of completions without the renormalization of truncated sampling.
+
+    So the trainer's ratios compare like with like. ``has_kept_mass`` says whether any row has a kept_mass.
+    """
+    logprobs, mass = pl.col("sampling_logprobs"), pl.col("kept_mass")
+    if not has_kept_mass:
+        return logprobs
+    return pl.when(mass.is_null()).then(logprobs).otherwise(logprobs + mass.list.eval(pl.element().log()))
 
 
 def cut_microbatches(lengths: Sequence[int], budget: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from grpo.groups import _group_numbers, _known, statistics
+from grpo.groups import group_numbers, known, statistics
 
 
 def combine(rewards_long: pl.DataFrame, weights: Mapping[str, float]) -> pl.DataFrame:
@@ -36,12 +36,12 @@ def normalize_each(
         ValueError: if no weight is nonzero.
     """
     ids, columns, used = _columns(rewards_long, weights)
-    group = _group_numbers(ids)
+    group = group_numbers(ids)
     normalized = []
     # a member that lacks one of the rewards is unscored: the others must not move its group either
-    is_scored = ~np.isnan(np.sum([_known(column) for column in columns], axis=0))
+    is_scored = ~np.isnan(np.sum([known(column) for column in columns], axis=0))
     for column in columns:
-        values = np.where(is_scored, _known(column), np.nan)
+        values = np.where(is_scored, known(column), np.nan)
         found = statistics(values, group, ddof)
         with np.errstate(invalid="ignore"):
             z = (values - found.mean[group]) / (found.std[group] + eps)
@@ -99,5 +99,5 @@ def _grouped(rewards_long: pl.DataFrame, names: list[str]) -> pl.DataFrame:
 def _weighted_sum(columns: list[pl.Series], weights: list[float]) -> pl.Series:
     total = np.zeros(len(columns[0]))
     for column, weight in zip(columns, weights, strict=True):
-        total += _known(column) * weight
+        total += known(column) * weight
     return pl.Series(total).fill_nan(None)

@@ -1,6 +1,7 @@
 """Groups of rewards, and their statistics."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,53 @@ class GroupStatistics:
     """All scored members are equal, but for rounding."""
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The values that are compared, one per member, and the groups that they are compared in.
+
+    Arrays have an entry per member, in row order, except those of ``statistics``.
+    """
+
+    values: Floats
+    """Rewards, or what stands for them; NaN where unknown."""
+    number: Integers
+    """The member's group, from 0."""
+    statistics: GroupStatistics
+    """Of the values; one entry per group."""
+    ddof: int
+    """Of every standard deviation."""
+
+    @cached_property
+    def size(self) -> Integers:
+        """Scored members of the member's group."""
+        return self.statistics.size[self.number]
+
+    @cached_property
+    def centred(self) -> Floats:
+        """The values minus the mean of their group."""
+        return self.values - self.statistics.mean[self.number]
+
+    @property
+    def std(self) -> Floats:
+        """The standard deviation of the member's group."""
+        return self.statistics.std[self.number]
+
+    @property
+    def is_compared(self) -> Flags:
+        """Whether the member is scored and so is another one of its group."""
+        return ~np.isnan(self.values) & (self.size >= 2)
+
+
+def groups_of(values: Floats, number: Integers, ddof: int) -> Groups:
+    """Return the groups of these values, with their statistics."""
+    return Groups(values, number, statistics(values, number, ddof), ddof)
+
+
 def statistics(values: Floats, group: Integers, ddof: int) -> GroupStatistics:
     """Return the statistics of each group; ``group`` has each row's group number from 0, NaN values are unknown."""
     num_groups = int(group.max()) + 1 if len(group) else 0
-    known = ~np.isnan(values)
-    values, group = values[known], group[known]
+    is_known = ~np.isnan(values)
+    values, group = values[is_known], group[is_known]
     if np.any(np.diff(group) < 0):  # members of a group stand apart
         order = np.argsort(group, kind="stable")
         values, group = values[order], group[order]
@@ -54,7 +97,7 @@ def statistics(values: Floats, group: Integers, ddof: int) -> GroupStatistics:
     return GroupStatistics(size, mean, std, highest - lowest <= ZERO_VARIANCE_TOLERANCE * magnitude)
 
 
-def _group_numbers(frame: pl.DataFrame) -> Integers:
+def group_numbers(frame: pl.DataFrame) -> Integers:
     """Return a number for each row's group, from 0 in order of first appearance."""
     groups = frame["group_id"]
     runs = groups.rle_id().to_numpy().astype(np.int64)
@@ -66,11 +109,12 @@ def _group_numbers(frame: pl.DataFrame) -> Integers:
     return joined["number"].to_numpy().astype(np.int64)
 
 
-def _known(values: pl.Series) -> Floats:
+def known(values: pl.Series) -> Floats:
     """Return the values with NaN for everything that is not a number."""
     numbers = values.cast(pl.Float64).fill_null(float("nan")).to_numpy()
     return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
-def _std(values: Floats, ddof: int) -> float:
+def standard_deviation(values: Floats, ddof: int) -> float:
+    """Return the standard deviation, NaN where ddof leaves it undefined."""
     return float(np.std(values, ddof=ddof)) if len(values) > ddof else float("nan")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.settings import UpdateSettings
+from grpo.settings import AdamWConfig
 
 STATE_TENSORS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW knows about a parameter."""
@@ -25,26 +25,27 @@ class Optimizer:
     """Optimizer steps since the start of the run: the learning rate depends on nothing else."""
 
 
-def make_optimizer(model: PreTrainedModel, settings: UpdateSettings) -> Optimizer:
+def make_optimizer(model: PreTrainedModel, config: AdamWConfig) -> Optimizer:
     """Return a fresh optimizer of the model's trainable parameters."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return Optimizer(torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps))
+    betas = (config.beta1, config.beta2)
+    return Optimizer(torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps))
 
 
-def learning_rate_at(num_steps: int, settings: UpdateSettings) -> float:
+def learning_rate_at(num_steps: int, config: AdamWConfig) -> float:
     """Return the learning rate of the optimizer step that follows ``num_steps`` finished ones."""
-    if num_steps < settings.warmup_steps:
-        return settings.learning_rate * (num_steps + 1) / settings.warmup_steps
-    if settings.schedule == "constant" or settings.total_steps is None:
-        return settings.learning_rate
-    progress = min((num_steps - settings.warmup_steps) / (settings.total_steps - settings.warmup_steps), 1.0)
-    remaining = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return settings.learning_rate * remaining
+    if num_steps < config.warmup_steps:
+        return config.learning_rate * (num_steps + 1) / config.warmup_steps
+    if config.schedule == "constant" or config.total_steps is None:
+        return config.learning_rate
+    progress = min((num_steps - config.warmup_steps) / (config.total_steps - config.warmup_steps), 1.0)
+    remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * remaining
 
 
 def save_optimizer(optimizer: Optimizer, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
@@ -59,13 +60,13 @@ def save_optimizer(optimizer: Optimizer, model: PreTrainedModel, path: str | os.
     save_file(tensors, path, metadata={"num_steps": str(optimizer.num_steps)})
 
 
-def load_optimizer(path: str | os.PathLike[str], model: PreTrainedModel, settings: UpdateSettings) -> Optimizer:
+def load_optimizer(path: str | os.PathLike[str], model: PreTrainedModel, config: AdamWConfig) -> Optimizer:
     """Return the optimizer that ``save_optimizer`` wrote, bound to this model's parameters.
 
     Raises:
         ValueError: if the file was written for a model with other parameters.
     """
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, config)
     parameters = _trainable(model)
     expected = {
         f"{name}/{key}": list(tensor.shape)

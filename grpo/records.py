@@ -4,7 +4,8 @@ Shapes: `N` trainable tokens of a microbatch, rows laid end to end; `B` rows of 
 float64, taken in token order on one thread, so that the same tokens always give the same bits.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from grpo.collate import MicroBatch
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+FlagArray = npt.NDArray[np.bool_]
 TextArray = npt.NDArray[np.str_]
 
 RECORD_SCHEMA = pl.Schema(
@@ -55,13 +57,16 @@ TOKEN_RECORD_SCHEMA = pl.Schema(
 )
 """Of records with tokens. The last three columns are absent from others, whose bytes must not depend on them."""
 
+FLOATS = (*TOKEN_LISTS, "kl_to_sampler", "logprob_differences", "losses")
+"""Of `TokenFacts`."""
+
 NONE = ""
 """Stands for no reason until the reasons are a column, where it is null."""
 
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What one forward found out about the trainable tokens of a microbatch; float or bool, shape [N], no gradient."""
+    """What one forward found out about the trainable tokens of a microbatch; shape [N], no gradient."""
 
     trainer_logprobs: Tensor
     sampling_logprobs: Tensor
@@ -71,14 +76,12 @@ class TokenFacts:
     kl_to_sampler: Tensor
     logprob_differences: Tensor
     """|proximal - sampler|: engine mismatch plus staleness, before this update has changed anything."""
-    is_clipped_low: Tensor
-    is_clipped_high: Tensor
     losses: Tensor
     """The token's share of the loss of the optimizer step."""
-    is_dual_clipped: Tensor | None = None
-    """Whether the bound on ratios with A < 0 acts; None unless tokens are recorded."""
-    is_vetoed: Tensor | None = None
-    """Whether a token of its row has vetoed the row; None unless tokens are recorded."""
+    clip_reasons: Mapping[str, Tensor]
+    """Why the loss leaves a token no gradient, as the loss says it: name -> bool."""
+    mask_reasons: Mapping[str, Tensor]
+    """Why a token has weight 0, as the correction says it: name -> bool."""
 
 
 def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts, *, with_tokens: bool) -> pl.DataFrame:
@@ -91,13 +94,12 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
     over all trainable tokens. ``masked_tokens`` counts the trainable ones whose correction weight is 0.
     """
     row_N: IntArray = batch.row_N.cpu().numpy()
-    token: dict[str, FloatArray] = {
-        field.name: value.double().cpu().numpy()
-        for field in fields(TokenFacts)
-        if (value := getattr(facts, field.name)) is not None
-    }
+    token: dict[str, FloatArray] = {name: getattr(facts, name).double().cpu().numpy() for name in FLOATS}
+    clips: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.clip_reasons.items()}
+    masks: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.mask_reasons.items()}
     is_known_N = ~np.isnan(token["sampling_logprobs"])
     known_row_N = row_N[is_known_N]
+    nowhere_N = np.zeros(len(row_N), dtype=np.bool_)
     num_rows = rows.height
 
     def count(is_counted_N: Any) -> IntArray:
@@ -109,8 +111,8 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
         "num_tokens": np.bincount(row_N, minlength=num_rows),
         "importance_ratio_mean": _means(token["importance_ratios"], row_N, num_rows),
         "importance_ratio_max": _maxima(token["importance_ratios"], row_N, num_rows),
-        "clipped_low_tokens": count(token["is_clipped_low"] > 0),
-        "clipped_high_tokens": count(token["is_clipped_high"] > 0),
+        "clipped_low_tokens": count(clips.get("clipped_low", nowhere_N)),
+        "clipped_high_tokens": count(clips.get("clipped_high", nowhere_N)),
         "correction_weight_mean": _means(token["correction_weights"], row_N, num_rows),
         "masked_tokens": count(token["correction_weights"] == 0),
         "entropy_mean": _means(token["entropies"], row_N, num_rows),
@@ -124,36 +126,17 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
         columns[name] = _as_lists(token[name], place_N, completion_B) if with_tokens else [None] * num_rows
     if not with_tokens:
         return pl.DataFrame(columns).cast(RECORD_SCHEMA)
-    clip, mask = _reasons(token)
-    columns["clip_reasons"] = _as_texts(clip, NONE, place_N, completion_B)
-    columns["mask_reasons"] = _as_texts(mask, "loss_mask", place_N, completion_B)
+    columns["clip_reasons"] = _as_texts(_first(clips, len(row_N)), NONE, place_N, completion_B)
+    columns["mask_reasons"] = _as_texts(_first(masks, len(row_N)), "loss_mask", place_N, completion_B)
     columns["token_losses"] = _as_lists(token["losses"], place_N, completion_B)
     return pl.DataFrame(columns).cast(TOKEN_RECORD_SCHEMA)
 
 
-def _reasons(token: dict[str, FloatArray]) -> tuple[TextArray, TextArray]:
-    """Return of each trainable token why the clip leaves it no gradient, and why it has no part in the loss.
-
-    Both may hold of one token. Of several reasons for a weight of 0 the first one counts, in the order below.
-    """
-    if "is_vetoed" not in token or "is_dual_clipped" not in token:
-        raise ValueError(
-            "the facts say nothing of vetoes and dual clips: expected is_vetoed and is_dual_clipped where tokens are "
-            "recorded; fill them in"
-        )
-    clip = np.select(
-        [token["is_clipped_low"] > 0, token["is_clipped_high"] > 0, token["is_dual_clipped"] > 0],
-        ["clipped_low", "clipped_high", "dual_clip"],
-        default=NONE,
-    )
-    has_no_weight = token["correction_weights"] == 0
-    is_unknown = ~np.isfinite(token["sampling_logprobs"])
-    mask = np.select(
-        [has_no_weight & (token["is_vetoed"] > 0), has_no_weight & is_unknown, has_no_weight],
-        ["veto", "unknown_sampler", "correction"],
-        default=NONE,
-    )
-    return clip, mask
+def _first(reasons: Mapping[str, FlagArray], num_tokens: int) -> TextArray:
+    """Return the first reason that holds of each token, `NONE` where none does."""
+    if not reasons:
+        return np.full(num_tokens, NONE)
+    return np.select(list(reasons.values()), list(reasons), default=NONE)
 
 
 def _means(x_N: FloatArray, row_N: IntArray, num_rows: int) -> pl.Series:

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.aggregation import weigh_tokens
 from grpo.collate import MicroBatch, collate
-from grpo.correction import Correction, correction_weights
+from grpo.correction import correct
 from grpo.kl import kl_to_sampler
 from grpo.logprobs import token_logprobs
-from grpo.losses.base import importance_ratio
-from grpo.losses.clip import clip_masks, clipped_surrogate
+from grpo.losses.base import LossInputs, weigh_tokens
+from grpo.losses.chosen import LOSSES
 from grpo.optimizer import Optimizer, learning_rate_at
 from grpo.records import RECORD_SCHEMA, TOKEN_RECORD_SCHEMA, TokenFacts, completion_records
-from grpo.settings import UpdateSettings
+from grpo.settings import UpdateConfig
 
 STEP_SCHEMA = pl.Schema(
     {
@@ -42,7 +41,7 @@ def train_on_batches(
     model: PreTrainedModel,
     optimizer: Optimizer,
     frame: pl.DataFrame,
-    settings: UpdateSettings,
+    config: UpdateConfig,
     on_microbatch: Callable[[int, int], None] | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Train in place; return the records of the completions (``RECORD_SCHEMA``) and the steps (``STEP_SCHEMA``).
@@ -62,21 +61,21 @@ def train_on_batches(
             not changed.
     """
     steps = frame.partition_by("optimizer_step", maintain_order=True) if frame.height > 0 else []
-    proximal = [[], *(_proximal_logprobs(model, rows, settings) for rows in steps[1:])]
-    schema = TOKEN_RECORD_SCHEMA if settings.record_tokens else RECORD_SCHEMA
+    proximal = [[], *(_proximal_logprobs(model, rows, config) for rows in steps[1:])]
+    schema = TOKEN_RECORD_SCHEMA if config.record_tokens else RECORD_SCHEMA
     records, step_rows = [pl.DataFrame(schema=schema)], []
     for index, rows in enumerate(steps):
         optimizer.adamw.zero_grad(set_to_none=True)
         step_records = []
         for microbatch, batch_rows in enumerate(rows.partition_by("microbatch", maintain_order=True)):
             batch = collate(batch_rows).to(model.device)
-            facts = _accumulate_gradient(model, batch, proximal[index][microbatch] if index > 0 else None, settings)
-            record = completion_records(batch_rows, batch, facts, with_tokens=settings.record_tokens)
+            facts = _accumulate_gradient(model, batch, proximal[index][microbatch] if index > 0 else None, config)
+            record = completion_records(batch_rows, batch, facts, with_tokens=config.record_tokens)
             _check_finite_loss(record)
             step_records.append(record)
             if on_microbatch is not None:
                 on_microbatch(batch_rows["optimizer_step"][0], batch_rows["microbatch"][0])
-        learning_rate, grad_norm = _take_step(model, optimizer, settings, rows)
+        learning_rate, grad_norm = _take_step(model, optimizer, config, rows)
         records += step_records
         done = pl.concat(step_records)
         step_rows.append(
@@ -93,61 +92,33 @@ def train_on_batches(
 
 
 def _accumulate_gradient(
-    model: PreTrainedModel, batch: MicroBatch, proximal_logprobs_N: Tensor | None, settings: UpdateSettings
+    model: PreTrainedModel, batch: MicroBatch, proximal_logprobs_N: Tensor | None, config: UpdateConfig
 ) -> TokenFacts:
     """Add the gradient of one microbatch to the parameters; return what the forward found out."""
-    trainer_N, entropy_N = _logprobs(model, batch, settings)
+    trainer_N, entropy_N = _logprobs(model, batch, config)
     proximal_N = trainer_N.detach() if proximal_logprobs_N is None else proximal_logprobs_N
     sampling_N = batch.sampling_logprobs_N
     advantage_N = batch.advantage_B[batch.row_N]
-    weight_N = correction_weights(proximal_N, sampling_N, batch.row_N, len(batch.advantage_B), settings.correction)
-    ratio_N = importance_ratio(trainer_N, proximal_N)
-    surrogate_N = clipped_surrogate(
-        ratio_N,
-        advantage_N,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-    )
-    loss_N = weigh_tokens(surrogate_N, weight_N, batch.loss_denominator_B, batch.row_N)
+    inputs = LossInputs(trainer_N, proximal_N, sampling_N, advantage_N, batch.row_N, len(batch.advantage_B))
+    weights = correct(inputs, config)
+    token = LOSSES["ppo_clip"](inputs, config)
+    loss_N = weigh_tokens(token.loss_N, weights.weight_N, batch.loss_denominator_B, batch.row_N)
     torch.autograd.backward(loss_N.sum())
-    ratio_N = ratio_N.detach()
-    low_N, high_N = clip_masks(ratio_N, advantage_N, clip_low=settings.clip_low, clip_high=settings.clip_high)
     return TokenFacts(
         trainer_logprobs=trainer_N.detach(),
         sampling_logprobs=sampling_N,
-        importance_ratios=ratio_N,
-        correction_weights=weight_N,
+        importance_ratios=inputs.ratio_N.detach(),
+        correction_weights=weights.weight_N,
         entropies=entropy_N,
         kl_to_sampler=kl_to_sampler(trainer_N, sampling_N),
         logprob_differences=(proximal_N - sampling_N).abs(),
-        is_clipped_low=low_N,
-        is_clipped_high=high_N,
         losses=loss_N.detach(),
-        is_dual_clipped=_dual_clipped(ratio_N, advantage_N, settings) if settings.record_tokens else None,
-        is_vetoed=_vetoed(proximal_N, batch, settings.correction) if settings.record_tokens else None,
+        clip_reasons=token.reasons,
+        mask_reasons=weights.reasons,
     )
 
 
-def _dual_clipped(ratio_N: Tensor, advantage_N: Tensor, settings: UpdateSettings) -> Tensor:
-    """Return which tokens have another loss with ``dual_clip`` than without, shape [N]."""
-    with_N, without_N = (
-        clipped_surrogate(
-            ratio_N, advantage_N, clip_low=settings.clip_low, clip_high=settings.clip_high, dual_clip=bound
-        )
-        for bound in (settings.dual_clip, None)
-    )
-    return with_N != without_N
-
-
-def _vetoed(proximal_N: Tensor, batch: MicroBatch, correction: Correction) -> Tensor:
-    """Return the tokens of vetoed rows, shape [N]: those that a correction of nothing but vetoes gives weight 0."""
-    vetoes = Correction("none", veto_low=correction.veto_low, veto_high=correction.veto_high, unknown="on_policy")
-    weight_N = correction_weights(proximal_N, batch.sampling_logprobs_N, batch.row_N, len(batch.advantage_B), vetoes)
-    return weight_N == 0
-
-
-def _logprobs(model: PreTrainedModel, batch: MicroBatch, settings: UpdateSettings) -> tuple[Tensor, Tensor]:
+def _logprobs(model: PreTrainedModel, batch: MicroBatch, config: UpdateConfig) -> tuple[Tensor, Tensor]:
     """Return logprobs and entropies of the trainable tokens, shape [N] each."""
     return token_logprobs(
         model,
@@ -155,30 +126,30 @@ def _logprobs(model: PreTrainedModel, batch: MicroBatch, settings: UpdateSetting
         batch.position_N,
         batch.target_N,
         batch.temperature_B[batch.row_N],
-        chunk_tokens=settings.head_chunk_tokens,
-        autocast_bf16=settings.autocast_bf16,
+        chunk_tokens=config.head_chunk_tokens,
+        autocast_bf16=config.autocast_bf16,
     )
 
 
 @torch.no_grad()
-def _proximal_logprobs(model: PreTrainedModel, rows: pl.DataFrame, settings: UpdateSettings) -> list[Tensor]:
+def _proximal_logprobs(model: PreTrainedModel, rows: pl.DataFrame, config: UpdateConfig) -> list[Tensor]:
     """Return the logprobs under the weights as they are, one tensor per microbatch."""
     batches = (collate(batch_rows) for batch_rows in rows.partition_by("microbatch", maintain_order=True))
-    return [_logprobs(model, batch.to(model.device), settings)[0] for batch in batches]
+    return [_logprobs(model, batch.to(model.device), config)[0] for batch in batches]
 
 
 def _take_step(
-    model: PreTrainedModel, optimizer: Optimizer, settings: UpdateSettings, rows: pl.DataFrame
+    model: PreTrainedModel, optimizer: Optimizer, config: UpdateConfig, rows: pl.DataFrame
 ) -> tuple[float, float]:
     """Change the weights; return the learning rate used and the gradient norm before clipping."""
-    limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
     if not math.isfinite(grad_norm):
         raise ArithmeticError(
             f"the gradient of {_named(rows)} has norm {grad_norm}: expected a finite one; lower the learning rate, or "
             "bound the correction and dual_clip, and look at these completions"
         )
-    learning_rate = learning_rate_at(optimizer.num_steps, settings)
+    learning_rate = learning_rate_at(optimizer.num_steps, config)
     for group in optimizer.adamw.param_groups:
         group["lr"] = learning_rate
     optimizer.adamw.step()

@@ -9,7 +9,8 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from grpo.batching import cut_microbatches
+from grpo.aggregation import token_mean
+from grpo.batching import cut_microbatches, full_vocabulary_logprobs, loss_tokens
 from pipeline.config import StrictModel
 from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
@@ -83,8 +84,8 @@ def batch_rows(
     rows = (
         rows.with_columns(
             num_tokens=pl.col("prompt_token_ids").list.len() + pl.col("completion_token_ids").list.len(),
-            loss_tokens=_loss_tokens(),
-            sampling_logprobs=_full_vocabulary_logprobs(rows),
+            loss_tokens=loss_tokens(),
+            sampling_logprobs=full_vocabulary_logprobs(has_kept_mass=rows["kept_mass"].null_count() < len(rows)),
         )
         .with_columns(drop_reason=_drop_reason(config, None if is_offline else iteration))
         .with_columns(pl.col("advantage").fill_null(0.0))
@@ -96,10 +97,8 @@ def batch_rows(
         for index, part in enumerate(_deal(kept, config.optimizer_steps, seed, iteration, epoch))
     ]
     uninformative = rows.filter(pl.col("drop_reason") == "zero_variance")["loss_tokens"].sum() * config.epochs
-    extra = uninformative / max(len(steps), 1) if config.zero_variance == "keep_in_denominator" else 0.0
-    ordered = [
-        step.with_columns(loss_denominator=pl.col("loss_tokens").sum().cast(pl.Float64) + extra) for step in steps
-    ]
+    extra = float(uninformative / max(len(steps), 1)) if config.zero_variance == "keep_in_denominator" else 0.0
+    ordered = [step.with_columns(loss_denominator=token_mean(step["loss_tokens"], extra)) for step in steps]
     dropped = rows.filter(pl.col("drop_reason").is_not_null()).sort("completion_id").with_columns(**NO_PLACE)
     return pl.concat([*ordered, dropped], how="diagonal").select(
         "optimizer_step",
@@ -116,23 +115,6 @@ def batch_rows(
         "policy_digest",
         "loss_denominator",
         "drop_reason",
-    )
-
-
-def _loss_tokens() -> pl.Expr:
-    """Number of tokens that train."""
-    masked = pl.col("loss_mask").list.eval(pl.element().cast(pl.Int32)).list.sum()
-    return pl.when(pl.col("loss_mask").is_null()).then(pl.col("completion_token_ids").list.len()).otherwise(masked)
-
-
-def _full_vocabulary_logprobs(rows: pl.DataFrame) -> pl.Expr | pl.Series:
-    """Undo the renormalization of truncated sampling, so that the trainer's ratios compare like with like."""
-    if rows["kept_mass"].null_count() == len(rows):
-        return pl.col("sampling_logprobs")
-    return (
-        pl.when(pl.col("kept_mass").is_null())
-        .then(pl.col("sampling_logprobs"))
-        .otherwise(pl.col("sampling_logprobs") + pl.col("kept_mass").list.eval(pl.element().log()))
     )
 
 

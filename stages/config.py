@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
+from grpo.settings import UpdateConfig
 from pipeline.chain import CHAIN, load_stage
 from pipeline.config import StrictModel, apply_overrides, load_toml, validate
 from pipeline.errors import RecipeMismatch
@@ -21,7 +22,6 @@ from stages.policy import PolicyConfig
 from stages.prompts import PromptsConfig
 from stages.score import ScoreConfig
 from stages.starter.starter import StarterConfig
-from stages.trainers.base import UpdateConfig
 
 CHANGEABLE = ("iterations", "resources", "evaluate.every")
 """What may change between two starts of the same run: it decides how far and where, not what comes out."""

@@ -5,7 +5,7 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from grpo.advantage import advantages
+from grpo.advantages.estimate import advantages
 from grpo.combine import combine, normalize_each
 from pipeline.config import StrictModel
 from pipeline.errors import ConfigError, RewardError

@@ -14,7 +14,7 @@ from pipeline.object_store import url_of
 from pipeline.run_dir import state_of
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import STATE_FILE
-from stages.trainers.local import Trainer
+from stages.trainers.base import Trainer
 
 
 class OptimizerConfig(StrictModel):
@@ -23,10 +23,9 @@ class OptimizerConfig(StrictModel):
 
 def compute(task: StageTask[OptimizerConfig, Trainer]) -> None:
     """Write the state. ``task.resources`` is the `Trainer`, as it is after the policy's update."""
-    from grpo.optimizer import save_optimizer
-
-    model, optimizer = task.resources.at(task.inputs["policy"])
-    save_optimizer(optimizer, model, task.writer.directory / STATE_FILE)
+    policy, trainer = task.inputs["policy"], task.resources
+    assert trainer.is_at(policy), f"the trainer is not at {policy.path}: resume it first"
+    trainer.save_state(task.writer.directory / STATE_FILE)
 
 
 def state_beside(policy: Artifact) -> Artifact:

@@ -5,20 +5,18 @@ The next policy holds what transformers and vLLM load as it stands; the optimize
 (stages/optimizer.py).
 """
 
+from grpo.settings import UpdateConfig
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import copy_tokenizer
-from stages.trainers.base import UpdateConfig
-from stages.trainers.local import Trainer, train
+from stages.trainers.base import Trainer
 
 
 def compute(task: StageTask[UpdateConfig, Trainer]) -> None:
-    """Train on the batches. ``task.resources`` is a `Trainer` at the policy."""
-    from grpo.policy import save_policy
-
+    """Train on the batches. ``task.resources`` is a `Trainer` at the policy; afterwards it is at the next one."""
     policy, trainer = task.inputs["policy"], task.resources
-    model, _ = trainer.at(policy)
-    records, steps = train(trainer, task.inputs["batches"], task.config, task.progress)
-    save_policy(model, task.writer.directory)
+    assert trainer.is_at(policy), f"the trainer is not at {policy.path}: resume it first"
+    records, steps = trainer.train(task.inputs["batches"], task.config, task.progress)
+    trainer.save_policy(task.writer.directory, task.recipe)
     copy_tokenizer(policy.path, task.writer.directory)
     task.writers["training_records"].write_part(0, records)
     task.writers["optimizer_steps"].write_part(0, steps)

@@ -1,4 +1,4 @@
-"""Tests of grpo.advantage: group statistics, the rule of equal rewards, and the combination of several rewards."""
+"""Tests of grpo.advantages: group statistics, the rule of equal rewards, and the combination of several rewards."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.advantage import ADVANTAGE_COLUMNS, advantages
+from grpo.advantages.estimate import ADVANTAGE_COLUMNS, advantages
 from grpo.combine import combine, normalize_each
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())["advantages"]

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import apply_overrides, load_toml
+import grpo.settings
+from grpo.settings import UpdateConfig
+from pipeline.config import StrictModel, apply_overrides, load_toml
 from pipeline.errors import ConfigError, RecipeMismatch
 from pipeline.run_dir import RunDir
 from stages.config import RunConfig, check_unchanged, load_config
@@ -126,3 +128,8 @@ def test_the_starter_follows_the_seed_of_the_run_unless_it_has_its_own() -> None
     demo = ROOT / "configs" / "demo.toml"
     assert load_config(demo, ["seed=7"]).starter.seed == 7  # type: ignore[union-attr]
     assert load_config(demo, ["seed=7", "starter.seed=3"]).starter.seed == 3  # type: ignore[union-attr]
+
+
+def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:
+    assert grpo.settings.StrictModel.model_config == StrictModel.model_config
+    assert UpdateConfig.model_fields["clip_low"].description is not None

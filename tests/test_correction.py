@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.aggregation import weigh_tokens
-from grpo.correction import Correction, CorrectionKind, correction_weights
-from grpo.losses.base import importance_ratio
-from grpo.losses.clip import clipped_surrogate
+from grpo.correction import KINDS, TokenWeights, correct
+from grpo.losses.base import LossInputs, weigh_tokens
+from grpo.losses.clip import ppo_clip
+from grpo.settings import CorrectionKind, UpdateConfig
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 GOLDEN: dict[str, Any] = VECTORS["off_policy"]["weights"]
@@ -19,14 +19,21 @@ FIXTURE: dict[str, Any] = VECTORS["losses"]["fixture"]
 MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
 ROW = MASK.nonzero()[:, 0]
 
-CORRECTIONS: dict[str, Correction] = {
-    "none": Correction("none"),
-    "token_truncate_2": Correction("token_truncate", high=2.0),
-    "token_clip_0.5_2": Correction("token_clip", low=0.5, high=2.0),
-    "token_mask_0.5_2": Correction("token_mask", low=0.5, high=2.0),
-    "seq_truncate_2": Correction("sequence_truncate", high=2.0),
-    "geo_mask_0.99_1.01_times_token_truncate_2": Correction("geometric_mask", low=0.99, high=1.01, token_cap=2.0),
-    "k3_mask_0.01_times_token_truncate_2": Correction("k3_mask", high=0.01, token_cap=2.0),
+
+def correction(kind: CorrectionKind, **bounds: float) -> UpdateConfig:
+    """Return the config of a correction; there is no veto unless one is given."""
+    named = {name if name.startswith("veto") else f"correction_{name}": bound for name, bound in bounds.items()}
+    return UpdateConfig(**{"veto_low": None, "veto_high": None, "correction": kind, "dual_clip": None, **named})
+
+
+CORRECTIONS: dict[str, UpdateConfig] = {
+    "none": correction("none"),
+    "token_truncate_2": correction("token_truncate", high=2.0),
+    "token_clip_0.5_2": correction("token_clip", low=0.5, high=2.0),
+    "token_mask_0.5_2": correction("token_mask", low=0.5, high=2.0),
+    "seq_truncate_2": correction("sequence_truncate", high=2.0),
+    "geo_mask_0.99_1.01_times_token_truncate_2": correction("geometric_mask", low=0.99, high=1.01, token_cap=2.0),
+    "k3_mask_0.01_times_token_truncate_2": correction("k3_mask", high=0.01, token_cap=2.0),
 }
 
 
@@ -38,17 +45,24 @@ def tokens(values: Any) -> Tensor:
 OLD, SAMPLER = tokens(FIXTURE["logp_old"]), tokens(FIXTURE["logp_sampler"])
 
 
-def weights_of(w: list[float], rows: list[int], correction: Correction) -> list[float]:
+def corrected(proximal: Tensor, sampler: Tensor, row: Tensor, num_rows: int, config: UpdateConfig) -> TokenWeights:
+    """Return what a correction makes of tokens; the current policy is the proximal one."""
+    return correct(LossInputs(proximal, proximal, sampler, torch.ones_like(proximal), row, num_rows), config)
+
+
+def weights_of(w: list[float], rows: list[int], config: UpdateConfig) -> list[float]:
     """Return the weights of tokens with these ratios proximal / sampler; NaN is an unknown sampler."""
     sampler = -torch.tensor(w, dtype=torch.float64).log()
     proximal = torch.zeros(len(w), dtype=torch.float64)
-    found = correction_weights(proximal, sampler, torch.tensor(rows), max(rows) + 1, correction)
-    return [round(weight, 9) for weight in found.tolist()]
+    found = corrected(proximal, sampler, torch.tensor(rows), max(rows) + 1, config)
+    silent = torch.stack(list(found.reasons.values())).any(0)
+    assert torch.equal(silent, found.weight_N == 0)
+    return [round(weight, 9) for weight in found.weight_N.tolist()]
 
 
 @pytest.mark.parametrize("case", CORRECTIONS)
 def test_weights_equal_the_golden_values(case: str) -> None:
-    found = correction_weights(OLD, SAMPLER, ROW, 4, CORRECTIONS[case])
+    found = corrected(OLD, SAMPLER, ROW, 4, CORRECTIONS[case]).weight_N
     torch.testing.assert_close(found, tokens(GOLDEN[case]["token_weight"]), rtol=1e-10, atol=1e-12)
 
 
@@ -56,8 +70,9 @@ def test_weights_equal_the_golden_values(case: str) -> None:
 def test_corrected_loss_keeps_the_denominator(case: str) -> None:
     new = tokens(FIXTURE["logp_new"]).requires_grad_()
     advantage = torch.tensor(FIXTURE["advantage"], dtype=torch.float64)[ROW]
-    weight = correction_weights(OLD, SAMPLER, ROW, 4, CORRECTIONS[case])
-    surrogate = clipped_surrogate(importance_ratio(new, OLD), advantage, clip_low=0.2, clip_high=0.28)
+    inputs = LossInputs(new, OLD, SAMPLER, advantage, ROW, 4)
+    weight = correct(inputs, CORRECTIONS[case]).weight_N
+    surrogate = ppo_clip(inputs, CORRECTIONS[case]).loss_N
     loss = weigh_tokens(surrogate, weight, torch.full((4,), 10.0, dtype=torch.float64), ROW).sum()
     (gradient,) = torch.autograd.grad(loss, new)
     golden = GOLDEN[case]
@@ -69,78 +84,92 @@ def test_corrected_loss_keeps_the_denominator(case: str) -> None:
 
 @pytest.mark.parametrize("kind", get_args(CorrectionKind))
 def test_a_sampler_equal_to_the_proximal_policy_gives_weight_one(kind: CorrectionKind) -> None:
-    found = correction_weights(OLD, OLD, ROW, 4, Correction(kind, low=0.5, veto_low=0.1, veto_high=10.0))
+    found = corrected(OLD, OLD, ROW, 4, correction(kind, low=0.5, veto_low=0.1, veto_high=10.0)).weight_N
     assert torch.equal(found, torch.ones_like(OLD))
 
 
 def test_sequence_mask_keeps_the_product_inside_its_bounds() -> None:
-    correction = Correction("sequence_mask", low=0.5, high=2.0)
-    assert weights_of([2.0, 0.5, 2.0, 1.5, 0.5, 0.5], [0, 0, 1, 1, 2, 2], correction) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    config = correction("sequence_mask", low=0.5, high=2.0)
+    assert weights_of([2.0, 0.5, 2.0, 1.5, 0.5, 0.5], [0, 0, 1, 1, 2, 2], config) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_geometric_and_k3_masks_look_at_the_mean_over_known_tokens() -> None:
-    geometric = Correction("geometric_mask", low=0.99, high=1.01)
+    geometric = correction("geometric_mask", low=0.99, high=1.01)
     assert weights_of([1.006, 1.006], [0, 0], geometric) == [1.006, 1.006]
     assert weights_of([1.012, float("nan")], [0, 0], geometric) == [0.0, 0.0]
     # w - 1 - log w is 0.0177 at 1.2 and 0 at 1.
-    k3 = Correction("k3_mask", high=0.01)
+    k3 = correction("k3_mask", high=0.01)
     assert weights_of([1.2, 1.0], [0, 0], k3) == [1.2, 1.0]
     assert weights_of([1.2, float("nan")], [0, 0], k3) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("kind", get_args(CorrectionKind))
 def test_an_unknown_sampler_masks_its_token_and_leaves_its_row_alone(kind: CorrectionKind) -> None:
-    correction = Correction(kind, low=0.1)
-    with_unknown = weights_of([1.2, float("nan"), 0.9], [0, 0, 0], correction)
-    without = weights_of([1.2, 0.9], [0, 0], correction)
+    config = correction(kind, low=0.1)
+    with_unknown = weights_of([1.2, float("nan"), 0.9], [0, 0, 0], config)
+    without = weights_of([1.2, 0.9], [0, 0], config)
     assert with_unknown == [without[0], 0.0, without[1]]
     assert 0.0 not in without
 
 
-def test_an_unknown_sampler_may_count_as_on_policy() -> None:
-    correction = Correction("token_truncate", unknown="on_policy")
-    assert weights_of([3.0, float("nan")], [0, 0], correction) == [2.0, 1.0]
-
-
 def test_an_infinite_sampling_logprob_is_unknown() -> None:
     sampler = torch.tensor([float("-inf"), -1.0])
-    found = correction_weights(torch.tensor([-1.0, -1.0]), sampler, torch.tensor([0, 0]), 1, Correction())
-    assert found.tolist() == [0.0, 1.0]
+    found = corrected(torch.tensor([-1.0, -1.0]), sampler, torch.tensor([0, 0]), 1, correction("token_truncate"))
+    assert found.weight_N.tolist() == [0.0, 1.0]
 
 
 def test_an_extreme_token_vetoes_its_row_only() -> None:
-    correction = Correction("token_truncate", veto_low=1e-2, veto_high=10.0)
+    config = correction("token_truncate", veto_low=1e-2, veto_high=10.0)
     rows = [0, 0, 1, 1, 2, 2]
-    assert weights_of([1.0, 1e-3, 1.0, 20.0, 1.0, 5.0], rows, correction) == [0.0, 0.0, 0.0, 0.0, 1.0, 2.0]
+    assert weights_of([1.0, 1e-3, 1.0, 20.0, 1.0, 5.0], rows, config) == [0.0, 0.0, 0.0, 0.0, 1.0, 2.0]
 
 
 def test_an_enormous_ratio_gives_a_finite_weight() -> None:
     for kind in get_args(CorrectionKind):
-        found = correction_weights(
-            torch.tensor([-1.0, -1e4]), torch.tensor([-1e4, -1.0]), torch.tensor([0, 1]), 2, Correction(kind, high=1e30)
-        )
-        assert torch.isfinite(found).all(), kind
+        proximal, sampler = torch.tensor([-1.0, -1e4]), torch.tensor([-1e4, -1.0])
+        found = corrected(proximal, sampler, torch.tensor([0, 1]), 2, correction(kind, high=1e30))
+        assert torch.isfinite(found.weight_N).all(), kind
 
 
 def test_weights_are_constants() -> None:
     proximal = OLD.clone().requires_grad_()
-    assert not correction_weights(proximal, SAMPLER, ROW, 4, Correction()).requires_grad
+    assert not corrected(proximal, SAMPLER, ROW, 4, correction("token_truncate")).weight_N.requires_grad
 
 
 @pytest.mark.parametrize("kind", get_args(CorrectionKind))
 def test_a_row_has_the_same_weights_alone_and_among_others(kind: CorrectionKind) -> None:
-    correction = Correction(kind, low=0.9, high=1.6)
+    config = correction(kind, low=0.9, high=1.6)
     rows = [0, 0, 1, 1, 1]
     w = [1.5, 0.9, 1.1, 2.5, 0.3]
-    together = weights_of(w, rows, correction)
-    alone = weights_of(w[:2], [0, 0], correction) + weights_of(w[2:], [0, 0, 0], correction)
+    together = weights_of(w, rows, config)
+    alone = weights_of(w[:2], [0, 0], config) + weights_of(w[2:], [0, 0, 0], config)
     assert together == alone
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"low": 3.0, "high": 2.0}, "low=3.0"), ({"low": -1.0}, "low=-1.0"), ({"veto_low": 0.0}, "veto_low")],
+    [
+        ({"low": 3.0, "high": 2.0}, "correction_low is 3.0"),
+        ({"low": -1.0}, "correction_low"),
+        ({"veto_low": 0.0}, "veto_low"),
+    ],
 )
 def test_bounds_that_no_ratio_can_meet_are_refused(options: dict[str, float], named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named}.*expected"):
-        Correction("token_mask", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=named):
+        correction("token_mask", **options)
+
+
+def test_every_kind_that_a_config_can_name_has_a_function() -> None:
+    assert list(KINDS) == list(get_args(CorrectionKind))
+
+
+def test_each_token_of_weight_0_has_the_reasons_for_it() -> None:
+    w = torch.tensor([1.0, float("nan"), 5.0, 1e-3, 1.0], dtype=torch.float64)
+    row = torch.tensor([0, 0, 0, 1, 1])
+    config = correction("token_mask", low=0.5, high=2.0, veto_low=1e-2)
+    reasons = corrected(torch.zeros_like(w), -w.log(), row, 2, config).reasons
+    assert {name: held.tolist() for name, held in reasons.items()} == {
+        "veto": [False, False, False, True, True],
+        "unknown_sampler": [False, True, False, False, False],
+        "correction": [False, False, True, True, False],
+    }

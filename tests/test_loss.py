@@ -1,4 +1,4 @@
-"""Tests of grpo.losses.clip: the clipped surrogate, its clip counts, and the shares of the loss."""
+"""Tests of grpo.losses: the clipped objective, its reasons, and the shares of the loss."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.aggregation import weigh_tokens
-from grpo.losses.base import importance_ratio
-from grpo.losses.clip import clip_masks, clipped_surrogate
+from grpo.losses.base import LossInputs, TokenLosses, importance_ratio, weigh_tokens
+from grpo.losses.clip import ppo_clip
+from grpo.settings import UpdateConfig
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 LOSSES: dict[str, Any] = VECTORS["losses"]
@@ -21,11 +21,11 @@ ROW_TOKENS = MASK.sum(1).double()
 NUM_TOKENS = float(LOSSES["active_tokens"])
 
 BOUNDS: dict[str, dict[str, Any]] = {
-    "ppo_clip_sym": {"clip_low": 0.2, "clip_high": 0.2},
-    "ppo_clip_higher": {"clip_low": 0.2, "clip_high": 0.28},
+    "ppo_clip_sym": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
+    "ppo_clip_higher": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None},
     "ppo_dual_clip": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
     "ppo_delta_3": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0},
-    "ratio_pg_no_clip": {"clip_low": None, "clip_high": None},
+    "ratio_pg_no_clip": {"clip_low": None, "clip_high": None, "dual_clip": None},
 }
 
 
@@ -39,6 +39,18 @@ ADVANTAGE = torch.tensor(FIXTURE["advantage"], dtype=torch.float64)[ROW]
 ONE_WEIGHT = torch.ones_like(ADVANTAGE)
 
 
+def clipped(new: Tensor, old: Tensor, advantage: Tensor, **bounds: float | None) -> TokenLosses:
+    """Return what the clip makes of tokens; all stand in one row, which no clip looks at."""
+    row = torch.zeros(len(new), dtype=torch.int64)
+    return ppo_clip(LossInputs(new, old, torch.full_like(old, float("nan")), advantage, row, 1), UpdateConfig(**bounds))
+
+
+def clipped_ratios(ratio: list[float], advantage: list[float], **bounds: float | None) -> TokenLosses:
+    """Return what the clip makes of tokens with these importance ratios."""
+    new = torch.tensor(ratio, dtype=torch.float64).log()
+    return clipped(new, torch.zeros_like(new), torch.tensor(advantage, dtype=torch.float64), **bounds)
+
+
 def assert_close(found: Tensor, expected: Tensor) -> None:
     """Compare at the tolerance of the vectors."""
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -47,7 +59,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def loss_and_gradient(bounds: dict[str, Any], denominator_B: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of the fixture and its gradient for the current logprobs."""
     new = NEW.clone().requires_grad_()
-    surrogate = clipped_surrogate(importance_ratio(new, OLD), ADVANTAGE, **bounds)
+    surrogate = clipped(new, OLD, ADVANTAGE, **bounds).loss_N
     loss = weigh_tokens(surrogate, ONE_WEIGHT, denominator_B, ROW).sum()
     (gradient,) = torch.autograd.grad(loss, new)
     return loss.detach(), gradient
@@ -55,8 +67,8 @@ def loss_and_gradient(bounds: dict[str, Any], denominator_B: Tensor) -> tuple[Te
 
 @pytest.mark.parametrize("variant", BOUNDS)
 def test_token_losses_equal_the_golden_values(variant: str) -> None:
-    found = clipped_surrogate(importance_ratio(NEW, OLD), ADVANTAGE, **BOUNDS[variant])
-    assert_close(found, tokens(LOSSES["variants"][variant]["per_token_loss_valid_else_0"]))
+    found = clipped(NEW, OLD, ADVANTAGE, **BOUNDS[variant])
+    assert_close(found.loss_N, tokens(LOSSES["variants"][variant]["per_token_loss_valid_else_0"]))
 
 
 @pytest.mark.parametrize("variant", BOUNDS)
@@ -89,44 +101,42 @@ def test_a_denominator_per_row_gives_every_other_mean(mode: str, denominator: Te
 
 def test_on_policy_every_token_has_the_gradient_of_its_advantage() -> None:
     new = OLD.clone().requires_grad_()
-    surrogate = clipped_surrogate(importance_ratio(new, OLD), ADVANTAGE, clip_low=0.2, clip_high=0.28, dual_clip=4.0)
+    surrogate = clipped(new, OLD, ADVANTAGE, clip_low=0.2, clip_high=0.28, dual_clip=4.0).loss_N
     (gradient,) = torch.autograd.grad(surrogate.sum() / NUM_TOKENS, new)
     assert_close(gradient, -ADVANTAGE / NUM_TOKENS)
 
 
 def test_one_side_can_be_left_unclipped() -> None:
-    ratio, advantage = torch.tensor([2.0, 0.1, 0.1]), torch.tensor([1.0, -1.0, 1.0])
-    low_only = clipped_surrogate(ratio, advantage, clip_low=0.2, clip_high=None)
-    assert_close(low_only, torch.tensor([-2.0, 0.8, -0.1]))
+    found = clipped_ratios([2.0, 0.1, 0.1], [1.0, -1.0, 1.0], clip_low=0.2, clip_high=None, dual_clip=None)
+    assert found.loss_N.tolist() == pytest.approx([-2.0, 0.8, -0.1])
+    assert {name: held.tolist() for name, held in found.reasons.items()} == {
+        "clipped_low": [False, True, False],
+        "clipped_high": [False, False, False],
+        "dual_clip": [False, False, False],
+    }
 
 
 def test_dual_clip_leaves_positive_advantages_alone() -> None:
-    ratio, advantage = torch.tensor([9.0, 9.0]), torch.tensor([1.0, -1.0])
-    found = clipped_surrogate(ratio, advantage, clip_low=None, clip_high=None, dual_clip=3.0)
-    assert found.tolist() == [-9.0, 3.0]
+    found = clipped_ratios([9.0, 9.0, 2.0], [1.0, -1.0, -1.0], clip_low=None, clip_high=None, dual_clip=3.0)
+    assert found.loss_N.tolist() == pytest.approx([-9.0, 3.0, 2.0])
+    assert found.reasons["dual_clip"].tolist() == [False, True, False]
 
 
 def test_clip_counts_are_those_of_the_side_that_the_sign_makes_active() -> None:
     metrics = VECTORS["off_policy"]["metrics_new_vs_sampler"]
-    ratio = importance_ratio(NEW, tokens(FIXTURE["logp_sampler"]))
-    low, high = clip_masks(ratio, ADVANTAGE, clip_low=0.2, clip_high=0.28)
-    assert low.double().mean().item() == pytest.approx(metrics["clip_low_fraction"])
-    assert high.double().mean().item() == pytest.approx(metrics["clip_high_fraction_eps0.28"])
+    reasons = clipped(NEW, tokens(FIXTURE["logp_sampler"]), ADVANTAGE, clip_low=0.2, clip_high=0.28).reasons
+    assert reasons["clipped_low"].double().mean().item() == pytest.approx(metrics["clip_low_fraction"])
+    assert reasons["clipped_high"].double().mean().item() == pytest.approx(metrics["clip_high_fraction_eps0.28"])
 
 
-def test_clipped_tokens_are_those_without_gradient() -> None:
+@pytest.mark.parametrize("variant", BOUNDS)
+def test_tokens_with_a_reason_are_those_without_gradient(variant: str) -> None:
     new = NEW.clone().requires_grad_()
-    ratio = importance_ratio(new, OLD)
-    surrogate = clipped_surrogate(ratio, ADVANTAGE, clip_low=0.2, clip_high=0.28)
-    (gradient,) = torch.autograd.grad(surrogate.sum(), new)
-    low, high = clip_masks(ratio, ADVANTAGE, clip_low=0.2, clip_high=0.28)
-    assert torch.equal(low | high, gradient == 0)
-
-
-def test_no_bound_clips_no_token() -> None:
-    low, high = clip_masks(torch.tensor([0.0, 9.0]), torch.tensor([-1.0, 1.0]), clip_low=None, clip_high=None)
-    assert not low.any()
-    assert not high.any()
+    found = clipped(new, OLD, ADVANTAGE, **BOUNDS[variant])
+    (gradient,) = torch.autograd.grad(found.loss_N.sum(), new)
+    reasons = torch.stack(list(found.reasons.values()))
+    assert torch.equal(reasons.any(0), gradient == 0)
+    assert reasons.any() == (variant != "ratio_pg_no_clip")
 
 
 def test_an_enormous_ratio_is_finite_and_has_no_gradient() -> None:
@@ -166,5 +176,5 @@ def test_partial_sums_over_the_global_denominator_add_up_to_the_token_mean() -> 
     ],
 )
 def test_a_bound_that_cannot_be_meant_is_refused(bounds: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named} is .*expected"):
-        clipped_surrogate(NEW, ADVANTAGE, **bounds)
+    with pytest.raises(ValueError, match=named):
+        UpdateConfig(**bounds)

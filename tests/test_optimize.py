@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from grpo.correction import Correction
 from grpo.optimizer import deterministic, learning_rate_at, load_optimizer, make_optimizer, save_optimizer
 from grpo.policy import load_policy, save_policy
 from grpo.records import RECORD_SCHEMA
-from grpo.settings import UpdateSettings
+from grpo.settings import UpdateConfig
 from grpo.train_step import STEP_SCHEMA, train_on_batches
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
@@ -38,8 +37,13 @@ SCHEMA: dict[str, Any] = {
     "loss_denominator": pl.Float64,
 }
 
-FROZEN = UpdateSettings(learning_rate=0.0, max_grad_norm=None)
-"""Leaves the weights alone, so that the gradients of a call can be read afterwards."""
+
+def frozen(**options: Any) -> UpdateConfig:
+    """Return a config that leaves the weights alone, so that the gradients of a call can be read afterwards."""
+    return UpdateConfig(**{"max_grad_norm": None, **options}).model_copy(update={"learning_rate": 0.0})
+
+
+FROZEN = frozen()
 
 
 def tiny_policy(**options: Any) -> PreTrainedModel:
@@ -80,7 +84,7 @@ def batch_rows(num_rows: int = 8, num_steps: int = 1, microbatch_rows: int = 3, 
     return pl.DataFrame(rows, schema=SCHEMA)
 
 
-def gradients(frame: pl.DataFrame, settings: UpdateSettings = FROZEN) -> tuple[float, dict[str, Tensor]]:
+def gradients(frame: pl.DataFrame, settings: UpdateConfig = FROZEN) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of one optimizer step of the tiny policy on these rows."""
     model = tiny_policy()
     _, steps = train_on_batches(model, make_optimizer(model, settings), frame, settings)
@@ -103,7 +107,7 @@ def sha256_of_weights(model: PreTrainedModel) -> str:
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 
 
-def reference_loss(model: PreTrainedModel, frame: pl.DataFrame, settings: UpdateSettings) -> Tensor:
+def reference_loss(model: PreTrainedModel, frame: pl.DataFrame, settings: UpdateConfig) -> Tensor:
     """Return the on-policy loss, row by row and token by token, from the model's own forward."""
     total = torch.zeros(())
     for row in frame.to_dicts():
@@ -115,7 +119,7 @@ def reference_loss(model: PreTrainedModel, frame: pl.DataFrame, settings: Update
                 continue
             logprob = logprobs[len(prompt) + place - 1, token]
             sampling = row["sampling_logprobs"][place]
-            weight = min(math.exp(logprob.item() - sampling), settings.correction.high)
+            weight = min(math.exp(logprob.item() - sampling), settings.correction_high)
             total = total - weight * (logprob - logprob.detach()).exp() * row["advantage"] / row["loss_denominator"]
     return total
 
@@ -170,9 +174,7 @@ def test_sampling_logprobs_under_the_mask_are_never_read(filler: float | None) -
 
 def test_the_head_chunk_changes_nothing() -> None:
     loss, found = gradients(batch_rows())
-    expected_loss, expected = gradients(
-        batch_rows(), UpdateSettings(learning_rate=0.0, max_grad_norm=None, head_chunk_tokens=2)
-    )
+    expected_loss, expected = gradients(batch_rows(), frozen(head_chunk_tokens=2))
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -197,7 +199,7 @@ def test_the_first_step_is_on_policy_and_the_second_is_compared_with_the_start()
     model = tiny_policy()
     start = tiny_policy()
     frame = batch_rows(num_steps=2)
-    settings = UpdateSettings(learning_rate=1e-2, record_tokens=True)
+    settings = UpdateConfig(learning_rate=1e-2, record_tokens=True)
     records, _ = train_on_batches(model, make_optimizer(model, settings), frame, settings)
     first, second = records.partition_by("optimizer_step", maintain_order=True)
     assert set(first["importance_ratio_max"].drop_nulls()) == {1.0}
@@ -212,7 +214,7 @@ def test_the_first_step_is_on_policy_and_the_second_is_compared_with_the_start()
 
 
 def test_a_sampler_equal_to_the_policy_gives_weights_of_one_and_no_kl() -> None:
-    model, settings = tiny_policy(), UpdateSettings(learning_rate=0.0, record_tokens=True)
+    model, settings = tiny_policy(), frozen(record_tokens=True)
     frame = batch_rows()
     records, _ = train_on_batches(model, make_optimizer(model, settings), frame, settings)
     own = frame.with_columns(records["trainer_logprobs"].alias("sampling_logprobs"))
@@ -225,7 +227,7 @@ def test_a_sampler_equal_to_the_policy_gives_weights_of_one_and_no_kl() -> None:
 def test_records_and_steps_tell_what_was_done() -> None:
     model = tiny_policy()
     frame = batch_rows(num_steps=2)
-    settings = UpdateSettings(learning_rate=1e-3, warmup_steps=4)
+    settings = UpdateConfig(learning_rate=1e-3, warmup_steps=4)
     seen: list[tuple[int, int]] = []
     records, steps = train_on_batches(
         model, make_optimizer(model, settings), frame, settings, lambda step, part: seen.append((step, part))
@@ -247,7 +249,7 @@ def test_records_and_steps_tell_what_was_done() -> None:
 def test_the_norm_of_the_gradient_is_the_one_before_clipping() -> None:
     norms = []
     for limit in (None, 1e-3):
-        model, settings = tiny_policy(), UpdateSettings(learning_rate=0.0, max_grad_norm=limit)
+        model, settings = tiny_policy(), frozen(max_grad_norm=limit)
         _, steps = train_on_batches(model, make_optimizer(model, settings), batch_rows(), settings)
         squares = [float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None]
         norms.append((steps["grad_norm"][0], math.sqrt(sum(squares))))
@@ -264,7 +266,7 @@ def test_no_rows_give_no_records_and_no_step() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_completion_and_changes_no_weight() -> None:
-    model, settings = tiny_policy(), UpdateSettings(learning_rate=1e-2)
+    model, settings = tiny_policy(), UpdateConfig(learning_rate=1e-2)
     before = sha256_of_weights(model)
     frame = batch_rows().with_columns(
         pl.when(pl.col("completion_id") == "c4").then(float("inf")).otherwise("advantage").alias("advantage")
@@ -278,7 +280,7 @@ def test_a_gradient_that_is_not_finite_names_the_completions_of_the_step() -> No
     model: Any = tiny_policy()
     model.model.embed_tokens.weight.register_hook(lambda gradient: gradient * float("nan"))
     before = sha256_of_weights(model)
-    settings = UpdateSettings(learning_rate=1e-2)
+    settings = UpdateConfig(learning_rate=1e-2)
     with pytest.raises(ArithmeticError, match=r"gradient of completions c0, c1, .* and 2 more has norm nan"):
         train_on_batches(model, make_optimizer(model, settings), batch_rows(num_rows=10), settings)
     assert sha256_of_weights(model) == before
@@ -286,7 +288,7 @@ def test_a_gradient_that_is_not_finite_names_the_completions_of_the_step() -> No
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_the_learning_rate_is_a_function_of_the_step(schedule: Any) -> None:
-    settings = UpdateSettings(learning_rate=1.0, warmup_steps=2, schedule=schedule, total_steps=6)
+    settings = UpdateConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule, total_steps=6)
     expected = {
         "constant": [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
         "linear": [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0],
@@ -297,14 +299,14 @@ def test_the_learning_rate_is_a_function_of_the_step(schedule: Any) -> None:
 
 @pytest.mark.parametrize("options", [{"schedule": "linear"}, {"schedule": "cosine", "total_steps": 3}])
 def test_a_falling_schedule_without_an_end_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"total_steps=.*expected more steps than the 3"):
-        UpdateSettings(warmup_steps=3, **options)
+    with pytest.raises(ValueError, match="total_steps"):
+        UpdateConfig(warmup_steps=3, **options)
 
 
 def test_weight_decay_leaves_norms_and_biases_alone() -> None:
     model = tiny_policy()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    settings = UpdateSettings(learning_rate=0.1, weight_decay=0.5)
+    settings = UpdateConfig(learning_rate=0.1, weight_decay=0.5)
     frame = batch_rows().with_columns(advantage=pl.lit(0.0))
     train_on_batches(model, make_optimizer(model, settings), frame, settings)
     assert {parameter.dim() for parameter in model.parameters()} == {1, 2}
@@ -315,7 +317,7 @@ def test_weight_decay_leaves_norms_and_biases_alone() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path: Path, tied: bool) -> None:
-    settings = UpdateSettings(learning_rate=1e-2, warmup_steps=1, schedule="linear", total_steps=6, weight_decay=0.1)
+    settings = UpdateConfig(learning_rate=1e-2, warmup_steps=1, schedule="linear", total_steps=6, weight_decay=0.1)
     frames = [batch_rows(num_steps=2, seed=seed) for seed in (1, 2)]
     save_policy(tiny_policy(tie_word_embeddings=tied), tmp_path / "start")
 
@@ -359,7 +361,7 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_autocast_gives_nearly_the_same_gradient() -> None:
     _, expected = gradients(batch_rows())
-    settings = UpdateSettings(learning_rate=0.0, max_grad_norm=None, autocast_bf16=True)
+    settings = frozen(autocast_bf16=True)
     _, found = gradients(batch_rows(), settings)
     assert any(not torch.equal(found[name], gradient) for name, gradient in expected.items())
     for name, gradient in expected.items():
@@ -371,12 +373,12 @@ def test_settings_reach_the_correction_and_the_clip() -> None:
     frame = batch_rows()
     loss, _ = gradients(frame)
     for changed in (
-        UpdateSettings(learning_rate=0.0, max_grad_norm=None, correction=Correction("none")),
-        UpdateSettings(learning_rate=0.0, max_grad_norm=None, correction=Correction("token_mask", low=0.8, high=1.2)),
+        frozen(correction="none"),
+        frozen(correction="token_mask", correction_low=0.8, correction_high=1.2),
     ):
         assert gradients(frame, changed)[0] != pytest.approx(loss, rel=1e-3)
 
-    model, clipped = tiny_policy(), UpdateSettings(learning_rate=1e-2, clip_low=1e-3, clip_high=1e-3)
+    model, clipped = tiny_policy(), UpdateConfig(learning_rate=1e-2, clip_low=1e-3, clip_high=1e-3)
     records, _ = train_on_batches(model, make_optimizer(model, clipped), batch_rows(num_steps=2), clipped)
     counts = records.group_by("optimizer_step").agg(pl.col("clipped_low_tokens", "clipped_high_tokens").sum())
     assert counts.sort("optimizer_step").rows()[0] == (0, 0, 0)
@@ -385,7 +387,7 @@ def test_settings_reach_the_correction_and_the_clip() -> None:
     # A bound on the loss of tokens with A < 0 can only lower it.
     losses = []
     for dual_clip in (None, 1.01):
-        settings = UpdateSettings(learning_rate=1e-2, clip_low=None, clip_high=None, dual_clip=dual_clip)
+        settings = UpdateConfig(learning_rate=1e-2, clip_low=None, clip_high=None, dual_clip=dual_clip)
         model = tiny_policy()
         _, steps = train_on_batches(model, make_optimizer(model, settings), batch_rows(num_steps=2), settings)
         losses.append(steps["loss"].to_list())
@@ -411,7 +413,7 @@ def test_deterministic_mode_runs_an_update_twice_with_the_same_bits(monkeypatch:
     assert torch.are_deterministic_algorithms_enabled()
     hashes = set()
     for _ in range(2):
-        model, settings = tiny_policy(), UpdateSettings(learning_rate=1e-2)
+        model, settings = tiny_policy(), UpdateConfig(learning_rate=1e-2)
         train_on_batches(model, make_optimizer(model, settings), batch_rows(num_steps=2), settings)
         hashes.add(sha256_of_weights(model))
     assert len(hashes) == 1

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flows.rescore import fork_tables
 from flows.session import Session
-from pipeline.artifact import open_artifact
+from grpo.settings import UpdateConfig
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.config import validate
 from pipeline.errors import ArtifactMissing, PolicyError
-from pipeline.manifest import STORE_NOTE, is_finished
+from pipeline.manifest import STORE_NOTE, Manifest, is_finished
 from pipeline.object_store import open_store
 from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
@@ -28,8 +29,7 @@ from stages.engines.scripted import ScriptedEngine
 from stages.inspect.verify.verify import verify_run
 from stages.policy import PolicyConfig
 from stages.preflight import preflight
-from stages.trainers.base import UpdateConfig
-from stages.trainers.local import Trainer
+from stages.trainers.local import LocalTrainer
 from stages.trainers.resume import check_equal, resume
 from tests.finished import answer, finished_run, fix_hashes, manifest_of
 from tests.stores import new_machine, objects, start
@@ -89,9 +89,7 @@ def test_the_moments_matter(original: RunDir, run: RunDir) -> None:
     """An update that began with a new optimizer would give other weights: the tests above would notice."""
     forget(run, 1, "optimizer", "policy", "training_records", "optimizer_steps")
     with closing(session_of(run)) as session:
-        trainer = session.trainer_after(1)
-        assert trainer.optimizer is not None
-        trainer.optimizer.adamw.state.clear()
+        session.trainer_after(1).load(open_artifact(run.policy_before(1)), None, session.config.update)
         session.perform("update", 1)
     assert run.open(1, "policy").digest != original.open(1, "policy").digest
 
@@ -132,7 +130,7 @@ def test_weights_that_are_pruned_are_missed_before_anything_is_trained_again(run
     list(prune(prunable(run, 1, [])))
     notes: list[str] = []
     with pytest.raises(ArtifactMissing, match="was dropped by `grpo prune`"):
-        resume(Trainer(), run, recorded_config(run).update, 1, notes.append)
+        resume(LocalTrainer(), run, recorded_config(run).update, 1, notes.append)
     assert notes == []
 
 
@@ -142,17 +140,48 @@ def test_weights_are_compared_as_they_are_stored(tmp_path: Path, tiny_policy: Pa
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 2}
     config = Qwen3MoeConfig(vocab_size=64, num_experts_per_tok=1, **sizes, **heads)
     torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
-    copy_tokenizer(tiny_policy, tmp_path / "model")
-    call = StageCall(policy.STAGE, PolicyConfig(model="local files"), {}, {"policy": tmp_path / "policy"})
-    made = run_stage(call, tmp_path / "model").main
-    trainer = Trainer()
+    model = Qwen3MoeForCausalLM(config)
+    made = policy_of(model, tiny_policy, tmp_path / "made")
+    next(model.parameters()).data[0, 0] += 1.0
+    other = policy_of(model, tiny_policy, tmp_path / "other")
+    trainer = LocalTrainer()
     trainer.load(made, None, UpdateConfig(num_threads=1))
     check_equal(trainer, made, 0)
-    assert trainer.model is not None
-    next(trainer.model.parameters()).data[0, 0] += 1.0
+    assert trainer.is_at(made)
     with pytest.raises(PolicyError, match="gives other weights than those stored"):
-        check_equal(trainer, made, 0)
+        check_equal(trainer, other, 0)
+    assert not trainer.is_at(other)
+
+
+def policy_of(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Artifact:
+    """Return the artifact of a model, made as that of a run's initial policy."""
+    model.save_pretrained(folder / "model")
+    copy_tokenizer(tokenizer, folder / "model")
+    call = StageCall(policy.STAGE, PolicyConfig(model="local files"), {}, {"policy": folder / "policy"})
+    return run_stage(call, folder / "model").main
+
+
+def test_a_trainer_is_at_a_policy_of_its_own_weights_and_recipe_alone(run: RunDir, tmp_path: Path) -> None:
+    before, after = (open_artifact(run.policy_before(n)) for n in (0, 1))
+    trainer, config = LocalTrainer(), recorded_config(run).update
+    assert not trainer.is_at(before)
+    trainer.load(before, None, config)
+    assert (trainer.is_at(before), trainer.is_at(after)) == (True, False)
+    trainer.train(run.open(0, "batches"), config)
+    assert (trainer.is_at(before), trainer.is_at(after)) == (False, False)
+    (tmp_path / "saved").mkdir()
+    trainer.save_policy(tmp_path / "saved", after.manifest.recipe)
+    assert (trainer.is_at(before), trainer.is_at(after)) == (False, True)
+    # of the same recipe on a machine that rounds otherwise; and with the same weights, but trained with other settings
+    for name in ("files", "recipe"):
+        manifest = manifest_of(after.path)
+        if name == "files":
+            manifest["files"]["model.safetensors"]["sha256"] = "0" * 64
+        else:
+            manifest["recipe"] = "0" * 64
+        assert not trainer.is_at(Artifact(after.path, Manifest(**manifest)))
+    trainer.close()
+    assert not trainer.is_at(after)
 
 
 def test_a_pruned_state_is_not_taken_for_one(run: RunDir) -> None:

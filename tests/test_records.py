@@ -31,6 +31,11 @@ def rows() -> pl.DataFrame:
     )
 
 
+def flags(**held: str) -> dict[str, torch.Tensor]:
+    """Return reasons: name -> whether it holds of each token, written as 0 and 1."""
+    return {name: torch.tensor([digit == "1" for digit in digits]) for name, digits in held.items()}
+
+
 def facts() -> TokenFacts:
     """Return facts about the three trainable tokens: the first and last of row a, and the one of row c."""
     return TokenFacts(
@@ -41,11 +46,9 @@ def facts() -> TokenFacts:
         entropies=torch.tensor([1.0, 3.0, 2.0]),
         kl_to_sampler=torch.tensor([0.5, 0.25, NAN]),
         logprob_differences=torch.tensor([0.25, 0.0, NAN]),
-        is_clipped_low=torch.tensor([True, False, False]),
-        is_clipped_high=torch.tensor([False, True, True]),
         losses=torch.tensor([0.5, -0.25, 0.0]),
-        is_dual_clipped=torch.tensor([False, False, False]),
-        is_vetoed=torch.tensor([False, False, False]),
+        clip_reasons=flags(clipped_low="100", clipped_high="011", dual_clip="000"),
+        mask_reasons=flags(veto="000", unknown_sampler="001", correction="000"),
     )
 
 
@@ -114,18 +117,20 @@ def test_a_veto_comes_before_other_reasons_for_a_weight_of_0() -> None:
     vetoed = replace(
         facts(),
         correction_weights=torch.tensor([0.0, 0.0, 0.0]),
-        is_vetoed=torch.tensor([False, True, True]),
-        is_dual_clipped=torch.tensor([False, False, True]),
-        is_clipped_high=torch.tensor([False, False, False]),
+        clip_reasons=flags(clipped_low="100", clipped_high="000", dual_clip="001"),
+        mask_reasons=flags(veto="011", unknown_sampler="001", correction="111"),
     )
     frame = completion_records(rows(), collate(rows()), vetoed, with_tokens=True)
     assert frame["mask_reasons"].to_list() == [["correction", "loss_mask", "veto"], [], ["veto"]]
     assert frame["clip_reasons"].to_list() == [["clipped_low", None, None], [], ["dual_clip"]]
 
 
-def test_facts_without_vetoes_cannot_say_why() -> None:
-    with pytest.raises(ValueError, match="say nothing of vetoes and dual clips: expected is_vetoed"):
-        completion_records(rows(), collate(rows()), replace(facts(), is_vetoed=None), with_tokens=True)
+def test_a_loss_with_reasons_of_its_own_has_them_recorded_and_clips_nothing() -> None:
+    other = replace(facts(), clip_reasons=flags(capped="110"), mask_reasons={})
+    frame = completion_records(rows(), collate(rows()), other, with_tokens=True)
+    assert frame["clip_reasons"].to_list() == [["capped", None, "capped"], [], [None]]
+    assert frame["mask_reasons"].to_list() == [[None, "loss_mask", None], [], [None]]
+    assert frame["clipped_low_tokens"].to_list() == [0, 0, 0]
 
 
 def test_columns_of_reasons_are_absent_unless_asked_for() -> None:

@@ -13,10 +13,9 @@ import pytest
 
 from flows.printing import Format
 from flows.tokens import COLUMNS, print_tokens, tell, token_rows
-from grpo.correction import Correction
 from grpo.optimizer import make_optimizer
 from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TOKEN_RECORD_SCHEMA
-from grpo.settings import UpdateSettings
+from grpo.settings import UpdateConfig
 from grpo.train_step import train_on_batches
 from pipeline.conformance import check_schema, conform
 from pipeline.errors import SchemaError, UsageError
@@ -33,14 +32,18 @@ NUMBERS = [name for name in RECORD_SCHEMA if name not in TOKEN_LISTS]
 LISTS = [*TOKEN_LISTS, "clip_reasons", "mask_reasons", "token_losses"]
 
 
-def awkward_settings(*, record_tokens: bool) -> UpdateSettings:
+def awkward_settings(*, record_tokens: bool) -> UpdateConfig:
     """Return settings under which every reason for a clip or a mask occurs."""
-    return UpdateSettings(
+    return UpdateConfig(
         learning_rate=1e-2,
         clip_low=0.001,
         clip_high=0.001,
         dual_clip=1.002,
-        correction=Correction("token_mask", low=0.5, high=3.0, veto_low=0.15),
+        correction="token_mask",
+        correction_low=0.5,
+        correction_high=3.0,
+        veto_low=0.15,
+        veto_high=None,
         record_tokens=record_tokens,
     )
 

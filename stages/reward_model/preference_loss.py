@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo.classifier import Encoding, class_logits
 from grpo.optimizer import learning_rate_at, make_optimizer
-from grpo.settings import UpdateSettings
+from grpo.settings import AdamWConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def preference_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> f
 def train_on_preferences(
     model: PreTrainedModel,
     batches: Sequence[Sequence[Pair]],
-    settings: UpdateSettings,
+    config: AdamWConfig,
     *,
     centering: float,
     pairs_per_forward: int,
@@ -70,7 +70,7 @@ def train_on_preferences(
     Raises:
         ArithmeticError: if a loss or a gradient is not finite, naming pairs.
     """
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, config)
     steps: list[PreferenceStep] = []
     for batch in batches:
         optimizer.adamw.zero_grad(set_to_none=True)
@@ -84,7 +84,7 @@ def train_on_preferences(
             torch.autograd.backward(loss_P.sum())
             loss += loss_P.sum().item()
             right += (preference_accuracy(chosen_P.tolist(), rejected_P.tolist()) or 0.0) * len(pairs) / len(batch)
-        limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
         grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise ArithmeticError(
@@ -92,7 +92,7 @@ def train_on_preferences(
                 f"the loss {loss} and a gradient of norm {grad_norm}: expected finite ones; lower the learning rate, "
                 "and look at their margins and at the base model's weights"
             )
-        learning_rate = learning_rate_at(optimizer.num_steps, settings)
+        learning_rate = learning_rate_at(optimizer.num_steps, config)
         for group in optimizer.adamw.param_groups:
             group["lr"] = learning_rate
         optimizer.adamw.step()

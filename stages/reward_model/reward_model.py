@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import polars as pl
 from pydantic import Field, model_validator
 
+from grpo.settings import AdamWConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.config import StrictModel, apply_overrides, load_toml, validate
 from pipeline.errors import ConfigError, GrpoError, PolicyError, SourceError
@@ -37,7 +38,6 @@ from stages.rewards.preference_model import encode_answer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from grpo.settings import UpdateSettings
     from stages.reward_model.preference_loss import Pair, PreferenceStep
 
 REWARD_MODEL = "reward_model"
@@ -45,6 +45,9 @@ USED = "preferences_used"
 OUTPUTS = (USED, REWARD_MODEL)
 REPORT = "training.json"
 """Lies beside the weights: losses, and the accuracies of what trained and of what was held out."""
+
+BETA2 = 0.999
+"""Of AdamW; an update has another default. Fixed, so that the same preferences go on giving the same model."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{{ eos_token or '' }}"
@@ -101,25 +104,24 @@ class RewardModelConfig(StrictModel):
             raise ValueError(f"base {self.base!r} is a directory, which has no revision: leave revision out")
         return self
 
-    def settings(self, num_pairs: int) -> "UpdateSettings":
-        """Return the optimizer's settings for so many pairs.
+    def adamw(self, num_pairs: int) -> AdamWConfig:
+        """Return the optimizer's config for so many pairs.
 
         Raises:
             ConfigError: when the warm-up takes all steps.
         """
-        from grpo.settings import UpdateSettings
-
         total_steps = self.epochs * math.ceil(num_pairs / self.batch_size)
         if self.schedule != "constant" and self.warmup_steps >= total_steps:
             raise ConfigError(
                 f"reward_model.warmup_steps is {self.warmup_steps}, and {num_pairs} pairs make {total_steps} steps: "
                 "expected fewer steps of warm-up than there are; lower it, or raise epochs"
             )
-        return UpdateSettings(
+        return AdamWConfig(
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
             schedule=self.schedule,
             total_steps=total_steps,
+            beta2=BETA2,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
         )
@@ -235,7 +237,7 @@ def compute(task: StageTask[RewardModelConfig, Material]) -> None:
         steps = train_on_preferences(
             model,
             batches,
-            config.settings(len(trained)),
+            config.adamw(len(trained)),
             centering=config.centering,
             pairs_per_forward=config.pairs_per_forward,
             on_step=told,

@@ -1,114 +1,50 @@
-"""What a trainer is told."""
+"""What a trainer is: model and optimizer, kept from one update to the next, and the policy that they are at."""
 
-from typing import TYPE_CHECKING, Literal, Self
+from pathlib import Path
+from typing import Protocol
 
-from pydantic import Field, model_validator
+import polars as pl
 
-from pipeline.config import StrictModel
+from grpo.settings import UpdateConfig
+from pipeline.artifact import Artifact
+from pipeline.stage import Progress, silent
 
-if TYPE_CHECKING:
-    from grpo.settings import UpdateSettings
 
+class Trainer(Protocol):
+    """Trains a policy, and knows which one it has come to."""
 
-class UpdateConfig(StrictModel):
-    """Config of the update stage."""
+    def is_at(self, policy: Artifact) -> bool:
+        """Return whether weights and optimizer are those after the policy's update. Read-only."""
+        ...
 
-    learning_rate: float = Field(1e-6, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the learning rate after the warm-up; linear and cosine fall to 0 at total_steps."""
-    total_steps: int | None = Field(None, ge=1)
-    """Optimizer steps of the whole run, for linear and cosine; constant needs none, so a run can be continued."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.99, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    """Of matrices; biases and norms have none."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Gradients of a larger norm are scaled down to it; null = never."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low."""
-    clip_high: float = Field(0.28, gt=0)
-    """No gradient for A > 0 once the ratio is over 1 + clip_high."""
-    dual_clip: float | None = Field(4.0, gt=1)
-    """Bound on the ratio where A < 0, which the clip leaves open; null = unbounded."""
-    correction: Literal[
-        "none",
-        "token_truncate",
-        "token_clip",
-        "token_mask",
-        "sequence_truncate",
-        "sequence_mask",
-        "geometric_mask",
-        "k3_mask",
-    ] = "token_truncate"
-    """Weight for what lies between the proximal policy and the sampler; see grpo/correction.py."""
-    correction_low: float = Field(0.0, ge=0)
-    correction_high: float = Field(2.0, gt=0)
-    correction_token_cap: float = Field(2.0, gt=0)
-    """For geometric_mask and k3_mask: bound on the weights of the rows that they keep."""
-    veto_low: float | None = Field(1e-4, gt=0)
-    """A row with a token of a smaller proximal / sampler ratio gets weight 0; null = no such rule."""
-    veto_high: float | None = Field(1e2, gt=0)
-    """A row with a token of a larger ratio gets weight 0; null = no such rule."""
-    head_chunk_tokens: int = Field(1024, ge=1)
-    """Positions whose logits exist at the same time."""
-    gradient_checkpointing: bool = False
-    """Trade a second forward for memory."""
-    autocast_bf16: bool = False
-    """bfloat16 in the model's body; weights, head and loss stay float32."""
-    record_tokens: bool = False
-    """Keep lists in training_records with what became of each token: `grpo tokens` prints them. Changes no weight."""
-    num_threads: int = Field(2, ge=1)
-    """CPU threads; they change the bits of the result."""
+    def load(self, policy: Artifact, state: Path | None, config: UpdateConfig) -> None:
+        """Read the policy's weights, and the optimizer's state from a file; None = a new optimizer.
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.schedule != "constant" and self.total_steps is None:
-            raise ValueError(f"schedule {self.schedule} falls to 0 at total_steps: set update.total_steps")
-        if self.schedule != "constant" and (self.total_steps or 0) <= self.warmup_steps:
-            raise ValueError(
-                f"total_steps is {self.total_steps}, warmup_steps {self.warmup_steps}: the schedule must end after the "
-                "warm-up"
-            )
-        if self.correction_low > self.correction_high:
-            raise ValueError(
-                f"correction_low is {self.correction_low}, correction_high {self.correction_high}: swap or change them"
-            )
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(
-                f"dual_clip is {self.dual_clip}, inside of the clip at 1 + clip_high = {1 + self.clip_high}: raise it, "
-                "or leave dual clipping off with null"
-            )
-        return self
+        Raises:
+            PolicyError: when one of them cannot be read, or the two do not belong together.
+        """
+        ...
 
-    def settings(self) -> "UpdateSettings":
-        """Return the settings in the terms of `grpo`."""
-        from grpo.correction import Correction
-        from grpo.settings import UpdateSettings
+    def train(
+        self, batches: Artifact, config: UpdateConfig, progress: Progress = silent
+    ) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Train on the rows that are not dropped; return training records and optimizer steps.
 
-        return UpdateSettings(
-            learning_rate=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            schedule=self.schedule,
-            total_steps=self.total_steps,
-            betas=(self.beta1, self.beta2),
-            eps=self.adam_eps,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-            correction=Correction(
-                kind=self.correction,
-                low=self.correction_low,
-                high=self.correction_high,
-                token_cap=self.correction_token_cap,
-                veto_low=self.veto_low,
-                veto_high=self.veto_high,
-            ),
-            head_chunk_tokens=self.head_chunk_tokens,
-            autocast_bf16=self.autocast_bf16,
-            record_tokens=self.record_tokens,
-        )
+        Afterwards the trainer is at no policy until it has saved one.
+
+        Raises:
+            GrpoError: when a loss or a gradient is not finite.
+        """
+        ...
+
+    def save_policy(self, directory: Path, recipe: str) -> None:
+        """Write the weights, as transformers loads them. Now the trainer is at the policy of this recipe."""
+        ...
+
+    def save_state(self, path: Path) -> None:
+        """Write the optimizer's state."""
+        ...
+
+    def close(self) -> None:
+        """Let go of model and optimizer."""
+        ...

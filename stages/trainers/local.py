@@ -1,16 +1,17 @@
 """Model and optimizer in this process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from pipeline.artifact import Artifact
+from grpo.settings import UpdateConfig
+from pipeline.artifact import WEIGHTS, Artifact
 from pipeline.errors import GrpoError, PolicyError
+from pipeline.files import sha256_file
 from pipeline.stage import Progress, silent
-from stages.trainers.base import UpdateConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,43 +20,82 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Trainer:
-    """Model and optimizer, kept in memory from one update to the next."""
+class LocalTrainer:
+    """The `Trainer` of one process and one device."""
 
     device: str = "cpu"
-    digest: str | None = None
-    """Of the policy artifact that the model equals."""
-    model: "PreTrainedModel | None" = None
-    optimizer: "Optimizer | None" = None
+    _model: "PreTrainedModel | None" = None
+    _optimizer: "Optimizer | None" = None
+    _recipe: str | None = None
+    """Of the policy that model and optimizer belong to; None = of none."""
+    _weights: Mapping[str, str] = field(default_factory=dict)
+    """Weight file of that policy -> sha256."""
 
     def is_at(self, policy: Artifact) -> bool:
-        """Return whether model and optimizer are those after the policy's update."""
-        return self.model is not None and self.optimizer is not None and self.digest == policy.digest
+        """Return whether weights and optimizer are those after the policy's update.
 
-    def at(self, policy: Artifact) -> tuple["PreTrainedModel", "Optimizer"]:
-        """Return model and optimizer as they are after the policy's update."""
-        assert self.model is not None, "resume it first"
-        assert self.optimizer is not None
-        assert self.is_at(policy), f"the trainer is at {self.digest}, not at {policy.path}"
-        return self.model, self.optimizer
+        The recipe vouches for what they were trained on, the bytes of the weights for the machine that did it.
+        """
+        files = policy.manifest.files
+        return self._recipe == policy.manifest.recipe and all(
+            files.get(name, {}).get("sha256") == sha256 for name, sha256 in self._weights.items()
+        )
 
     def load(self, policy: Artifact, state: Path | None, config: UpdateConfig) -> None:
-        """Read the policy's weights, and the optimizer's state from a file; None = a new optimizer.
-
-        Raises:
-            PolicyError: when one of them cannot be read, or the two do not belong together.
-        """
+        """Read the policy's weights, and the optimizer's state from a file; None = a new optimizer."""
         from grpo.optimizer import deterministic, load_optimizer, make_optimizer
         from grpo.policy import load_policy
 
         deterministic(config.num_threads)  # before the first work on a GPU
-        settings, self.digest = config.settings(), None
+        self._recipe = None
         try:
             model = load_policy(policy.path, device=self.device, gradient_checkpointing=config.gradient_checkpointing)
-            optimizer = make_optimizer(model, settings) if state is None else load_optimizer(state, model, settings)
+            optimizer = make_optimizer(model, config) if state is None else load_optimizer(state, model, config)
         except ValueError as error:
             raise PolicyError(str(error)) from error
-        self.model, self.optimizer, self.digest = model, optimizer, policy.digest
+        self._model, self._optimizer, self._recipe = model, optimizer, policy.manifest.recipe
+        self._weights = {n: facts["sha256"] for n, facts in policy.manifest.files.items() if n.endswith(WEIGHTS)}
+
+    def train(
+        self, batches: Artifact, config: UpdateConfig, progress: Progress = silent
+    ) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Train on the rows that are not dropped; return training records and optimizer steps."""
+        from grpo.optimizer import deterministic
+        from grpo.train_step import train_on_batches
+
+        model, optimizer = self._loaded()
+        rows = batches.read().filter(pl.col("drop_reason").is_null())
+        deterministic(config.num_threads)
+        self._recipe = None
+        try:
+            return train_on_batches(model, optimizer, rows, config, _listener(progress, rows))
+        except ArithmeticError as error:
+            raise GrpoError(str(error)) from error
+
+    def save_policy(self, directory: Path, recipe: str) -> None:
+        """Write the weights, as transformers loads them. Now the trainer is at the policy of this recipe."""
+        from grpo.policy import save_policy
+
+        model, _ = self._loaded()
+        save_policy(model, directory)
+        self._weights = {path.name: sha256_file(path) for path in directory.glob(f"*{WEIGHTS}")}
+        self._recipe = recipe
+
+    def save_state(self, path: Path) -> None:
+        """Write the optimizer's state."""
+        from grpo.optimizer import save_optimizer
+
+        model, optimizer = self._loaded()
+        save_optimizer(optimizer, model, path)
+
+    def close(self) -> None:
+        """Let go of model and optimizer."""
+        self._model = self._optimizer = self._recipe = None
+
+    def _loaded(self) -> tuple["PreTrainedModel", "Optimizer"]:
+        assert self._model is not None, "load a policy first"
+        assert self._optimizer is not None
+        return self._model, self._optimizer
 
 
 def resolve_device(device: str) -> str:
@@ -63,28 +103,6 @@ def resolve_device(device: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def train(
-    trainer: Trainer, batches: Artifact, config: UpdateConfig, progress: Progress = silent
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Train on the rows that are not dropped; return training records and optimizer steps.
-
-    Afterwards the trainer is at no artifact: that is for the caller to say, who knows whether one was made.
-    """
-    from grpo.optimizer import deterministic
-    from grpo.train_step import train_on_batches
-
-    assert trainer.model is not None
-    assert trainer.optimizer is not None
-    rows = batches.read().filter(pl.col("drop_reason").is_null())
-    deterministic(config.num_threads)
-    trainer.digest = None
-    listener = _listener(progress, rows)
-    try:
-        return train_on_batches(trainer.model, trainer.optimizer, rows, config.settings(), listener)
-    except ArithmeticError as error:
-        raise GrpoError(str(error)) from error
 
 
 def _listener(progress: Progress, batches: pl.DataFrame) -> Callable[..., Any]:

@@ -5,14 +5,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from grpo.settings import UpdateConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import PolicyError
-from pipeline.files import explain_full_device, sha256_file
+from pipeline.files import explain_full_device
 from pipeline.prune import is_resumable
 from pipeline.run_dir import RunDir, state_of
 from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE
-from stages.trainers.base import UpdateConfig
-from stages.trainers.local import Trainer, train
+from stages.trainers.base import Trainer
 
 COMPARED = "grpo-weights-"
 
@@ -52,9 +52,8 @@ def resume(
         return
     note(f"no state of the optimizer after {num_updates} updates: training again from that after {first}")
     for iteration in range(first, num_updates):
-        train(trainer, run.open(iteration, "batches"), config)
+        trainer.train(run.open(iteration, "batches"), config)
     check_equal(trainer, policy, first, scratch)
-    trainer.digest = policy.digest
 
 
 def _load(trainer: Trainer, policy: Artifact, config: UpdateConfig) -> None:
@@ -72,17 +71,19 @@ def _load(trainer: Trainer, policy: Artifact, config: UpdateConfig) -> None:
 
 
 def check_equal(trainer: Trainer, policy: Artifact, first: int, scratch: Path | None = None) -> None:
-    """Compare weights by the bytes of their file: what a model has in memory may be named and cut otherwise."""
-    from grpo.policy import WEIGHTS_FILE, save_policy
+    """Bring a trainer that has trained to the policy whose weights must have come out.
 
-    assert trainer.model is not None
+    They are compared by the bytes of their file: what a model has in memory may be named and cut otherwise.
+
+    Raises:
+        PolicyError: when they differ.
+    """
     for left in scratch.glob(f"{COMPARED}*") if scratch else ():
         shutil.rmtree(left)  # by a killed process
     room = scratch or Path(tempfile.gettempdir())
     with explain_full_device(room), tempfile.TemporaryDirectory(prefix=COMPARED, dir=room) as folder:
-        save_policy(trainer.model, folder)
-        found = sha256_file(Path(folder) / WEIGHTS_FILE)
-    if found != policy.manifest.files[WEIGHTS_FILE]["sha256"]:
+        trainer.save_policy(Path(folder), policy.manifest.recipe)
+    if not trainer.is_at(policy):
         raise PolicyError(
             f"the optimizer's state that belongs to {policy.path} is not there, and training again from the policy "
             f"after {first} updates gives other weights than those stored: expected a machine of the same kind with "

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from grpo.batching import full_vocabulary_logprobs, loss_tokens
 from pipeline.artifact import Artifact
 from pipeline.run_dir import RunDir
 from stages import batch, normalize
@@ -103,10 +104,7 @@ def slim(completions: Artifact) -> pl.DataFrame:
     """
     frame = pl.scan_parquet(completions.files())
     has_mass = frame.select(pl.col("kept_mass").is_not_null().any()).collect(engine="streaming").item()
-    logprobs = pl.col("sampling_logprobs")
-    if has_mass:
-        mass = pl.col("kept_mass")
-        logprobs = pl.when(mass.is_null()).then(logprobs).otherwise(logprobs + mass.list.eval(pl.element().log()))
+    logprobs = full_vocabulary_logprobs(has_kept_mass=has_mass)
     content = fingerprint("prompt_token_ids", "completion_token_ids", "loss_mask", logprobs)
     columns = [n for n in frame.collect_schema().names() if n not in ("completion", "kept_mass", *_LISTS)]
     bits = pl.List(pl.Boolean)
@@ -122,9 +120,7 @@ def slim(completions: Artifact) -> pl.DataFrame:
 def check_records(findings: Findings, item: Located, stepped: Located, source: Located) -> None:
     """Check that training records cover the rows that trained, and that the optimizer steps are their sums."""
     where, records, steps, batches = item.where, item.artifact, stepped.artifact, source.artifact
-    mask = pl.col("loss_mask").list.eval(pl.element().cast(pl.Int32)).list.sum()
-    trained = pl.col("completion_token_ids").list.len()
-    tokens = pl.when(pl.col("loss_mask").is_null()).then(trained).otherwise(mask).cast(pl.Int32)
+    tokens = loss_tokens().cast(pl.Int32)  # the trainer counts them by itself, after collating
     kept = scan(batches).filter(pl.col("drop_reason").is_null())
     keys = ["completion_id", "optimizer_step"]
     expected = kept.select(*keys, num_tokens=tokens).collect(engine="streaming")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from grpo.batching import cut_microbatches
+from grpo.batching import cut_microbatches, full_vocabulary_logprobs
 from pipeline.artifact import Artifact, open_artifact, pruned_files
 from pipeline.errors import ArtifactError, GrpoError
 from pipeline.files import identity
@@ -127,11 +127,9 @@ def sample_rows(completions: Artifact, iteration: int, settings: DeepSettings) -
     ids = frame.select("completion_id").collect()["completion_id"].to_list()
     ranked = sorted(ids, key=lambda name: identity(settings.seed, iteration, name))
     chosen = ranked[: settings.rows] if settings.rows > 0 else ranked
-    logprobs, mass = pl.col("sampling_logprobs"), pl.col("kept_mass")
     rows = frame.filter(pl.col("completion_id").is_in(chosen)).collect()
-    if rows["kept_mass"].null_count() < rows.height:
-        full = logprobs + mass.list.eval(pl.element().log())
-        rows = rows.with_columns(sampling_logprobs=pl.when(mass.is_null()).then(logprobs).otherwise(full))
+    has_mass = rows["kept_mass"].null_count() < rows.height
+    rows = rows.with_columns(sampling_logprobs=full_vocabulary_logprobs(has_kept_mass=has_mass))
     is_raw = pl.col("logprobs_mode") == "raw"  # before the temperature
     return rows.with_columns(temperature=pl.when(is_raw).then(1.0).otherwise("temperature").cast(pl.Float32)).select(
         pl.lit(iteration, pl.Int64).alias("iteration"),

@@ -1,0 +1,30 @@
+"""Baselines: what a reward is measured against. Each is a function of the groups that returns ``R - baseline``.
+
+All arrays have an entry per member, in row order; NaN where the reward is unknown.
+"""
+
+from collections.abc import Callable
+
+from grpo.groups import Floats, Groups
+
+
+def none(groups: Groups) -> Floats:
+    """Return R itself."""
+    return groups.values
+
+
+def group_mean(groups: Groups) -> Floats:
+    """Return ``R - mean`` (DeepSeekMath, arXiv:2402.03300)."""
+    return groups.centred
+
+
+def leave_one_out(groups: Groups) -> Floats:
+    """Return ``n / (n - 1) * (R - mean)``: R minus the mean of the other members (RLOO, arXiv:2402.14740)."""
+    return groups.centred * groups.size / (groups.size - 1)
+
+
+BASELINES: dict[str, Callable[[Groups], Floats]] = {
+    "group_mean": group_mean,
+    "leave_one_out": leave_one_out,
+    "none": none,
+}

@@ -1,0 +1,30 @@
+"""Scales: what makes the advantages of different groups comparable. Each divides what the baseline has left.
+
+All arrays have an entry per member, in row order; ``eps`` is added to a standard deviation.
+"""
+
+from collections.abc import Callable
+
+from grpo.groups import Floats, Groups, standard_deviation
+
+
+def none(raw: Floats, groups: Groups, eps: float) -> Floats:
+    """Return the values undivided (Dr. GRPO, arXiv:2503.20783)."""
+    return raw
+
+
+def group_std(raw: Floats, groups: Groups, eps: float) -> Floats:
+    """Return the values divided by the standard deviation of their group (DeepSeekMath, arXiv:2402.03300)."""
+    return raw / (groups.std + eps)
+
+
+def batch_std(raw: Floats, groups: Groups, eps: float) -> Floats:
+    """Return the values divided by the standard deviation of ``R - mean`` over all members that are compared."""
+    return raw / (standard_deviation(groups.centred[groups.is_compared], groups.ddof) + eps)
+
+
+SCALES: dict[str, Callable[[Floats, Groups, float], Floats]] = {
+    "none": none,
+    "group_std": group_std,
+    "batch_std": batch_std,
+}
