@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
+from stages.checkpoints import holds_tensors
 from stages.inspect.run_diff import Deviation, column_deviations
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _file_deviations(stored: Artifact, computed: Artifact, tolerance: float) -> 
         if hashes[0] == hashes[1]:
             continue
         paths = [artifact.path / name for artifact in (stored, computed)]
-        if name.endswith(".safetensors") and all(path.is_file() for path in paths):
+        if holds_tensors(name) and all(path.is_file() for path in paths):
             yield from tensor_deviations(name, paths[0], paths[1], tolerance)
         else:
             words = [

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, GrpoError, PolicyError, SourceError
 from pipeline.files import identity, sha256_text
 from pipeline.manifest import canonical_json, is_finished
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
-from stages.checkpoints import CAUSAL_SUFFIXES, context_length, copy_tokenizer, looks_local
+from stages.checkpoints import context_length, copy_tokenizer, is_causal, looks_local
 from stages.reward_model.preferences import (
     Preferences,
     draw_replay,
@@ -318,8 +318,7 @@ def _load(config: RewardModelConfig, material: Material) -> tuple["PreTrainedMod
     try:
         found: Any = AutoConfig.from_pretrained(source, revision=config.revision, local_files_only=is_local)
         names = found.architectures or []
-        is_causal = any(name.endswith(CAUSAL_SUFFIXES) for name in names)
-        if not is_causal and not (any(name.endswith(REWARD_HEAD) for name in names) and found.num_labels == 1):
+        if not is_causal(names) and not (any(name.endswith(REWARD_HEAD) for name in names) and found.num_labels == 1):
             raise PolicyError(
                 f"reward_model.base is a {', '.join(names) or 'model of unknown architecture'} with {found.num_labels} "
                 "labels: expected a causal language model, or a reward model with one logit; give one"

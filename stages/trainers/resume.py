@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import PolicyError
-from pipeline.files import explain_full_device, sha256_file
+from pipeline.files import explain_full_device
 from pipeline.prune import is_resumable
 from pipeline.run_dir import RunDir, state_of
-from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE
+from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, weight_hashes, weight_names
 from stages.trainers.base import UpdateConfig
 from stages.trainers.local import Trainer, train
 
@@ -72,8 +72,8 @@ def _load(trainer: Trainer, policy: Artifact, config: UpdateConfig) -> None:
 
 
 def check_equal(trainer: Trainer, policy: Artifact, first: int, scratch: Path | None = None) -> None:
-    """Compare weights by the bytes of their file: what a model has in memory may be named and cut otherwise."""
-    from grpo.policy import WEIGHTS_FILE, save_policy
+    """Compare weights by the bytes of their files: what a model has in memory may be named and cut otherwise."""
+    from grpo.policy import save_policy
 
     assert trainer.model is not None
     for left in scratch.glob(f"{COMPARED}*") if scratch else ():
@@ -81,8 +81,9 @@ def check_equal(trainer: Trainer, policy: Artifact, first: int, scratch: Path | 
     room = scratch or Path(tempfile.gettempdir())
     with explain_full_device(room), tempfile.TemporaryDirectory(prefix=COMPARED, dir=room) as folder:
         save_policy(trainer.model, folder)
-        found = sha256_file(Path(folder) / WEIGHTS_FILE)
-    if found != policy.manifest.files[WEIGHTS_FILE]["sha256"]:
+        found = weight_hashes(Path(folder))
+    files = policy.manifest.files
+    if found != {name: files[name]["sha256"] for name in weight_names(files)}:
         raise PolicyError(
             f"the optimizer's state that belongs to {policy.path} is not there, and training again from the policy "
             f"after {first} updates gives other weights than those stored: expected a machine of the same kind with "

@@ -22,7 +22,7 @@ from pipeline.files import identity
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.batch import IMPORTED
-from stages.checkpoints import OPTIMIZER_FILE
+from stages.checkpoints import weight_names
 from stages.config import RunConfig, recorded_config
 from stages.inspect.verify.files import relative_path
 from stages.inspect.verify.ledger import Findings, Tally, Where, WrongRow
@@ -178,7 +178,7 @@ def _measure(
     config: RunConfig | None = None
     for (digest,), written in rows.group_by("policy_digest", maintain_order=True):
         policy = policies.get(str(digest))
-        if policy is None or _missing(policy):
+        if policy is None or _is_pruned(policy):
             reason = "the policy that wrote the answers is not there" if policy is None else "its weights are pruned"
             for _ in written["iteration"].unique():
                 findings.skipped(CHECK, reason)
@@ -193,9 +193,9 @@ def _measure(
     return measured
 
 
-def _missing(policy: Artifact) -> frozenset[str]:
-    """Return the pruned files that are needed here: the optimizer's state of a fork is not."""
-    return pruned_files(policy) - {OPTIMIZER_FILE, *(path.name for path in policy.path.glob("*.safetensors"))}
+def _is_pruned(policy: Artifact) -> bool:
+    """Return whether weights were dropped on purpose; the optimizer's state of a fork is not needed here."""
+    return any(not (policy.path / name).is_file() for name in weight_names(pruned_files(policy)))
 
 
 def _logprob_rows(path: Path, rows: pl.DataFrame, config: RunConfig) -> Iterator[pl.DataFrame]:

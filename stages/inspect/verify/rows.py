@@ -5,10 +5,8 @@ compared by fingerprints with a seed drawn anew for every audit.
 """
 
 import hashlib
-import json
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -16,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.artifact import Artifact
 from stages.batch import IMPORTED, NO_POLICY
+from stages.checkpoints import load_tokenizer, read_json, stated_stop_token_ids, vocabulary_size
 from stages.inspect.verify.ledger import PART, Findings, Rule, Where, WrongRow, apply_rules, shorten
 from stages.sources import SourceRow, is_held_out
 
@@ -113,14 +112,13 @@ def check_answers(findings: Findings, where: Where, artifact: Artifact, policies
         mass = pl.col("kept_mass").list
         outside = (mass.min() <= 0).fill_null(False) | (mass.max() > 1 + 1e-5).fill_null(False)
         rules.append(Rule("logprobs", outside, "kept_mass is no probability", ("kept_mass",)))
-    size = _vocabulary_size(policies)
-    if size is None:
+    sizes = [size for policy in policies.values() if (size := vocabulary_size(policy.path)) is not None]
+    if not sizes:
         findings.skipped("token ids", "no policy says how large its vocabulary is")
     else:
-        outside = ((tokens.min() < 0) | (tokens.max() >= size)).fill_null(False)
-        rules.append(
-            Rule("token ids", outside, f"a token id is outside of 0 ... {size - 1}", ("completion_token_ids",))
-        )
+        outside = ((tokens.min() < 0) | (tokens.max() >= min(sizes))).fill_null(False)
+        found = f"a token id is outside of 0 ... {min(sizes) - 1}"
+        rules.append(Rule("token ids", outside, found, ("completion_token_ids",)))
     reason = pl.col("finish_reason")
     rules.append(Rule("endings", ~reason.is_in(FINISH_REASONS), "unknown finish_reason", ("finish_reason",)))
     longest = config.get("max_tokens")
@@ -128,8 +126,9 @@ def check_answers(findings: Findings, where: Where, artifact: Artifact, policies
         rules.append(Rule("endings", tokens.len() > longest, f"more than max_tokens = {longest} tokens"))
         is_short = (reason == "length") & (tokens.len() != longest)
         rules.append(Rule("endings", is_short, f"finish_reason is length, without max_tokens = {longest} tokens"))
-    stops = _stop_token_ids(policies)
-    if stops:
+    stated = [stated_stop_token_ids(policy.path) for policy in policies.values()]
+    stops = sorted({i for ids in stated for i in ids or []})
+    if stops and None not in stated:  # else only the tokenizer knows
         is_wrong = (reason == "stop") & ~tokens.last().is_in(stops).fill_null(False)
         rules.append(Rule("endings", is_wrong, f"finish_reason is stop, without one of the stop tokens {stops}"))
     if "stop_reason" in schema and artifact.manifest.stage == "generate":  # which knows no stop strings
@@ -198,48 +197,12 @@ _decoders: dict[str, Any] = {}
 def _decode(policy: Artifact, token_ids: list[list[int]]) -> list[str]:
     """Return the texts as `generate` makes them. transformers is imported only for tokenizers that need it."""
     facts = policy.manifest.files.get("tokenizer.json")
-    if facts is None or _cleans_up(policy.path):
-        from stages.checkpoints import load_tokenizer
-
+    # transformers then changes white space after decoding
+    cleans_up = read_json(policy.path / "tokenizer_config.json").get("clean_up_tokenization_spaces")
+    if facts is None or cleans_up:
         return list(load_tokenizer(policy.path).batch_decode(token_ids, skip_special_tokens=True))
     if facts["sha256"] not in _decoders:
         from tokenizers import Tokenizer
 
         _decoders[facts["sha256"]] = Tokenizer.from_file(str(policy.path / "tokenizer.json"))
     return list(_decoders[facts["sha256"]].decode_batch(token_ids, skip_special_tokens=True))
-
-
-def _cleans_up(policy: Path) -> bool:
-    """Return whether transformers changes white space after decoding."""
-    return bool(_read_json(policy / "tokenizer_config.json").get("clean_up_tokenization_spaces"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def _vocabulary_size(policies: Mapping[str, Artifact]) -> int | None:
-    sizes = []
-    for policy in policies.values():
-        config = _read_json(policy.path / "config.json")
-        sizes.append(config.get("text_config", config).get("vocab_size"))
-    return min((size for size in sizes if isinstance(size, int)), default=None)
-
-
-def _stop_token_ids(policies: Mapping[str, Artifact]) -> list[int]:
-    """Return the end-of-sequence ids that the policies' files name; empty when one leaves them to the tokenizer."""
-    ids: set[int] = set()
-    for policy in policies.values():
-        found: set[int] = set()
-        for name in ("generation_config.json", "config.json"):
-            value = _read_json(policy.path / name).get("eos_token_id")
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-        tokenizer = _read_json(policy.path / "tokenizer.json")
-        token = _read_json(policy.path / "tokenizer_config.json").get("eos_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        known = [t["id"] for t in tokenizer.get("added_tokens", []) if t["content"] == text]
-        if text is not None and not known:
-            return []
-        ids |= found | set(known)
-    return sorted(ids)
