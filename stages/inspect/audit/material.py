@@ -14,6 +14,7 @@ from pipeline.errors import ArtifactMissing
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.thresholds import AuditConfig
+from stages.inspect.metrics import token_mean
 
 TEXT_COLUMNS = ("completion", "prompt", "reference")
 
@@ -178,11 +179,6 @@ def _answers(run: RunDir, iteration: int, prompts: pl.DataFrame, config: AuditCo
 
 
 def _training(run: RunDir, iterations: list[int]) -> pl.DataFrame:
-    tokens = pl.col("num_tokens")
-
-    def token_mean(name: str) -> pl.Expr:
-        return (pl.col(name) * tokens).sum() / tokens.filter(pl.col(name).is_not_null()).sum()
-
     rows = [
         run.open(iteration, "training_records")
         .scan()
