@@ -209,7 +209,7 @@ def test_jsonl_has_the_figures_and_the_wrong_rows(run: RunDir, capsys: pytest.Ca
 
 def test_torch_is_imported_only_for_a_deep_audit() -> None:
     code = "import sys, flows.commands.auditing, flows.verification, stages.inspect.verify.logprobs, flows.tokens; "
-    code += "import stages.inspect.checkpoint_diff; "
+    code += "import stages.inspect.artifact_diff; "
     code += "print([m for m in ('torch', 'vllm', 'prefect', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
