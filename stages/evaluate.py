@@ -7,11 +7,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config import StrictModel
-from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import load_tokenizer, stop_token_ids
 from stages.engines.base import Engine, Generated, Request, Sampling
-from stages.generate import list_column, request_seed
+from stages.generate import list_column, numbered_rows
 from stages.members import CURRENT
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.rewards.scorer import Scorer
@@ -34,6 +33,10 @@ class EvaluateConfig(StrictModel):
     """Combined reward from which an answer counts as correct."""
     source: SourceConfig | None = None
     """Another source to take the questions from; null = the held-out share of [prompts]."""
+
+
+GREEDY = "greedy"
+"""Decoding of one answer to each question; the others are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +64,35 @@ class EvaluateTaskConfig(StrictModel):
     normalize: NormalizeConfig
 
 
-def evaluation_rows(
+def planned_rows(
     prompts: pl.DataFrame,
-    generated: list[Generated],
-    texts: list[str],
-    seeds: list[int],
+    per_prompt: int,
     *,
     recipe: str,
     decoding: str,
+    seed: int,
     temperature: float,
     policy_digest: str,
     policy_iteration: int | None,
 ) -> pl.DataFrame:
-    """Return one row per answer, not yet scored: the same number of consecutive answers for each prompt."""
-    per_prompt = len(generated) // len(prompts)
-    repeated = prompts[[row for row in range(len(prompts)) for _ in range(per_prompt)]]
-    groups = [identity(recipe, decoding, *row) for row in prompts.select("position", "prompt_id").iter_rows()]
-    group_ids = [group for group in groups for _ in range(per_prompt)]
-    indices = [i % per_prompt for i in range(len(generated))]
-    return repeated.select("prompt_id", "messages", "reference_answer").with_columns(
-        pl.Series("completion_id", [f"{g}-{i:03d}" for g, i in zip(group_ids, indices, strict=True)]),
-        pl.Series("group_id", group_ids),
+    """Return what is known of answers before an engine is asked; `grpo verify` compares it with what is stored."""
+    # minus one marks evaluation: no training request has that iteration
+    rows = numbered_rows(prompts, range(per_prompt), recipe=recipe, seed=seed, iteration=-1, kind=[decoding])
+    return rows.with_columns(
         pl.lit(decoding).alias("decoding"),
-        pl.Series("completion_index", indices, dtype=pl.Int32),
         pl.lit(policy_digest).alias("policy_digest"),
         pl.lit(policy_iteration, dtype=pl.Int32).alias("policy_iteration"),
+        pl.lit(0.0 if decoding == GREEDY else temperature, dtype=pl.Float32).alias("temperature"),
+    )
+
+
+def answered_rows(planned: pl.DataFrame, generated: list[Generated], texts: list[str]) -> pl.DataFrame:
+    """Return the planned rows with their answers, not yet scored."""
+    return planned.with_columns(
         pl.Series("completion", texts),
         list_column("completion_token_ids", [g.token_ids for g in generated], pa.int32()),
         list_column("sampling_logprobs", [g.logprobs for g in generated], pa.float32()),
         pl.Series("finish_reason", [g.finish_reason for g in generated]),
-        pl.Series("seed", seeds, dtype=pl.Int64),
-        pl.lit(temperature, dtype=pl.Float32).alias("temperature"),
     )
 
 
@@ -137,30 +138,26 @@ def _answer(task: StageTask, prompts: pl.DataFrame, decoding: str, per_prompt: i
     config: EvaluateTaskConfig = task.config
     engine = task.resources.engine
     policy = task.inputs["policy"]
-    temperature = 0.0 if decoding == "greedy" else config.temperature
-    sampling = Sampling(
-        temperature=temperature, max_tokens=config.max_tokens, stop_token_ids=tuple(stop_token_ids(policy.path))
-    )
-    token_ids = prompts["prompt_token_ids"].to_list()
-    # minus one marks evaluation: no training request has that index
-    seeds = [request_seed(task.parameters["seed"], -1, g, i) for g in range(len(prompts)) for i in range(per_prompt)]
-    requests = [
-        Request(ids, s) for ids, s in zip([t for t in token_ids for _ in range(per_prompt)], seeds, strict=True)
-    ]
-    engine.load(policy.path)
-    generated = engine.generate(requests, sampling, None)
-    texts = load_tokenizer(policy.path).batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
-    return evaluation_rows(
-        prompts,
-        generated,
-        texts,
-        seeds,
+    planned = planned_rows(
+        prompts.select("position", "prompt_id", "prompt_token_ids", "messages", "reference_answer"),
+        per_prompt,
         recipe=task.recipe,
         decoding=decoding,
-        temperature=temperature,
+        seed=task.parameters["seed"],
+        temperature=config.temperature,
         policy_digest=policy.digest,
         policy_iteration=task.parameters["policy_iteration"],
     )
+    sampling = Sampling(
+        temperature=0.0 if decoding == GREEDY else config.temperature,
+        max_tokens=config.max_tokens,
+        stop_token_ids=tuple(stop_token_ids(policy.path)),
+    )
+    engine.load(policy.path)
+    asked = zip(planned["prompt_token_ids"].to_list(), planned["seed"], strict=True)
+    generated = engine.generate([Request(ids, seed) for ids, seed in asked], sampling, None)
+    texts = load_tokenizer(policy.path).batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
+    return answered_rows(planned.drop("prompt_token_ids"), generated, texts)
 
 
 def _with_rewards(rows: pl.DataFrame, scored: pl.DataFrame, config: EvaluateTaskConfig) -> pl.DataFrame:

@@ -1,21 +1,23 @@
-"""The audit of what generate and evaluate decide before an engine is asked: derived anew from config and inputs.
+"""Verifies what generate and evaluate decide before an engine is asked: derived anew by the stages' own functions.
 
 Ids are hashes of the recipe and the prompt's position, seeds hashes of the run's seed and the position: rows that were
 removed, added, reordered or taken from elsewhere do not fit.
 """
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Any
 
 import polars as pl
 
 from pipeline.artifact import Artifact
-from pipeline.files import identity
-from stages.generate import GenerateConfig, request_seed
+from pipeline.schema import SCHEMAS
+from stages import evaluate, generate
+from stages.generate import GenerateConfig
 from stages.inspect.verify.ledger import PART, Findings, Rule, Where, WrongRow, apply_rules, compare
 from stages.inspect.verify.rows import fingerprint, scan
+from stages.members import Author
 
 HASHED = {"prompt": "the prompt is not that of the input"}
 """What a differing fingerprint means."""
@@ -66,82 +68,50 @@ def _compare(
 
 
 def plan(prompts: pl.DataFrame, config: Mapping[str, Any], recipe: str, digests: Mapping[str, str]) -> pl.DataFrame:
-    """Return what generate decides before an engine is asked, one row per answer, in order.
+    """Return what generate decides before an engine is asked, one row per completion, in order.
 
     ``prompts`` has prompt_id, drop_reason and prompt, in order; ``digests`` are the policies' by member name.
     """
     settings = GenerateConfig(**{k: v for k, v in config.items() if k in GenerateConfig.model_fields})
-    used = prompts.filter(pl.col("drop_reason").is_null()).drop("drop_reason").with_row_index("position")
-    groups = [identity(recipe, *row) for row in used.select("position", "prompt_id").iter_rows()]
-    used = used.with_columns(pl.Series("group_id", groups, dtype=pl.String))
-    frames = []
-    first = 0
+    asked, frames, first = _asked(prompts), [], 0
     for member in settings.plan():
-        indices = pl.DataFrame(
-            {"completion_index": range(first, first + member.count)}, schema={"completion_index": pl.Int32}
-        )
+        indices = range(first, first + member.count)
         first += member.count
-        rows = used.join(indices, how="cross", maintain_order="left_right")
-        seeds = _seeds(config["seed"], config["iteration"], rows)
-        frames.append(
-            rows.select(
-                answer_id(),
-                "group_id",
-                "prompt_id",
-                "completion_index",
-                pl.lit(member.name).alias("policy_name"),
-                pl.lit(digests[member.name]).alias("policy_digest"),
-                pl.lit(config["policy_iterations"][member.name], pl.Int32).alias("policy_iteration"),
-                seeds,
-                pl.lit(settings.temperature, pl.Float32).alias("temperature"),
-                pl.lit(settings.top_p, pl.Float32).alias("top_p"),
-                pl.lit(settings.top_k, pl.Int32).alias("top_k"),
-                pl.lit(settings.min_p, pl.Float32).alias("min_p"),
-                "prompt",
-            )
-        )
-    return pl.concat(frames)
+        # the path is not read: no engine is asked
+        author = Author(member.name, Path(), digests[member.name], config["policy_iterations"][member.name])
+        numbers = {"seed": config["seed"], "iteration": config["iteration"]}
+        frames.append(generate.planned_rows(asked, settings, author, indices, recipe=recipe, **numbers))
+    return _in_order(frames, "completions")
 
 
-def answer_id() -> pl.Expr:
-    """Return the completion_id of each row's group_id and completion_index."""
-    index = pl.col("completion_index").cast(pl.String).str.zfill(3)
-    return pl.format("{}-{}", "group_id", index).alias("completion_id")
+def _in_order(frames: list[pl.DataFrame], dataset: str) -> pl.DataFrame:
+    rows = pl.concat(frames)
+    return rows.select(*(name for name in SCHEMAS[dataset].names if name in rows.columns), "prompt")
 
 
-def _seeds(seed: int, iteration: int, rows: pl.DataFrame) -> pl.Series:
-    numbers = rows.select("position", "completion_index").iter_rows()
-    return pl.Series("seed", [request_seed(seed, iteration, p, i) for p, i in numbers], dtype=pl.Int64)
+def _asked(prompts: pl.DataFrame) -> pl.DataFrame:
+    return prompts.filter(pl.col("drop_reason").is_null()).drop("drop_reason").with_row_index("position")
 
 
 def evaluation_plan(prompts: pl.DataFrame, config: Mapping[str, Any], recipe: str, digest: str) -> pl.DataFrame:
-    """Return what evaluate decides before an engine is asked, one row per answer, in order.
+    """Return what evaluate decides before an engine is asked, one row per completion, in order.
 
     ``prompts`` has prompt_id, drop_reason and prompt, in order; ``digest`` is the policy's.
     """
-    used = prompts.filter(pl.col("drop_reason").is_null()).drop("drop_reason").with_row_index("position")
-    frames = []
-    for decoding, count in (("greedy", 1), ("sampled", config["num_samples"])):
-        groups = [identity(recipe, decoding, *row) for row in used.select("position", "prompt_id").iter_rows()]
-        indices = pl.DataFrame({"completion_index": range(count)}, schema={"completion_index": pl.Int32})
-        rows = used.with_columns(pl.Series("group_id", groups, dtype=pl.String)).join(
-            indices, how="cross", maintain_order="left_right"
+    frames = [
+        evaluate.planned_rows(
+            _asked(prompts),
+            count,
+            recipe=recipe,
+            decoding=decoding,
+            seed=config["seed"],
+            temperature=config["temperature"],
+            policy_digest=digest,
+            policy_iteration=config["policy_iteration"],
         )
-        frames.append(
-            rows.select(
-                answer_id(),
-                "group_id",
-                "prompt_id",
-                pl.lit(decoding).alias("decoding"),
-                "completion_index",
-                pl.lit(digest).alias("policy_digest"),
-                pl.lit(config["policy_iteration"], pl.Int32).alias("policy_iteration"),
-                _seeds(config["seed"], -1, rows),  # as in evaluate: no training request has that iteration
-                pl.lit(0.0 if decoding == "greedy" else config["temperature"], pl.Float32).alias("temperature"),
-                "prompt",
-            )
-        )
-    return pl.concat(frames)
+        for decoding, count in ((evaluate.GREEDY, 1), ("sampled", config["num_samples"]))
+    ]
+    return _in_order(frames, "evaluations")
 
 
 def check_evaluations(findings: Findings, where: Where, evaluations: Artifact, prompts: Artifact) -> None:
