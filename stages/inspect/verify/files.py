@@ -164,8 +164,9 @@ def _check_counts(findings: Findings, item: Located) -> None:
         if rows != stated:
             findings.wrong("counts", where, f"{rows} rows, the manifest says {shorten(stated)}", part=path.name)
     stated_total = total if item.artifact.files() else None
-    if manifest.rows != stated_total or manifest.drops != dict(drops):
-        text = f"{stated_total} rows with the drops {dict(sorted(drops.items()))}, the manifest says {manifest.rows}, {manifest.drops}"
+    sorted_drops = dict(sorted(drops.items()))
+    if manifest.rows != stated_total or manifest.drops != sorted_drops:
+        text = f"{stated_total} rows with the drops {sorted_drops}, the manifest says {manifest.rows}, {manifest.drops}"
         findings.wrong("counts", where, text)
 
 
