@@ -19,7 +19,7 @@ from pipeline.run_dir import RunDir
 from stages.engines.base import EngineSettings
 from stages.engines.scripted import ScriptedEngine
 from stages.engines.transformers_engine import TransformersEngine
-from stages.inspect.verify.ledger import Findings
+from stages.inspect.verify.ledger import Ledger
 from stages.inspect.verify.logprobs import CHECK, DeepSettings, Mismatch, check_logprobs, sample_rows
 from tests.finished import finished_run, forge, replace_value
 from tests.policies import save_tiny_policy
@@ -67,8 +67,8 @@ def run(original: Path, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def check(run: RunDir, settings: DeepSettings = ALL) -> tuple[list[Mismatch], Findings]:
-    findings = Findings()
+def check(run: RunDir, settings: DeepSettings = ALL) -> tuple[list[Mismatch], Ledger]:
+    findings = Ledger()
     return check_logprobs(run, findings, settings), findings
 
 

@@ -1,7 +1,7 @@
 """`grpo report`: one HTML file about a run that opens anywhere, without a network.
 
 The page is data plus a fixed script and style sheet, whose hashes stand in its Content-Security-Policy: nothing that a
-model wrote can run, be loaded, or change how the page looks. Answers travel as JSON and become text nodes.
+model wrote can run, be loaded, or change how the page looks. Completions travel as JSON and become text nodes.
 """
 
 import base64

@@ -16,7 +16,7 @@ from pipeline.run_dir import RunDir
 MOST_MEMBERS = 16
 """Of a larger group: those that a finding names, then the best and the worst by turns."""
 HEAD_TOKENS, TAIL_TOKENS = 768, 256
-"""Of a longer answer only its beginning and its end are shown."""
+"""Of a longer completion only its beginning and its end are shown."""
 MOST_CHARACTERS = 4_000
 """Of prompts, plain text, details and errors."""
 
@@ -53,7 +53,7 @@ def _tokenizers(run: RunDir) -> Iterator[Path]:
         if not run.has(iteration, "completions"):
             continue
         completions = run.open(iteration, "completions")
-        for name, found in completions.manifest.inputs.items():  # answers of another run: its policies
+        for name, found in completions.manifest.inputs.items():  # completions of another run: its policies
             if name.startswith("policy"):
                 yield completions.path / found["path"] / "tokenizer.json"
 
@@ -66,7 +66,7 @@ def choose_groups(data: Data, flagged: Collection[str], count: int, seed: str) -
     """Return up to ``count`` groups, each with the reason for which it was chosen, and how many groups there are.
 
     Groups that an audit names come first. Then the rankings take turns: groups with a failed reward, the widest spread
-    of rewards, the largest advantage, answers cut at max_tokens, and a sample that depends on ``seed`` and the ids.
+    of rewards, the largest advantage, completions cut at max_tokens, and a sample that depends on ``seed`` and the ids.
     """
     facts = _group_facts(data)
     if facts is None:

@@ -5,35 +5,35 @@ from pathlib import Path
 from pipeline.artifact import Artifact
 from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILES, read_header, weight_names
 from stages.inspect.verify.files import Catalog, Located, policy_key
-from stages.inspect.verify.ledger import Findings, shorten
+from stages.inspect.verify.ledger import Ledger, shorten
 
 
-def check_policies(findings: Findings, catalog: Catalog, sound: set[Path]) -> None:
+def check_policies(ledger: Ledger, catalog: Catalog, sound: set[Path]) -> None:
     """Compare tokenizer and tensor shapes of each policy with those of the one it was updated from. Read-only."""
     policies = [(key, item) for key, item in catalog.items() if item.where.dataset == "policy"]
     for (index, _), item in policies:
         parent = catalog.get(policy_key(index) or (None, ""))
         if parent is None or not {item.artifact.path, parent.artifact.path} <= sound:
             continue
-        findings.checked("policies")
+        ledger.checked("policies")
         ours, theirs = item.artifact.manifest.files, parent.artifact.manifest.files
         for name in TOKENIZER_FILES:
             if ours.get(name, {}).get("sha256") != theirs.get(name, {}).get("sha256"):
-                findings.wrong("policies", item.where, f"it differs from that of {parent.where.path}", part=name)
-        _compare_tensors(findings, item, parent)
+                ledger.wrong("policies", item.where, f"it differs from that of {parent.where.path}", part=name)
+        _compare_tensors(ledger, item, parent)
 
 
-def _compare_tensors(findings: Findings, item: Located, parent: Located) -> bool:
+def _compare_tensors(ledger: Ledger, item: Located, parent: Located) -> bool:
     """Return whether both can be read."""
     try:
         ours, theirs = _tensors(item.artifact), _tensors(parent.artifact)
     except ValueError as error:
-        findings.wrong("policies", item.where, f"its tensors cannot be read: {error}")
+        ledger.wrong("policies", item.where, f"its tensors cannot be read: {error}")
         return False
     if ours and theirs and ours != theirs:
         odd = sorted({name for name, _ in ours.items() ^ theirs.items()})
         text = f"names, types or shapes of tensors differ from {parent.where.path}: {shorten(odd)}"
-        findings.wrong("policies", item.where, text)
+        ledger.wrong("policies", item.where, text)
     return True
 
 
@@ -44,26 +44,26 @@ def _tensors(artifact: Artifact) -> dict[str, str]:
     return {name: f"{dtype} {header.shapes[name]}" for header in headers for name, dtype in header.dtypes.items()}
 
 
-def check_states(findings: Findings, catalog: Catalog, sound: set[Path]) -> None:
+def check_states(ledger: Ledger, catalog: Catalog, sound: set[Path]) -> None:
     """Compare the tensors' shapes and the steps taken of each optimizer state with the one before it. Read-only."""
     for (index, dataset), item in catalog.items():
         if dataset != "optimizer" or index is None or item.artifact.path not in sound:
             continue
-        findings.checked("policies")
+        ledger.checked("policies")
         key, file = ((index - 1, "optimizer"), STATE_FILE) if index else ((None, "initial_policy"), OPTIMIZER_FILE)
         before, steps = catalog.get(key), catalog.get((index, "optimizer_steps"))
         if before is None or steps is None or before.artifact.path not in sound:
             continue
-        if index and not _compare_tensors(findings, item, before):
+        if index and not _compare_tensors(ledger, item, before):
             continue
         try:
             taken, earlier = _num_steps(item.artifact, STATE_FILE), _num_steps(before.artifact, file)
         except (ValueError, LookupError) as error:
-            findings.wrong("policies", item.where, f"its tensors cannot be read: {error}")
+            ledger.wrong("policies", item.where, f"its tensors cannot be read: {error}")
             continue
         if taken is not None and earlier is not None and taken != earlier + (steps.artifact.manifest.rows or 0):
             text = f"{taken} steps taken, expected {earlier} and the {steps.artifact.manifest.rows} of this iteration"
-            findings.wrong("policies", item.where, text)
+            ledger.wrong("policies", item.where, text)
 
 
 def _num_steps(artifact: Artifact, name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What an audit finds: named checks with counts, and the exact rows that are wrong."""
+"""What verify writes down: named checks with counts, and the exact rows that are wrong."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,8 +72,8 @@ class Tally:
 
 
 @dataclass(slots=True)
-class Findings:
-    """The ledger of an audit. Of each check in each artifact at most ``limit`` rows are named, all are counted."""
+class Ledger:
+    """What was checked, and what is wrong: of each check and artifact ``limit`` rows are named, all are counted."""
 
     limit: int = 20
     tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in CHECKS})
@@ -135,18 +135,18 @@ class Rule:
     """Shown with the row."""
 
 
-def apply_rules(findings: Findings, where: Where, frame: pl.LazyFrame, rules: Sequence[Rule], key: str) -> None:
+def apply_rules(ledger: Ledger, where: Where, frame: pl.LazyFrame, rules: Sequence[Rule], key: str) -> None:
     """Count the rows that break each rule, in one streaming pass, and name them in a second one if there are any."""
     sums = [rule.is_wrong.fill_null(True).sum().alias(f"_{index}") for index, rule in enumerate(rules)]
     counts = frame.select(pl.len().alias("_rows"), *sums).collect(engine="streaming").row(0, named=True)
     for check in dict.fromkeys(rule.check for rule in rules):
-        findings.checked(check, counts["_rows"])
+        ledger.checked(check, counts["_rows"])
     for index, rule in enumerate(rules):
         if counts[f"_{index}"]:
             shown = list(dict.fromkeys([PART, key, *rule.columns]))
-            rows = frame.filter(rule.is_wrong.fill_null(True)).select(shown).head(findings.limit).collect()
+            rows = frame.filter(rule.is_wrong.fill_null(True)).select(shown).head(ledger.limit).collect()
             named = [WrongRow(row[key], row[PART], rule.found + _values(row, rule.columns)) for row in rows.to_dicts()]
-            findings.wrong_rows(rule.check, where, named, counts[f"_{index}"])
+            ledger.wrong_rows(rule.check, where, named, counts[f"_{index}"])
 
 
 def _values(row: Mapping[str, Any], columns: Iterable[str]) -> str:

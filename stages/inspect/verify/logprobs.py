@@ -1,7 +1,7 @@
-"""The deep audit: the sampler's log probabilities computed again, by the trainer's model, from the weights that wrote.
+"""verify --deep: the sampler's log probabilities computed again, by the trainer's model, from the weights that wrote.
 
-What `stages.verify` must take on trust is which tokens were sampled with which probability. Here every row, or a sample
-of them, goes through the policy whose digest it carries, with the trainer's own forward. What remains between the two
+The other checks must take on trust which tokens were sampled with which probability. Here every row, or a sample of
+them, goes through the policy whose digest it carries, with the trainer's own forward. What remains between the two
 is the engine mismatch: kernels, precision, batch shapes - or a row whose numbers are not those of its policy.
 
 torch is imported when the first model is loaded.
@@ -25,7 +25,7 @@ from stages.batch import IMPORTED
 from stages.checkpoints import weight_names
 from stages.config import RunConfig, recorded_config
 from stages.inspect.verify.files import relative_path
-from stages.inspect.verify.ledger import Findings, Tally, Where, WrongRow
+from stages.inspect.verify.ledger import Ledger, Tally, Where, WrongRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ MEASURED = pl.Schema(
 
 @dataclass(frozen=True, slots=True)
 class DeepSettings:
-    """How deep the audit goes."""
+    """Which rows are computed again, and how far they may be off."""
 
     rows: int = 64
     """Of each iteration, chosen by a hash of seed and id; 0 = all."""
@@ -89,10 +89,10 @@ class Mismatch:
 
 
 def check_logprobs(
-    run: RunDir, findings: Findings, settings: DeepSettings, progress: Callable[[str], None] = lambda _: None
+    run: RunDir, ledger: Ledger, settings: DeepSettings, progress: Callable[[str], None] = lambda _: None
 ) -> list[Mismatch]:
-    """Return the mismatch of each iteration that has completions; rows over the threshold are findings. Read-only."""
-    findings.tallies[CHECK] = Tally()
+    """Return the mismatch of each iteration that has completions; rows over the threshold are ledger. Read-only."""
+    ledger.tallies[CHECK] = Tally()
     known = {artifact.digest: artifact for artifact in _policies(run)}
     samples: list[pl.DataFrame] = []
     counts: dict[int, tuple[Where, int]] = {}
@@ -104,16 +104,16 @@ def check_logprobs(
             completions = run.open(index, "completions")
             sample, count = sample_rows(completions, index, settings)
         except (GrpoError, pl.exceptions.PolarsError, OSError) as error:
-            findings.wrong(CHECK, where, f"cannot be checked: {error}")
+            ledger.wrong(CHECK, where, f"cannot be checked: {error}")
             continue
         known |= {artifact.digest: artifact for artifact in _authors(completions)}
         counts[index] = (where, count)
         if count == 0:
-            findings.skipped(CHECK, "no policy of this program has sampled the answers")
+            ledger.skipped(CHECK, "no policy of this program has sampled the answers")
         samples.append(sample)
-    measured = _measure(run, findings, pl.concat(samples), known, counts, progress) if samples else []
+    measured = _measure(run, ledger, pl.concat(samples), known, counts, progress) if samples else []
     frame = pl.concat([pl.DataFrame(schema=MEASURED), *measured])
-    return [_report(findings, settings, frame, index, *counts[index]) for index in counts]
+    return [_report(ledger, settings, frame, index, *counts[index]) for index in counts]
 
 
 def sample_rows(completions: Artifact, iteration: int, settings: DeepSettings) -> tuple[pl.DataFrame, int]:
@@ -150,7 +150,7 @@ def _policies(run: RunDir) -> Iterator[Artifact]:
 
 
 def _authors(completions: Artifact) -> Iterator[Artifact]:
-    """Yield the policies that the answers were sampled from: those of another run lie there."""
+    """Yield the policies that the completions were sampled from: those of another run lie there."""
     inputs = completions.manifest.inputs.items()
     places = [completions.path / facts["path"] for name, facts in inputs if name.startswith("policy:")]
     yield from _open(places)
@@ -162,12 +162,12 @@ def _open(places: list[Path]) -> Iterator[Artifact]:
             try:
                 yield open_artifact(place)
             except ArtifactError:
-                continue  # the audit of files says so
+                continue  # the check of files says so
 
 
 def _measure(
     run: RunDir,
-    findings: Findings,
+    ledger: Ledger,
     rows: pl.DataFrame,
     policies: dict[str, Artifact],
     counts: dict[int, tuple[Where, int]],
@@ -181,7 +181,7 @@ def _measure(
         if policy is None or _is_pruned(policy):
             reason = "the policy that wrote the answers is not there" if policy is None else "its weights are pruned"
             for _ in written["iteration"].unique():
-                findings.skipped(CHECK, reason)
+                ledger.skipped(CHECK, reason)
             continue
         config = config or recorded_config(run)
         progress(f"log probabilities of {written.height} rows by {relative_path(policy.path, run.root)}")
@@ -189,7 +189,7 @@ def _measure(
             measured += list(_logprob_rows(policy.path, written, config))
         except (ValueError, OSError) as error:
             for index in written["iteration"].unique(maintain_order=True):
-                findings.wrong(CHECK, counts[index][0], f"cannot be checked with policy {policy.digest[:16]}: {error}")
+                ledger.wrong(CHECK, counts[index][0], f"cannot be checked with policy {policy.digest[:16]}: {error}")
     return measured
 
 
@@ -265,7 +265,7 @@ def _by_row(rows: pl.DataFrame, token: dict[str, Any]) -> pl.DataFrame:
 
 
 def _report(
-    findings: Findings, settings: DeepSettings, frame: pl.DataFrame, index: int, where: Where, of_rows: int
+    ledger: Ledger, settings: DeepSettings, frame: pl.DataFrame, index: int, where: Where, of_rows: int
 ) -> Mismatch:
     rows = frame.filter(pl.col("iteration") == index).sort("difference_max", "completion_id", descending=[True, False])
     beyond = rows.filter(pl.col("difference_max") > settings.threshold)
@@ -276,10 +276,10 @@ def _report(
             f"the trainer's logprob of token {row['position']} lies {row['difference_max']:.4g} nats from the stored "
             f"one, more than {settings.threshold:g} (written by {row['policy_name']})",
         )
-        for row in beyond.head(findings.limit).to_dicts()
+        for row in beyond.head(ledger.limit).to_dicts()
     ]
-    findings.checked(CHECK, rows.filter(pl.col("tokens") > 0).height)
-    findings.wrong_rows(CHECK, where, named, beyond.height)
+    ledger.checked(CHECK, rows.filter(pl.col("tokens") > 0).height)
+    ledger.wrong_rows(CHECK, where, named, beyond.height)
     total = rows.select(pl.col("tokens", "difference_sum", "kl_sum").sum(), pl.col("difference_max").max())
     sums = total.row(0, named=True)
     tokens = sums["tokens"]

@@ -15,7 +15,7 @@ from pipeline.artifact import Artifact
 from pipeline.schema import SCHEMAS
 from stages import evaluate, generate
 from stages.generate import GenerateConfig
-from stages.inspect.verify.ledger import PART, Findings, Rule, Where, WrongRow, apply_rules, compare
+from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, WrongRow, apply_rules, compare
 from stages.inspect.verify.rows import fingerprint, scan
 from stages.members import Author
 
@@ -23,8 +23,8 @@ HASHED = {"prompt": "the prompt is not that of the input"}
 """What a differing fingerprint means."""
 
 
-def check_plan(findings: Findings, where: Where, completions: Artifact, prompts: Artifact) -> None:
-    """Derive ids, order, seeds, settings and policies of an iteration's answers anew, and compare."""
+def check_plan(ledger: Ledger, where: Where, completions: Artifact, prompts: Artifact) -> None:
+    """Derive ids, order, seeds, settings and policies of an iteration's completions anew, and compare."""
     expected = plan(
         scan(prompts).select("prompt_id", "drop_reason", prompt=fingerprint("prompt_token_ids")).collect(),
         completions.manifest.config,
@@ -33,11 +33,11 @@ def check_plan(findings: Findings, where: Where, completions: Artifact, prompts:
     )
     columns = [name for name in expected.columns if name != "prompt"]
     found = scan(completions).select(*columns, PART, prompt=fingerprint("prompt_token_ids"))
-    _check_engine(findings, where, completions)
-    _compare(findings, "sampling plan", where, completions, expected, found.collect(engine="streaming"))
+    _check_engine(ledger, where, completions)
+    _compare(ledger, "sampling plan", where, completions, expected, found.collect(engine="streaming"))
 
 
-def _check_engine(findings: Findings, where: Where, completions: Artifact) -> None:
+def _check_engine(ledger: Ledger, where: Where, completions: Artifact) -> None:
     """Check that each part names one engine: it was written by one process."""
     names = ("engine", "engine_version", "logprobs_mode")
     for part in completions.files():
@@ -46,14 +46,14 @@ def _check_engine(findings: Findings, where: Where, completions: Artifact) -> No
             common = rows["engine"].mode(maintain_order=True)[0]
             odd = [(i, engine) for i, engine in rows.iter_rows() if engine != common]
             named = [WrongRow(i, part.name, f"the engine is {engine}, others have {common}") for i, engine in odd]
-            findings.wrong_rows("sampling plan", where, named, len(named))
+            ledger.wrong_rows("sampling plan", where, named, len(named))
 
 
 def _compare(
-    findings: Findings, check: str, where: Where, artifact: Artifact, expected: pl.DataFrame, found: pl.DataFrame
+    ledger: Ledger, check: str, where: Where, artifact: Artifact, expected: pl.DataFrame, found: pl.DataFrame
 ) -> None:
     """Compare row by row, unless not one id is right: then it is the recipe that was changed, not the rows."""
-    findings.checked(check, expected.height)
+    ledger.checked(check, expected.height)
     if expected.height and found.join(expected, on="completion_id", how="semi").is_empty():
         folder = PurePosixPath(where.path)
         inputs = [normpath((folder / facts["path"]).as_posix()) for facts in artifact.manifest.inputs.values()]
@@ -61,10 +61,10 @@ def _compare(
             f"no id follows from the recipe: a setting in the manifest or one of {', '.join(inputs)} "
             "was changed after the answers were written"
         )
-        findings.wrong_rows(check, where, [WrongRow("all", None, text)], 1)
+        ledger.wrong_rows(check, where, [WrongRow("all", None, text)], 1)
         return
-    rows, count = compare(expected, found, ["completion_id"], limit=findings.limit, hashed=HASHED)
-    findings.wrong_rows(check, where, rows, count)
+    rows, count = compare(expected, found, ["completion_id"], limit=ledger.limit, hashed=HASHED)
+    ledger.wrong_rows(check, where, rows, count)
 
 
 def plan(prompts: pl.DataFrame, config: Mapping[str, Any], recipe: str, digests: Mapping[str, str]) -> pl.DataFrame:
@@ -114,7 +114,7 @@ def evaluation_plan(prompts: pl.DataFrame, config: Mapping[str, Any], recipe: st
     return _in_order(frames, "evaluations")
 
 
-def check_evaluations(findings: Findings, where: Where, evaluations: Artifact, prompts: Artifact) -> None:
+def check_evaluations(ledger: Ledger, where: Where, evaluations: Artifact, prompts: Artifact) -> None:
     """Derive the plan of an evaluation anew, compare it, and check is_correct against the reward."""
     config = evaluations.manifest.config
     held = fingerprint("messages", "reference_answer").alias("prompt")
@@ -126,7 +126,7 @@ def check_evaluations(findings: Findings, where: Where, evaluations: Artifact, p
     )
     columns = [name for name in expected.columns if name != "prompt"]
     found = scan(evaluations).select(*columns, PART, held).collect(engine="streaming")
-    _compare(findings, "evaluations", where, evaluations, expected, found)
+    _compare(ledger, "evaluations", where, evaluations, expected, found)
     is_right = pl.col("reward") >= config["pass_threshold"]
     shown = ("reward", "is_correct")
     rules = [
@@ -137,4 +137,4 @@ def check_evaluations(findings: Findings, where: Where, evaluations: Artifact, p
     if all(config["normalize"]["weights"].values()):  # else a reward of weight 0 may have failed
         both = pl.col("reward").is_not_null() & pl.col("error").is_not_null()
         rules.append(Rule("evaluations", both, "a reward and an error", ("reward", "error")))
-    apply_rules(findings, where, scan(evaluations), rules, "completion_id")
+    apply_rules(ledger, where, scan(evaluations), rules, "completion_id")
