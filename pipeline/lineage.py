@@ -22,7 +22,7 @@ class Node:
     """Which input it is of the artifact above it; empty for the first."""
     artifact: Artifact
     is_repeated: bool
-    """It stands above with all that it was made from, and is not followed again."""
+    """It is listed above with all that it was made from, and is not followed again."""
 
 
 def ancestry(artifact: Artifact, depth: int | None = None) -> Iterator[Node]:
@@ -54,7 +54,7 @@ def open_inputs(artifact: Artifact) -> dict[str, Artifact]:
 
     Raises:
         ArtifactMissing: when one is gone.
-        ArtifactDamaged: when another one stands in its place.
+        ArtifactDamaged: when another one is in its place.
     """
     found = {}
     for name, facts in artifact.manifest.inputs.items():

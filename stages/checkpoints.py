@@ -235,7 +235,7 @@ _tokenizers: "dict[tuple[tuple[str, str], ...], PreTrainedTokenizerBase]" = {}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, byte for byte, beside new weights."""
+    """Copy the tokenizer's files, byte for byte, next to new weights."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -55,7 +55,7 @@ def write_report(
     megabytes: float = 10.0,
     seed: int = 0,
 ) -> tuple[Path, Report]:
-    """Write the report of a run, by default beside its iterations as `report.html`; return its path and contents.
+    """Write the report of a run, by default next to its iterations as `report.html`; return its path and contents.
 
     ``findings`` is a file that `stages.inspect.report_data.read_findings` reads. The run itself is only read.
 

@@ -2,9 +2,9 @@
 
 import polars as pl
 
-from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
+from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, graded, not_applicable, percent, row_refs
 from stages.inspect.audit.ngrams import plain, sequences, words
-from stages.inspect.audit.run_rows import RunRows, names_reference, normalized
+from stages.inspect.audit.run_rows import RunRows, mean, names_reference, normalized
 from stages.inspect.audit.text import numbered
 from stages.inspect.audit.thresholds import AuditConfig
 
@@ -15,12 +15,12 @@ def prompt_copy(run: RunRows, config: AuditConfig) -> Outcome:
     late = _copied(run, run.late, limits.words, limits.overlap)
     if len(late) < config.data.min_answers:
         return not_applicable(check, f"too few answers of {limits.words} words or more")
-    share = float(late["is_copy"].cast(pl.Float64).mean() or 0.0)  # type: ignore[arg-type]
+    share = mean(late, "is_copy")
     note = f"{percent(share)} of the late answers of {limits.words} words or more stand mostly in their prompt"
     grown = None
     if run.early:
         early = _copied(run, run.early, limits.words, limits.overlap)
-        before = float(early["is_copy"].cast(pl.Float64).mean() or 0.0) if len(early) else 0.0  # type: ignore[arg-type]
+        before = mean(early, "is_copy")
         grown, note = share - before, f"{note} (at first {percent(before)})"
     if share < limits.share:
         return checked(check, note)
@@ -61,9 +61,9 @@ def reference_in_prompt(run: RunRows, config: AuditConfig) -> Outcome:
         return not_applicable(check, f"only {num_references} different references: a choice among given answers")
     # a leak that begins later must not drown in the iterations before it
     per_iteration = asked.group_by("iteration").agg(pl.col("is_given").mean(), pl.len()).sort("iteration")
-    share = float(asked["is_given"].cast(pl.Float64).mean())  # type: ignore[arg-type]
+    share = mean(asked, "is_given")
     recent = run.window(asked, run.late or run.iterations)
-    late = float(recent["is_given"].cast(pl.Float64).mean()) if len(recent) else 0.0  # type: ignore[arg-type]
+    late = mean(recent, "is_given")
     highest = max(share, late)
     note = f"{percent(share)} of {len(asked)} prompts contain their reference answer (late: {percent(late)})"
     if highest < limits.info_share:
@@ -77,8 +77,7 @@ def reference_in_prompt(run: RunRows, config: AuditConfig) -> Outcome:
     note += f", answers to the others in {percent(told[False])}" if False in told else ""
     first = per_iteration.filter(pl.col("is_given") >= limits.info_share)
     note += f"; first in iteration {first['iteration'][0]}" if len(first) else ""
-    severity: Severity = "warning" if highest >= limits.share else "info"
-    threshold = limits.share if severity == "warning" else limits.info_share
+    severity, threshold = graded(highest, limits.info_share, limits.share)
     shown = rows.filter("is_given", "agrees").sort("iteration", "completion_id", descending=[True, False])
     shown = shown if len(shown) else rows.filter("is_given")
     return checked(check, note, [Finding(check, severity, note, highest, threshold, row_refs(shown))])
@@ -94,18 +93,18 @@ def reference_verbatim(run: RunRows, config: AuditConfig) -> Outcome:
     ).filter(words(pl.col("reference")).list.len() >= limits.verbatim_words)
     if len(rows) < config.data.min_answers:
         return not_applicable(check, f"too few answers have a reference of {limits.verbatim_words} words or more")
-    share = float(rows["is_verbatim"].cast(pl.Float64).mean())  # type: ignore[arg-type]
+    share = mean(rows, "is_verbatim")
     note = f"{percent(share)} of the late answers repeat a reference of {limits.verbatim_words} words or more"
     if share < limits.verbatim_share:
         return checked(check, note)
     shown = rows.filter("is_verbatim").sort("reward", "completion_id", descending=[True, False], nulls_last=True)
-    given = float(shown["is_given"].cast(pl.Float64).mean())  # type: ignore[arg-type]
+    given = mean(shown, "is_given")
     message = f"{note} word by word; of these {percent(given)} have it in their prompt"
     return checked(check, note, [Finding(check, "warning", message, share, limits.verbatim_share, row_refs(shown))])
 
 
 def held_out_leak(run: RunRows, config: AuditConfig) -> Outcome:
-    """Return whether held-out questions, by id or by text, or their long answers stand in the training data."""
+    """Return whether held-out questions, by id or by text, or their long reference answers are in the training data."""
     check, limits = "held_out_leak", config.held_out
     if not len(run.held_out):
         return not_applicable(check, "the run has no held-out prompts")
@@ -121,8 +120,7 @@ def held_out_leak(run: RunRows, config: AuditConfig) -> Outcome:
     note = f"{leaked.height} of {held_out.height} held-out questions stand among the training prompts"
     findings = []
     if share > limits.info_share:
-        severity: Severity = "warning" if share >= limits.share else "info"
-        threshold = limits.share if severity == "warning" else limits.info_share
+        severity, threshold = graded(share, limits.info_share, limits.share)
         rows = run.completions.join(seen, on=["iteration", "prompt_id"], how="semi", maintain_order="left")
         groups = rows.unique("group_id", keep="first", maintain_order=True).select("iteration", "group_id")
         findings.append(Finding(check, severity, note, share, threshold, row_refs(groups)))

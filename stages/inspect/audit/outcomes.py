@@ -3,7 +3,7 @@
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.inspect.audit.run_rows import RunRows
+from stages.inspect.audit.run_rows import RunRows, mean
 from stages.inspect.audit.thresholds import AuditConfig
 
 NO_TREND = "too few iterations for a trend"
@@ -20,15 +20,15 @@ def saturation(run: RunRows, config: AuditConfig) -> Outcome:
     early, late = run.window(groups, run.early), run.window(groups, run.late)
     if not len(early) or not len(late):
         return not_applicable(check, "the first or the last iterations have no rewards")
-    flat, failing = _mean(late, "has_zero_variance"), _mean(late, "is_failing")
-    spread_before, spread = _mean(early, "std"), _mean(late, "std")
+    flat, failing = mean(late, "has_zero_variance"), mean(late, "is_failing")
+    spread_before, spread = mean(early, "std"), mean(late, "std")
     ratio = spread / spread_before if spread_before > 0 else 1.0
     note = (
         f"late groups without spread: {percent(flat)}, of them not passing {percent(failing)}; spread within groups "
         f"{spread_before:.3g} -> {spread:.3g}"
     )
     findings = []
-    grown = failing - _mean(early, "is_failing")
+    grown = failing - mean(early, "is_failing")
     if flat >= limits.flat_share or ratio <= limits.std_ratio:
         unbacked = _unbacked(run, late, config)
         severity: Severity = "warning" if unbacked else "info"
@@ -62,25 +62,20 @@ def _groups(run: RunRows) -> pl.DataFrame:
     )
 
 
-def _mean(frame: pl.DataFrame, name: str) -> float:
-    value = frame[name].cast(pl.Float64).mean()
-    return 0.0 if value is None else float(value)  # type: ignore[arg-type]
-
-
 def _unbacked(run: RunRows, late: pl.DataFrame, config: AuditConfig) -> str:
     """Return in words that neither references nor held-out questions confirm the passing groups, else nothing."""
     passing = late.filter(pl.col("has_zero_variance"), pl.col("pass_rate") > 0)
     if not len(passing):
         return ""
     if references_are_usable(run, config):
-        agreement = _mean(passing, "agreement")
+        agreement = mean(passing, "agreement")
         if 1 - agreement >= config.saturation.unbacked_gap:
             return f"but {percent(agreement)} of the answers of passing groups name the reference answer"
         return ""
     evaluations = run.evaluations.filter(pl.col("decoding") == "sampled", pl.col("is_correct").is_not_null())
     recent = evaluations.filter(pl.col("iteration") == pl.col("iteration").max())
-    if len(recent) and _mean(late, "pass_rate") - _mean(recent, "is_correct") >= config.saturation.unbacked_gap:
-        return f"but {percent(_mean(recent, 'is_correct'))} of the answers to held-out questions pass"
+    if len(recent) and mean(late, "pass_rate") - mean(recent, "is_correct") >= config.saturation.unbacked_gap:
+        return f"but {percent(mean(recent, 'is_correct'))} of the answers to held-out questions pass"
     return ""
 
 
@@ -104,9 +99,9 @@ def reward_against_reference(run: RunRows, config: AuditConfig) -> Outcome:
     early, late = run.window(rows, run.early), run.window(rows, run.late)
     if min(len(early), len(late)) < config.data.min_answers:
         return not_applicable(check, NO_TREND)
-    before, after = _mean(early, "agrees"), _mean(late, "agrees")
-    reward_before, reward_after = _mean(early, "reward"), _mean(late, "reward")
-    gap_before, gap = (_passing(frame, run) - _mean(frame, "agrees") for frame in (early, late))
+    before, after = mean(early, "agrees"), mean(late, "agrees")
+    reward_before, reward_after = mean(early, "reward"), mean(late, "reward")
+    gap_before, gap = (_passing(frame, run) - mean(frame, "agrees") for frame in (early, late))
     note = (
         f"answers that name the reference {percent(before)} -> {percent(after)}, mean reward {reward_before:.3g} -> "
         f"{reward_after:.3g}"
@@ -135,7 +130,7 @@ def class_change(run: RunRows, config: AuditConfig) -> Outcome:
     groups = _groups(run)
     if not len(groups):
         return not_applicable(check, "no iteration has rewards")
-    # the same question may stand in several rows of a source: its text says what it is
+    # several rows of a source may hold the same question: its text says what it is
     named = groups.join(
         run.prompts.select("iteration", "prompt_id", "prompt"), on=["iteration", "prompt_id"], how="left"
     )

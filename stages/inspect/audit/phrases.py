@@ -85,7 +85,7 @@ def _phrases(
     text = plain(pl.col(column))
     units = (text.str.split("") if is_short else text.str.split(" ")).list.filter(pl.element() != "")
     half = limits.units // 2
-    # a unit that no phrase joins stands between beginning and end of a long text
+    # a unit that no phrase contains separates beginning and end of a long text
     kept = (
         pl.when(pl.col("units").list.len() > 2 * half)
         .then(pl.concat_list(pl.col("units").list.head(half), pl.lit("\x1e"), pl.col("units").list.tail(half)))

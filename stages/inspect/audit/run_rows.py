@@ -130,10 +130,16 @@ def normalized(text: pl.Expr) -> pl.Expr:
 
 
 def names_reference(text: pl.Expr, reference: pl.Expr) -> pl.Expr:
-    """Return whether the reference stands in the text as whole words; null where there is none."""
+    """Return whether the text contains the reference as whole words; null where there is none."""
     wanted = normalized(reference)
     is_told = wanted.str.contains(r"\S")
     return pl.when(is_told).then(normalized(text).str.contains(wanted, literal=True))
+
+
+def mean(frame: pl.DataFrame, column: str) -> float:
+    """Return the mean of numbers, or the share of what is true; 0 where nothing is known."""
+    value = frame[column].cast(pl.Float64).mean()
+    return 0.0 if value is None else float(value)  # type: ignore[arg-type]
 
 
 def _at(iteration: int) -> pl.Expr:

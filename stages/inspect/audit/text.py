@@ -4,7 +4,7 @@ import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
 from stages.inspect.audit.ngrams import bands, plain, repeated_share, signatures, similarity, words
-from stages.inspect.audit.run_rows import RunRows, normalized
+from stages.inspect.audit.run_rows import RunRows, mean, normalized
 from stages.inspect.audit.thresholds import AuditConfig
 
 
@@ -104,12 +104,12 @@ def repetition(run: RunRows, config: AuditConfig) -> Outcome:
     late = _repetitive(run, run.late, config)
     if len(late) < config.data.min_answers:
         return not_applicable(check, f"too few answers of {limits.min_characters} characters or more")
-    share = _share(late)
+    share = mean(late, "is_repetitive")
     if not run.early:
         note, grown = f"{percent(share)} of the answers are repetitive", None
     else:
         early = _repetitive(run, run.early, config, longest=False)
-        before = _share(early) if len(early) else 0.0
+        before = mean(early, "is_repetitive")
         note, grown = f"repetitive answers {percent(before)} -> {percent(share)}", share - before
     if share < limits.share:
         return checked(check, note)
@@ -130,10 +130,6 @@ def _repetitive(run: RunRows, window: list[int], config: AuditConfig, *, longest
     return rows.join(shares, on="row", how="left", maintain_order="left").with_columns(
         is_repetitive=(pl.col("repeated") >= limits.repeated).fill_null(False)
     )
-
-
-def _share(rows: pl.DataFrame) -> float:
-    return float(rows["is_repetitive"].cast(pl.Float64).mean() or 0.0)  # type: ignore[arg-type]
 
 
 def empty_format(run: RunRows, config: AuditConfig) -> Outcome:

@@ -8,11 +8,12 @@ from stages.inspect.audit.findings import (
     RowRef,
     Severity,
     checked,
+    graded,
     not_applicable,
     percent,
     row_refs,
 )
-from stages.inspect.audit.run_rows import RunRows
+from stages.inspect.audit.run_rows import RunRows, mean
 from stages.inspect.audit.thresholds import AuditConfig
 
 MAD_TO_STD = 1.4826
@@ -88,8 +89,7 @@ def truncated(run: RunRows, config: AuditConfig) -> Outcome:
         note += f" (at first {percent(float(first.select((pl.col('finish_reason') == 'length').mean()).item()))})"
     if share < limits.info_share:
         return checked(check, note)
-    severity: Severity = "warning" if share >= limits.share else "info"
-    threshold = limits.share if severity == "warning" else limits.info_share
+    severity, threshold = graded(share, limits.info_share, limits.share)
     refs = row_refs(cut.sort("reward", "iteration", "completion_id", descending=[True, True, False], nulls_last=True))
     return checked(check, note, [Finding(check, severity, note, share, threshold, refs)])
 
@@ -109,7 +109,7 @@ def evaluation_gap(run: RunRows, config: AuditConfig) -> Outcome:
     training = float(own.select((pl.col("reward") >= run.pass_threshold).mean()).item())
     last = known.filter(pl.col("iteration") == updates)
     rates = {
-        kind: float(rows["is_correct"].cast(pl.Float64).mean())  # type: ignore[arg-type]
+        kind: mean(rows, "is_correct")
         for kind in ("greedy", "sampled")
         if len(rows := last.filter(pl.col("decoding") == kind)) >= config.data.min_answers
     }

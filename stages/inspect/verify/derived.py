@@ -29,8 +29,8 @@ def check_rewards(ledger: Ledger, item: Located, source: Located) -> None:
         {"reward_name": list(recipes), "reward_recipe": list(recipes.values())},
         schema={"reward_name": pl.String, "reward_recipe": pl.String},
     )
-    answers = scan(completions).select("completion_id", "group_id").collect(engine="streaming")
-    expected = answers.join(functions, how="cross").select("completion_id", "reward_name", "group_id", "reward_recipe")
+    keyed = scan(completions).select("completion_id", "group_id").collect(engine="streaming")
+    expected = keyed.join(functions, how="cross").select("completion_id", "reward_name", "group_id", "reward_recipe")
     found = scan(rewards).select(*expected.columns, PART).collect(engine="streaming")
     keys = ["completion_id", "reward_name"]
     rows, count = compare(expected, found, keys, limit=ledger.limit, is_ordered=False)
@@ -63,15 +63,15 @@ def _tolerance(environment: Mapping[str, Any]) -> float:
     return 0.0 if environment.get("packages", {}).get("polars") == pl.__version__ else TOLERANCE
 
 
-def check_batches(ledger: Ledger, item: Located, answers: Located, values: Located) -> None:
-    """Recompute the batches from completions and advantages, and compare every column and the order."""
-    where, batches, completions, advantages = item.where, item.artifact, answers.artifact, values.artifact
+def check_batches(ledger: Ledger, item: Located, completions: Located, advantages: Located) -> None:
+    """Recompute the batches from their inputs, and compare every column and the order."""
+    where, batches = item.where, item.artifact
     settings = dict(batches.manifest.config)
     seed, iteration = settings.pop("seed"), settings.pop("iteration")
     is_offline = settings.pop("is_offline", False)
     expected = batch.batch_rows(
-        slim(completions),
-        scan(advantages).select("completion_id", "advantage", "drop_reason").collect(),
+        slim(completions.artifact),
+        scan(advantages.artifact).select("completion_id", "advantage", "drop_reason").collect(),
         batch.BatchConfig(**settings),
         seed=seed,
         iteration=iteration,
@@ -90,7 +90,7 @@ def check_batches(ledger: Ledger, item: Located, answers: Located, values: Locat
         hashed={"content": f"{' or '.join(_LISTS)} differ from the completion's"},
     )
     ledger.checked("batches", expected.height)
-    ledger.wrong_rows("batches", where, rows, count, sources=[answers.where, values.where])
+    ledger.wrong_rows("batches", where, rows, count, sources=[completions.where, advantages.where])
 
 
 _LISTS = ("prompt_token_ids", "completion_token_ids", "loss_mask", "sampling_logprobs")

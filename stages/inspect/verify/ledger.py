@@ -219,7 +219,7 @@ def compare(
 
 
 def _differ(expected: pl.DataFrame, columns: Sequence[str], tolerance: float) -> list[pl.Expr]:
-    """Return for each column whether it differs from the one beside it that is expected."""
+    """Return for each column whether it differs from the expected one next to it."""
     unequal = []
     for name in columns:
         column, wanted = pl.col(name), pl.col(f"_expected_{name}")

@@ -8,6 +8,7 @@ torch is imported when the first model is loaded.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from pipeline.run_dir import RunDir
 from stages.batch import IMPORTED
 from stages.checkpoints import weight_names
 from stages.config import RunConfig, recorded_config
-from stages.inspect.verify.files import relative_path
+from stages.inspect.verify.files import open_all, relative_path
 from stages.inspect.verify.ledger import Ledger, Tally, Where, WrongRow
 
 if TYPE_CHECKING:
@@ -91,9 +92,11 @@ class Mismatch:
 def check_logprobs(
     run: RunDir, ledger: Ledger, settings: DeepSettings, progress: Callable[[str], None] = lambda _: None
 ) -> list[Mismatch]:
-    """Return the mismatch of each iteration that has completions; rows over the threshold are ledger. Read-only."""
+    """Return the mismatch of each iteration that has completions; rows over the threshold are wrong. Read-only."""
     ledger.tallies[CHECK] = Tally()
-    known = {artifact.digest: artifact for artifact in _policies(run)}
+    # what cannot be opened is noted by the check of files
+    artifacts = [item.artifact for item in open_all(run, Ledger()).values()]
+    known = {artifact.digest: artifact for artifact in artifacts if artifact.manifest.dataset == "policy"}
     samples: list[pl.DataFrame] = []
     counts: dict[int, tuple[Where, int]] = {}
     for index in run.iterations():
@@ -142,27 +145,13 @@ def sample_rows(completions: Artifact, iteration: int, settings: DeepSettings) -
     ), len(ids)
 
 
-def _policies(run: RunDir) -> Iterator[Artifact]:
-    """Yield the policies of the run and those that it took from outside, as far as they can be opened."""
-    members = run.member("any").parent
-    places = [run.initial_policy, *(sorted(members.iterdir()) if members.is_dir() else [])]
-    yield from _open([*places, *(run.policy_before(index + 1) for index in run.iterations())])
-
-
 def _authors(completions: Artifact) -> Iterator[Artifact]:
     """Yield the policies that the completions were sampled from: those of another run lie there."""
-    inputs = completions.manifest.inputs.items()
-    places = [completions.path / facts["path"] for name, facts in inputs if name.startswith("policy:")]
-    yield from _open(places)
-
-
-def _open(places: list[Path]) -> Iterator[Artifact]:
-    for place in places:
-        if is_finished(place):
-            try:
+    for name, facts in completions.manifest.inputs.items():
+        place = completions.path / facts["path"]
+        if name.startswith("policy:") and is_finished(place):
+            with suppress(ArtifactError):  # the check of files says so
                 yield open_artifact(place)
-            except ArtifactError:
-                continue  # the check of files says so
 
 
 def _measure(

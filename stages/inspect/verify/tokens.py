@@ -35,7 +35,7 @@ COUNTS = {
 
 
 def check_tokens(ledger: Ledger, item: Located, source: Located) -> None:
-    """Check that recorded tokens stand beside those of the batches, and give the numbers of their rows.
+    """Check recorded tokens against those of the batches, and the numbers of their rows against the tokens.
 
     Rows without recorded tokens are passed over.
     """
@@ -55,7 +55,7 @@ def check_tokens(ledger: Ledger, item: Located, source: Located) -> None:
 
 
 def _derived(keys: list[str]) -> list[pl.Expr]:
-    """Return what the lists give, beside the numbers of the row."""
+    """Return what the lists give, next to the numbers of the row."""
 
     def floats(name: str) -> pl.Expr:
         return pl.col(name).cast(pl.List(pl.Float64))
