@@ -1,6 +1,6 @@
 """What verify writes down: named checks with counts, and the exact rows that are wrong."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,36 +185,28 @@ def compare(
         if not beside.select(pl.any_horizontal(_differ(expected, [*keys, *columns], tolerance)).any()).item():
             return [], 0
     rows: list[WrongRow] = []
-    missing = expected.join(found, on=keys, how="anti", nulls_equal=True, maintain_order="left")
-    rows += [WrongRow(_key(row, keys), None, "the row is missing") for row in missing.head(limit).to_dicts()]
-    extra = found.join(expected, on=keys, how="anti", nulls_equal=True, maintain_order="left")
-    rows += [
-        WrongRow(_key(row, keys), row[PART], "the row should not be there") for row in extra.head(limit).to_dicts()
-    ]
+
+    def note(wrong: pl.DataFrame, say: Callable[[dict[str, Any]], str]) -> int:
+        rows.extend(WrongRow(_key(row, keys), row.get(PART), say(row)) for row in wrong.head(limit).to_dicts())
+        return wrong.height
+
     is_repeat = found.select(pl.struct(keys).is_duplicated() & ~pl.struct(keys).is_first_distinct()).to_series()
-    repeated = found.filter(is_repeat)
-    rows += [WrongRow(_key(row, keys), row[PART], "the row stands twice") for row in repeated.head(limit).to_dicts()]
     once = expected.with_row_index("_expected_position").rename({name: f"_expected_{name}" for name in columns})
     joined = (
         found.with_row_index("_position")
         .filter(~is_repeat)
         .join(once, on=keys, how="inner", nulls_equal=True, maintain_order="left")
     )
+    missing = expected.join(found, on=keys, how="anti", nulls_equal=True, maintain_order="left")
+    extra = found.join(expected, on=keys, how="anti", nulls_equal=True, maintain_order="left")
     altered = joined.filter(pl.any_horizontal(_differ(expected, columns, tolerance))) if columns else joined.clear()
-    rows += [
-        WrongRow(_key(row, keys), row[PART], _difference(row, columns, hashed or {}))
-        for row in altered.head(limit).to_dicts()
-    ]
-    count = missing.height + extra.height + repeated.height + altered.height
+    count = note(missing, lambda _: "the row is missing")
+    count += note(extra, lambda _: "the row should not be there")
+    count += note(found.filter(is_repeat), lambda _: "the row stands twice")
+    count += note(altered, lambda row: _difference(row, columns, hashed or {}))
     if is_ordered and count == 0:
         moved = joined.filter(pl.col("_position") != pl.col("_expected_position"))
-        rows += [
-            WrongRow(
-                _key(row, keys), row[PART], f"stands at row {row['_position']}, expected {row['_expected_position']}"
-            )
-            for row in moved.head(limit).to_dicts()
-        ]
-        count = moved.height
+        count = note(moved, lambda row: f"stands at row {row['_position']}, expected {row['_expected_position']}")
     return rows[:limit], count
 
 
