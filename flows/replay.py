@@ -25,8 +25,7 @@ from pipeline.runs import open_run
 from pipeline.stage import run_stage
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
-from stages.inspect.checkpoint_diff import TOLERANCE, deviations, machine_changes
-from stages.inspect.run_diff import Deviation
+from stages.inspect.artifact_diff import TOLERANCE, Deviation, deviations, machine_changes
 from stages.rewards.scorer import Scorer
 from stages.trainers.base import Trainer
 from stages.wiring import Call, Wiring

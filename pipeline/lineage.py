@@ -22,7 +22,7 @@ class Node:
     """Which input it is of the artifact above it; empty for the first."""
     artifact: Artifact
     is_repeated: bool
-    """It stands above with all that it was made from, and is not followed again."""
+    """It is listed above with all that it was made from, and is not followed again."""
 
 
 def ancestry(artifact: Artifact, depth: int | None = None) -> Iterator[Node]:
@@ -54,7 +54,7 @@ def open_inputs(artifact: Artifact) -> dict[str, Artifact]:
 
     Raises:
         ArtifactMissing: when one is gone.
-        ArtifactDamaged: when another one stands in its place.
+        ArtifactDamaged: when another one is in its place.
     """
     found = {}
     for name, facts in artifact.manifest.inputs.items():
@@ -125,7 +125,7 @@ def trace(run: RunDir, completion_id: str) -> list[Step]:
             steps.append(Step("author", author, f"{name}, {_updates(row['policy_iteration'])}"))
     steps.append(Step("completion", completions, f"{row['finish_reason']}: {row['completion']}"))
     for dataset in ("rewards", "advantages", "batches", "training_records"):
-        artifact = _open(run, iteration, dataset)
+        artifact = open_if_there(run, iteration, dataset)
         rows = artifact.scan().filter(is_it).collect().to_dicts() if artifact else []
         steps += [Step(dataset, artifact, _SAYS[dataset].format(**found)) for found in rows if artifact]
     return [*steps, *_trained(run, iteration, full_id)]
@@ -139,7 +139,12 @@ _SAYS = {
 }
 
 
-def _open(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
+def open_if_there(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
+    """Return an artifact of an iteration; None where there is none, or it lies in another run that is gone. Read-only.
+
+    Raises:
+        ArtifactDamaged: when another artifact lies there by now.
+    """
     try:
         return run.open(iteration, dataset)
     except ArtifactMissing:
@@ -158,7 +163,7 @@ def find_completion(run: RunDir, completion_id: str, iteration: int | None = Non
     """
     found: set[tuple[int, str]] = set()
     for index in run.iterations() if iteration is None else [iteration]:
-        if completions := _open(run, index, "completions"):
+        if completions := open_if_there(run, index, "completions"):
             ids = completions.scan().select("completion_id")
             matching = ids.filter(pl.col("completion_id").str.starts_with(completion_id)).head(1000).collect()
             found |= {(index, name) for name in matching["completion_id"]}

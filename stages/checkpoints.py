@@ -1,11 +1,18 @@
-"""What two checkpoints must share so that the weights of one can be loaded over those of the other."""
+"""What a checkpoint's directory says of itself: files, weights, configuration, tokenizer. No other file knows it.
+
+The weights are the ``*.safetensors`` files at its top, one or several, whose headers are read here without torch.
+transformers is imported only to load a tokenizer, or to ask the hub.
+"""
 
 import json
 import shutil
 import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.artifact import WEIGHTS
 from pipeline.errors import PolicyError
 from pipeline.files import sha256_file, sha256_text
 from pipeline.object_store import download_folder, local_path
@@ -13,51 +20,15 @@ from pipeline.object_store import download_folder, local_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEUTRAL_KEYS = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"})
-"""Keys of config.json that change no shape and no computation of an engine that is told its dtype."""
-
-TIED_HEAD = "lm_head.weight"
-"""Present or absent at the writer's pleasure when the head is the embedding."""
-
-
-def read_layout(policy: Path) -> dict[str, Any]:
-    """Return the model configuration and the name and shape of every weight. Read-only.
-
-    Equal layouts mean that an engine which runs one checkpoint can take over the other's weights in place.
-
-    Raises:
-        PolicyError: when the directory is no checkpoint with safetensors.
-    """
-    if not (policy / "config.json").is_file():
-        raise PolicyError(f"{policy} has no config.json: expected the directory of a checkpoint; give the path of one")
-    files = sorted(policy.glob("*.safetensors"))
-    if not files:
-        raise PolicyError(
-            f"{policy} has no *.safetensors file: expected weights in that format; convert the checkpoint"
-        )
-    config = json.loads((policy / "config.json").read_text(encoding="utf-8"))
-    weights = {name: shape for file in files for name, shape in _read_shapes(file).items()}
-    if config.get("tie_word_embeddings"):
-        weights.pop(TIED_HEAD, None)
-    return {"config": {k: v for k, v in config.items() if k not in NEUTRAL_KEYS}, "weights": weights}
-
-
-def _read_shapes(file: Path) -> dict[str, list[int]]:
-    """Return the shapes from the header: its length in 8 bytes, then JSON."""
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length))
-    except (struct.error, ValueError, OverflowError, MemoryError) as error:
-        raise PolicyError(f"{file} is no safetensors file ({error}): copy the checkpoint again") from error
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-
-
 STARTER = "starter"
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 OPTIMIZER_FILE = "optimizer/state.safetensors"
 """In the initial policy of a fork: a folder of its own, where neither transformers nor vLLM looks for weights."""
 STATE_FILE = "state.safetensors"
 """In the artifact of an optimizer's state."""
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+"""A tokenizer has one of them at least; equal ones give a token id the same text."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -68,9 +39,99 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+CHECKPOINT_SUFFIXES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
 """Files of a checkpoint at a URL that are downloaded: no pickles."""
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+
+NEUTRAL_KEYS = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"})
+"""Keys of config.json that change no shape and no computation of an engine that is told its dtype."""
+TIED_HEAD = "lm_head.weight"
+"""Present or absent at the writer's pleasure when the head is the embedding."""
+
+
+def holds_tensors(name: str) -> bool:
+    """Return whether a file of an artifact, by its name, is in the format of weights and optimizer states."""
+    return name.endswith(WEIGHTS)
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Return those of a directory's or a manifest's files that lie at its top and hold tensors: a policy's weights."""
+    return [name for name in names if holds_tensors(name) and "/" not in name]
+
+
+def weight_hashes(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of weights by its name. Read-only."""
+    return {name: sha256_file(directory / name) for name in weight_names(_names(directory))}
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says of its tensors."""
+
+    dtypes: dict[str, str]
+    shapes: dict[str, list[int]]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Return the header of a safetensors file: its length in 8 bytes, then JSON. Read-only.
+
+    Raises:
+        ValueError: when there is none, or the file does not end where its last tensor does.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > size:
+                raise ValueError(f"{file.name} has a header of {length} bytes, more than the file")
+            tensors = json.loads(opened.read(length))
+        metadata = tensors.pop("__metadata__", {})
+        ends = [facts["data_offsets"][1] for facts in tensors.values()]
+        header = Header(
+            {name: facts["dtype"] for name, facts in tensors.items()},
+            {name: facts["shape"] for name, facts in tensors.items()},
+            metadata,
+        )
+        is_whole = size == 8 + length + max(ends, default=0)
+    except (struct.error, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+    if not is_whole:
+        raise ValueError(f"{file.name} does not end with its last tensor")
+    return header
+
+
+def read_layout(policy: Path) -> dict[str, Any]:
+    """Return the model configuration and the name and shape of every weight. Read-only.
+
+    Equal layouts mean that an engine which runs one checkpoint can take over the other's weights in place.
+
+    Raises:
+        PolicyError: when the directory is no checkpoint with safetensors.
+    """
+    if not (policy / CONFIG_FILE).is_file():
+        raise PolicyError(f"{policy} has no config.json: expected the directory of a checkpoint; give the path of one")
+    files = weight_names(_names(policy))
+    if not files:
+        raise PolicyError(
+            f"{policy} has no *.safetensors file: expected weights in that format; convert the checkpoint"
+        )
+    config = json.loads((policy / CONFIG_FILE).read_text(encoding="utf-8"))
+    weights = {name: shape for file in files for name, shape in _shapes(policy / file).items()}
+    if config.get("tie_word_embeddings"):
+        weights.pop(TIED_HEAD, None)
+    return {"config": {k: v for k, v in config.items() if k not in NEUTRAL_KEYS}, "weights": weights}
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    try:
+        return read_header(file).shapes
+    except ValueError as error:
+        raise PolicyError(f"{file} is no safetensors file ({error}): copy the checkpoint again") from error
 
 
 def checkpoint_path(model: str) -> Path:
@@ -86,26 +147,31 @@ def check_policy(model: str) -> dict[str, Any]:
         PolicyError: when the directory is no checkpoint, or of something else.
     """
     path = checkpoint_path(model)
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG_FILE).is_file():
         raise PolicyError(
             f"{model} has no config.json: expected the directory of a transformers checkpoint; give one, a hub name, "
             f'or "{STARTER}" with a [starter] table'
         )
     try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PolicyError(f"{path / 'config.json'} is not JSON ({error}): restore the checkpoint") from error
+        raise PolicyError(f"{path / CONFIG_FILE} is not JSON ({error}): restore the checkpoint") from error
     _check_causal(model, config)
-    if not any(path.glob("*.safetensors")):
+    if not weight_names(_names(path)):
         raise PolicyError(f"{model} has no *.safetensors file: convert its weights, pickled ones are not read")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((path / name).is_file() for name in VOCABULARY_FILES):
         raise PolicyError(f"{model} has no tokenizer beside its weights: save the tokenizer into the same directory")
     return config
 
 
+def is_causal(architectures: Sequence[str]) -> bool:
+    """Return whether the architectures that a configuration names are those of a causal language model."""
+    return any(name.endswith(CAUSAL_SUFFIXES) for name in architectures)
+
+
 def _check_causal(model: str, config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or []
-    if not any(name.endswith(CAUSAL_SUFFIXES) for name in architectures):
+    if not is_causal(architectures):
         raise PolicyError(
             f"{model} is a {', '.join(architectures) or 'model of unknown architecture'}, expected a causal language "
             "model (...ForCausalLM): give the checkpoint of one"
@@ -148,14 +214,10 @@ def checkpoint_identity(model: str) -> dict[str, str]:
     if not looks_local(model):
         return {}
     path = checkpoint_path(model)
-    wanted = [
-        p for p in sorted(path.iterdir()) if p.is_file() and (p.suffix == ".safetensors" or _is_description(p.name))
-    ]
+    names = _names(path)
+    described = {*weight_names(names), *TOKENIZER_FILES, CONFIG_FILE, GENERATION_FILE}
+    wanted = [path / name for name in names if name in described and (path / name).is_file()]
     return {"source_sha256": sha256_text("\n".join(f"{p.name} {sha256_file(p)}" for p in wanted))}
-
-
-def _is_description(name: str) -> bool:
-    return name in TOKENIZER_FILES or name in {"config.json", "generation_config.json"}
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
@@ -173,7 +235,7 @@ _tokenizers: "dict[tuple[tuple[str, str], ...], PreTrainedTokenizerBase]" = {}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, byte for byte, beside new weights."""
+    """Copy the tokenizer's files, byte for byte, next to new weights."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -181,12 +243,35 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def stop_token_ids(policy: Path) -> list[int]:
     """Return the ids of all end-of-sequence tokens: of the generation config, the model config and the tokenizer."""
-    ids: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        if (policy / name).is_file():
-            found = json.loads((policy / name).read_text(encoding="utf-8")).get("eos_token_id")
-            ids.update(found if isinstance(found, list) else [] if found is None else [found])
     tokenizer_id = load_tokenizer(policy).eos_token_id
-    if isinstance(tokenizer_id, int):
-        ids.add(tokenizer_id)
-    return sorted(ids)
+    return sorted(_configured_stops(policy) | ({tokenizer_id} if isinstance(tokenizer_id, int) else set()))
+
+
+def stated_stop_token_ids(policy: Path) -> list[int] | None:
+    """Return the same as far as the files say it, without transformers; None when only the tokenizer knows. Read-only.
+
+    `grpo verify` must start fast, and must not trust what a tokenizer's code makes of the files.
+    """
+    stated = read_json(policy / "tokenizer_config.json").get("eos_token")
+    text = stated.get("content") if isinstance(stated, dict) else stated
+    added = read_json(policy / "tokenizer.json").get("added_tokens", [])
+    known = {token["id"] for token in added if token["content"] == text}
+    return None if text is not None and not known else sorted(_configured_stops(policy) | known)
+
+
+def _configured_stops(policy: Path) -> set[int]:
+    found = (read_json(policy / name).get("eos_token_id") for name in (GENERATION_FILE, CONFIG_FILE))
+    return {i for value in found for i in (value if isinstance(value, list) else [] if value is None else [value])}
+
+
+def vocabulary_size(policy: Path) -> int | None:
+    """Return how many token ids the model knows, None where its configuration does not say so. Read-only."""
+    config = read_json(policy / CONFIG_FILE)
+    size = config.get("text_config", config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table in a checkpoint's file; an empty one where there is none. Read-only."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}

@@ -5,11 +5,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config import StrictModel
-from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import stop_token_ids
 from stages.engines.base import Engine, EngineConfig, Generated, Sampling
-from stages.generate import list_column
+from stages.generate import list_column, numbered_rows
 from stages.members import CURRENT
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.rewards.scorer import Scorer
@@ -36,6 +35,10 @@ class EvaluateConfig(StrictModel):
     """Another source to take the questions from; null = the held-out share of [prompts]."""
 
 
+GREEDY = "greedy"
+"""Decoding of one answer to each question; the others are sampled."""
+
+
 class EvaluateTaskConfig(EngineConfig):
     """What decides an evaluation, beyond its prompts and its policy."""
 
@@ -50,37 +53,35 @@ class EvaluateTaskConfig(EngineConfig):
 EvaluateTask = StageTask[EvaluateTaskConfig, tuple[Engine, Scorer]]
 
 
-def evaluation_rows(
+def planned_rows(
     prompts: pl.DataFrame,
-    generated: list[Generated],
-    texts: list[str],
-    seeds: list[int],
+    per_prompt: int,
     *,
     recipe: str,
     decoding: str,
+    seed: int,
     temperature: float,
     policy_digest: str,
     policy_iteration: int | None,
 ) -> pl.DataFrame:
-    """Return one row per answer, not yet scored: the same number of consecutive answers for each prompt."""
-    per_prompt = len(generated) // len(prompts)
-    repeated = prompts[[row for row in range(len(prompts)) for _ in range(per_prompt)]]
-    groups = [identity(recipe, decoding, *row) for row in prompts.select("position", "prompt_id").iter_rows()]
-    group_ids = [group for group in groups for _ in range(per_prompt)]
-    indices = [i % per_prompt for i in range(len(generated))]
-    return repeated.select("prompt_id", "messages", "reference_answer").with_columns(
-        pl.Series("completion_id", [f"{g}-{i:03d}" for g, i in zip(group_ids, indices, strict=True)]),
-        pl.Series("group_id", group_ids),
+    """Return what is known of answers before an engine is asked; `grpo verify` compares it with what is stored."""
+    # minus one marks evaluation: no training request has that iteration
+    rows = numbered_rows(prompts, range(per_prompt), recipe=recipe, seed=seed, iteration=-1, kind=[decoding])
+    return rows.with_columns(
         pl.lit(decoding).alias("decoding"),
-        pl.Series("completion_index", indices, dtype=pl.Int32),
         pl.lit(policy_digest).alias("policy_digest"),
         pl.lit(policy_iteration, dtype=pl.Int32).alias("policy_iteration"),
+        pl.lit(0.0 if decoding == GREEDY else temperature, dtype=pl.Float32).alias("temperature"),
+    )
+
+
+def answered_rows(planned: pl.DataFrame, generated: list[Generated], texts: list[str]) -> pl.DataFrame:
+    """Return the planned rows with their answers, not yet scored."""
+    return planned.with_columns(
         pl.Series("completion", texts),
         list_column("completion_token_ids", [g.token_ids for g in generated], pa.int32()),
         list_column("sampling_logprobs", [g.logprobs for g in generated], pa.float32()),
         pl.Series("finish_reason", [g.finish_reason for g in generated]),
-        pl.Series("seed", seeds, dtype=pl.Int64),
-        pl.lit(temperature, dtype=pl.Float32).alias("temperature"),
     )
 
 
@@ -124,24 +125,23 @@ def compute(task: EvaluateTask) -> None:
 def _sample(task: EvaluateTask, prompts: pl.DataFrame, decoding: str, per_prompt: int) -> pl.DataFrame:
     config, (engine, _) = task.config, task.resources
     policy = task.inputs["policy"]
-    temperature = 0.0 if decoding == "greedy" else config.temperature
-    sampling = Sampling(
-        temperature=temperature, max_tokens=config.max_tokens, stop_token_ids=tuple(stop_token_ids(policy.path))
-    )
-    # minus one marks evaluation: no training request has that iteration
-    requests = make_requests(prompts, range(per_prompt), seed=task.parameters["seed"], iteration=-1)
-    generated = ROLLOUT(engine, policy.path, requests, sampling)
-    return evaluation_rows(
-        prompts,
-        generated,
-        texts_of(policy.path, generated),
-        [request.seed for request in requests],
+    planned = planned_rows(
+        prompts.select("position", "prompt_id", "prompt_token_ids", "messages", "reference_answer"),
+        per_prompt,
         recipe=task.recipe,
         decoding=decoding,
-        temperature=temperature,
+        seed=task.parameters["seed"],
+        temperature=config.temperature,
         policy_digest=policy.digest,
         policy_iteration=task.parameters["policy_iteration"],
     )
+    sampling = Sampling(
+        temperature=0.0 if decoding == GREEDY else config.temperature,
+        max_tokens=config.max_tokens,
+        stop_token_ids=tuple(stop_token_ids(policy.path)),
+    )
+    generated = ROLLOUT(engine, policy.path, make_requests(planned), sampling)
+    return answered_rows(planned.drop("prompt_token_ids"), generated, texts_of(policy.path, generated))
 
 
 def _with_rewards(rows: pl.DataFrame, scored: pl.DataFrame, config: EvaluateTaskConfig) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from pipeline.stage import Stage, StageTask
 from stages.checkpoints import stop_token_ids
 from stages.engines.base import Engine, EngineConfig, EngineInfo, Generated, Sampling
 from stages.members import CURRENT, Author, MemberConfig
-from stages.rollout.base import make_requests, texts_of
+from stages.rollout.base import make_requests, request_seed, texts_of
 from stages.rollout.single_turn import ROLLOUT
 
 DEFAULT_GROUP_SIZE = 8
@@ -82,45 +82,63 @@ class GenerateConfig(EngineConfig):
         return self.members or [MemberConfig(name=CURRENT, policy=CURRENT, count=self.size)]
 
 
-def completion_rows(
+def numbered_rows(
+    prompts: pl.DataFrame, indices: Sequence[int], *, recipe: str, seed: int, iteration: int, kind: Sequence[str] = ()
+) -> pl.DataFrame:
+    """Return ``len(indices)`` consecutive rows for each prompt, with ids, completion_index and the request's seed.
+
+    ``prompts`` has prompt_id, ``position``, the prompt's position in its iteration, and what the rows shall have too.
+    ``kind`` tells groups of the same recipe and prompt apart.
+    """
+    keys = prompts.select("position", "prompt_id").rows()
+    groups = [identity(recipe, *kind, *key) for key in keys]
+    numbered = [(group, index) for group in groups for index in indices]
+    seeds = [request_seed(seed, iteration, position, index) for position, _ in keys for index in indices]
+    return prompts.drop("position")[np.repeat(np.arange(len(prompts)), len(indices))].with_columns(
+        pl.Series("completion_id", [f"{group}-{index:03d}" for group, index in numbered], dtype=pl.String),
+        pl.Series("group_id", [group for group, _ in numbered], dtype=pl.String),
+        pl.Series("completion_index", list(indices) * len(prompts), dtype=pl.Int32),
+        pl.Series("seed", seeds, dtype=pl.Int64),
+    )
+
+
+def planned_rows(
     prompts: pl.DataFrame,
-    generated: Sequence[Generated],
-    seeds: Sequence[int],
-    texts: Sequence[str],
+    config: GenerateConfig,
+    author: Author,
     indices: Sequence[int],
     *,
     recipe: str,
-    author: Author,
-    sampling: Sampling,
-    info: EngineInfo,
+    seed: int,
+    iteration: int,
 ) -> pl.DataFrame:
-    """Return one row per generated answer: ``len(indices)`` consecutive answers for each prompt, in order.
+    """Return what is known of completions before an engine is asked, in order; see `numbered_rows`.
 
-    ``prompts`` has prompt_id, prompt_token_ids and ``position``, the prompt's position in its iteration.
+    `grpo verify` compares it with what is stored.
     """
-    groups = [identity(recipe, *row) for row in prompts.select("position", "prompt_id").iter_rows()]
-    count = len(indices)
-    repeated = prompts.select("prompt_id", "prompt_token_ids")[np.repeat(np.arange(len(prompts)), count)]
-    group_ids = [g for g in groups for _ in indices]
-    positions = list(indices) * len(prompts)
-    frame = repeated.with_columns(
-        pl.Series("completion_id", [f"{g}-{i:03d}" for g, i in zip(group_ids, positions, strict=True)]),
-        pl.Series("group_id", group_ids),
-        pl.Series("completion_index", positions, dtype=pl.Int32),
+    numbered = numbered_rows(prompts, indices, recipe=recipe, seed=seed, iteration=iteration)
+    return numbered.with_columns(
         pl.lit(author.name).alias("policy_name"),
         pl.lit(author.digest).alias("policy_digest"),
         pl.lit(author.iteration, dtype=pl.Int32).alias("policy_iteration"),
+        pl.lit(config.temperature, dtype=pl.Float32).alias("temperature"),
+        pl.lit(config.top_p, dtype=pl.Float32).alias("top_p"),
+        pl.lit(config.top_k, dtype=pl.Int32).alias("top_k"),
+        pl.lit(config.min_p, dtype=pl.Float32).alias("min_p"),
+    )
+
+
+def completion_rows(
+    planned: pl.DataFrame, generated: Sequence[Generated], texts: Sequence[str], info: EngineInfo
+) -> pl.DataFrame:
+    """Return the planned rows with what the engine answered."""
+    frame = planned.with_columns(
         list_column("completion_token_ids", [g.token_ids for g in generated], pa.int32()),
         list_column("sampling_logprobs", [g.logprobs for g in generated], pa.float32()),
         pl.lit(None, dtype=pl.List(pl.Boolean)).alias("loss_mask"),
         pl.Series("completion", list(texts)),
         pl.Series("finish_reason", [g.finish_reason for g in generated]),
         pl.Series("stop_reason", [g.stop_reason for g in generated], dtype=pl.String),
-        pl.Series("seed", seeds, dtype=pl.Int64),
-        pl.lit(sampling.temperature, dtype=pl.Float32).alias("temperature"),
-        pl.lit(sampling.top_p, dtype=pl.Float32).alias("top_p"),
-        pl.lit(sampling.top_k, dtype=pl.Int32).alias("top_k"),
-        pl.lit(sampling.min_p, dtype=pl.Float32).alias("min_p"),
         pl.lit(info.logprobs_mode).alias("logprobs_mode"),
         list_column("kept_mass", [g.kept_mass for g in generated], pa.float32()),
         pl.lit(info.name).alias("engine"),
@@ -204,22 +222,20 @@ def _sample(
         max_tokens=config.max_tokens,
         stop_token_ids=tuple(stop_token_ids(author.path)),
     )
-    requests = make_requests(prompts, indices, seed=task.parameters["seed"], iteration=task.parameters["iteration"])
-    generated = ROLLOUT(engine, author.path, requests, sampling, meter.update)
+    planned = planned_rows(
+        prompts.select("position", "prompt_id", "prompt_token_ids"),
+        config,
+        author,
+        indices,
+        recipe=task.recipe,
+        seed=task.parameters["seed"],
+        iteration=task.parameters["iteration"],
+    )
+    generated = ROLLOUT(engine, author.path, make_requests(planned), sampling, meter.update)
     info = engine.info
 
     def make_rows() -> pl.DataFrame:
-        return completion_rows(
-            prompts,
-            generated,
-            [request.seed for request in requests],
-            texts_of(author.path, generated),
-            indices,
-            recipe=task.recipe,
-            author=author,
-            sampling=sampling,
-            info=info,
-        )
+        return completion_rows(planned, generated, texts_of(author.path, generated), info)
 
     return make_rows
 

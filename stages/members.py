@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.artifact import Artifact
 from pipeline.config import StrictModel
 from pipeline.errors import PolicyError
+from stages.checkpoints import VOCABULARY_FILES
 
 CURRENT = "current"
 
@@ -64,12 +65,7 @@ def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None
         PolicyError: when their tokenizers differ: ratios between them would mean nothing.
     """
     ours, theirs = (
-        {
-            n: a.manifest.files[n]["sha256"]
-            for n in ("tokenizer.json", "vocab.json", "tokenizer.model")
-            if n in a.manifest.files
-        }
-        for a in (initial, member)
+        {n: a.manifest.files[n]["sha256"] for n in VOCABULARY_FILES if n in a.manifest.files} for a in (initial, member)
     )
     if ours != theirs:
         raise PolicyError(

@@ -9,8 +9,8 @@ import pytest
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.audit import CHECKS
 from stages.inspect.audit.findings import Outcome
-from stages.inspect.audit.material import load_material, names_reference
 from stages.inspect.audit.ngrams import repeated_share, sequences
+from stages.inspect.audit.run_rows import load_run_rows, names_reference
 from stages.inspect.audit.thresholds import AuditConfig
 from tests.audit_runs import Group, write_run
 
@@ -19,7 +19,7 @@ WORDS = [f"word{i}" for i in range(400)]
 
 def outcome(run: RunDir, check: str, config: AuditConfig | None = None) -> Outcome:
     settings = config or AuditConfig()
-    return CHECKS[check](load_material(run, settings), settings)
+    return CHECKS[check](load_run_rows(run, settings), settings)
 
 
 def signs(found: Outcome) -> list[tuple[str, float | None]]:

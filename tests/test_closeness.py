@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from flows.printing import Format
 from flows.replay import print_replay
 from pipeline.run_dir import RunDir
-from stages.inspect import checkpoint_diff
-from stages.inspect.checkpoint_diff import machine_changes, tensor_deviations
-from stages.inspect.run_diff import column_deviations
+from stages.inspect import artifact_diff
+from stages.inspect.artifact_diff import column_deviations, machine_changes, tensor_deviations
 from tests.builders import advantage_rows, completion_rows, fill, write_artifact
 from tests.finished import finished_run, fix_chain, fix_hashes, forge, manifest_of, replace_value
 
@@ -105,7 +104,7 @@ def test_what_rounding_leaves_of_nothing_is_measured_by_one(tmp_path: Path, trai
 
 
 def test_a_difference_in_a_later_chunk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.inspect.run_diff.CHUNK_ROWS", 2)
+    monkeypatch.setattr("stages.inspect.artifact_diff.CHUNK_ROWS", 2)
     a = advantage_rows(*({"reward": 1.0} for _ in range(5)))
     b = advantage_rows(*({"reward": x} for x in (1.0005, 1.0, 1.25, 1.0, 1.5)))
     assert columns(tmp_path, "advantages", a, b) == [("reward", 0.5, False, 2)]
@@ -125,7 +124,7 @@ def test_tensors_are_measured_by_their_own_largest_value(tmp_path: Path) -> None
 
 
 def test_a_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_diff, "CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr(artifact_diff, "CHUNK_ELEMENTS", 4)
     a = torch.ones(5, 2)
     b = a.clone()
     b[4, 1] = 1.5
@@ -244,7 +243,7 @@ def test_pruned_weights_can_only_be_told_apart_by_their_hash(run: RunDir) -> Non
     scale_weight(run, "policy", 1 + 1e-6)
     (run.policy_before(2) / "model.safetensors").unlink()
     stored, computed = run.open(1, "policy"), run.open(0, "policy")
-    found = {d.part: (d.name, d.a) for d in checkpoint_diff.deviations("policy", stored, computed, 1e9)}
+    found = {d.part: (d.name, d.a) for d in artifact_diff.deviations("policy", stored, computed, 1e9)}
     assert found["model.safetensors"][0] == "file"
     assert str(found["model.safetensors"][1]).endswith("(pruned)")
 

@@ -19,7 +19,7 @@ from pipeline.run_dir import RunDir
 from stages.engines.base import EngineSettings
 from stages.engines.scripted import ScriptedEngine
 from stages.engines.transformers_engine import TransformersEngine
-from stages.inspect.verify.ledger import Findings
+from stages.inspect.verify.ledger import Ledger
 from stages.inspect.verify.logprobs import CHECK, DeepSettings, Mismatch, check_logprobs, sample_rows
 from tests.finished import finished_run, forge, replace_value
 from tests.policies import save_tiny_policy
@@ -67,8 +67,8 @@ def run(original: Path, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def check(run: RunDir, settings: DeepSettings = ALL) -> tuple[list[Mismatch], Findings]:
-    findings = Findings()
+def check(run: RunDir, settings: DeepSettings = ALL) -> tuple[list[Mismatch], Ledger]:
+    findings = Ledger()
     return check_logprobs(run, findings, settings), findings
 
 
@@ -209,7 +209,7 @@ def test_jsonl_has_the_figures_and_the_wrong_rows(run: RunDir, capsys: pytest.Ca
 
 def test_torch_is_imported_only_for_a_deep_audit() -> None:
     code = "import sys, flows.commands.auditing, flows.verification, stages.inspect.verify.logprobs, flows.tokens; "
-    code += "import stages.inspect.checkpoint_diff; "
+    code += "import stages.inspect.artifact_diff; "
     code += "print([m for m in ('torch', 'vllm', 'prefect', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -17,7 +17,7 @@ from pipeline.conformance import conform
 from pipeline.manifest import MANIFEST
 from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
-from stages.inspect.verify.ledger import CHECKS, Findings, Problem, compare
+from stages.inspect.verify.ledger import CHECKS, Ledger, Problem, compare
 from stages.inspect.verify.verify import verify_run
 from tests.finished import finished_run, fix_chain, fix_hashes, forge, manifest_of, replace_value
 
@@ -390,7 +390,7 @@ def test_compare_allows_the_tolerance_and_no_more() -> None:
 
 
 def test_a_ledger_of_nothing_is_fine() -> None:
-    assert Findings().is_fine
+    assert Ledger().is_fine
 
 
 def test_the_audit_imports_nothing_heavy() -> None:

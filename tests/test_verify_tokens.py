@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.files import open_all
-from stages.inspect.verify.ledger import Findings
+from stages.inspect.verify.ledger import Ledger
 from stages.inspect.verify.tokens import check_tokens
 from tests.finished import finished_run, forge, replace_value
 
@@ -33,7 +33,7 @@ def run(original: Path, tmp_path: Path) -> RunDir:
 
 def found(run: RunDir) -> list[str]:
     """Return what is wrong with the tokens of iteration 1, up to the first colon."""
-    findings = Findings()
+    findings = Ledger()
     catalog = open_all(run, findings)
     check_tokens(findings, catalog[1, "training_records"], catalog[1, "batches"])
     assert {problem.check for problem in findings.problems} <= {"records"}

@@ -1,7 +1,7 @@
 """`grpo report`: one HTML file about a run that opens anywhere, without a network.
 
 The page is data plus a fixed script and style sheet, whose hashes stand in its Content-Security-Policy: nothing that a
-model wrote can run, be loaded, or change how the page looks. Answers travel as JSON and become text nodes.
+model wrote can run, be loaded, or change how the page looks. Completions travel as JSON and become text nodes.
 """
 
 import base64
@@ -55,7 +55,7 @@ def write_report(
     megabytes: float = 10.0,
     seed: int = 0,
 ) -> tuple[Path, Report]:
-    """Write the report of a run, by default beside its iterations as `report.html`; return its path and contents.
+    """Write the report of a run, by default next to its iterations as `report.html`; return its path and contents.
 
     ``findings`` is a file that `stages.inspect.report_data.read_findings` reads. The run itself is only read.
 

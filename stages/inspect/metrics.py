@@ -19,14 +19,21 @@ STAGE_DATASETS = tuple(step.writes[-1] for step in CHAIN if step.when is not Whe
 
 def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
     """Return the row of a finished iteration."""
-    sampled, combined, flat, parts, trained, steps = pl.collect_all(
+    advantages, records = (run.open(iteration, name).scan() for name in ("advantages", "training_records"))
+    sampled, combined, zero_variance, parts, trained, steps = pl.collect_all(
         [
-            _sampled(run.open(iteration, "completions").scan()),
-            _combined(run.open(iteration, "advantages").scan(), pass_threshold),
-            _flat_groups(run.open(iteration, "advantages").scan()),
+            run.open(iteration, "completions")
+            .scan()
+            .select(**completion_measures(), num_tokens=pl.col("completion_token_ids").list.len().sum()),
+            advantages.select(**reward_measures(pass_threshold)),
+            zero_variance_share(advantages),
             _parts(run.open(iteration, "rewards").scan()),
-            _trained(run.open(iteration, "training_records").scan()),
-            _steps(run.open(iteration, "optimizer_steps").scan()),
+            records.select(
+                num_trained=pl.col("completion_id").n_unique(),
+                num_tokens=pl.col("num_tokens").sum(),
+                **training_measures(),
+            ),
+            run.open(iteration, "optimizer_steps").scan().select(**step_measures()),
         ]
     )
     seconds = _seconds(run, iteration)
@@ -39,7 +46,7 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
         "iteration": iteration,
         **sampled.row(0, named=True),
         **combined.row(0, named=True),
-        "zero_variance_share": flat.item(),
+        **zero_variance.row(0, named=True),
         "rewards": parts.to_dicts(),
         **training,
         "generate_tokens_per_second": num_tokens / max(seconds["completions"], 1e-9)
@@ -73,27 +80,29 @@ def _seconds(run: RunDir, iteration: int) -> dict[str, float]:
     }
 
 
-def _sampled(completions: pl.LazyFrame) -> pl.LazyFrame:
-    length = pl.col("completion_token_ids").list.len()
-    return completions.select(
-        completion_tokens_mean=length.mean(),
-        num_tokens=length.sum(),
-        truncated_share=(pl.col("finish_reason") == "length").mean(),
-        num_completions=pl.len(),
-    )
+def completion_measures() -> dict[str, pl.Expr]:
+    """Return what completions are measured by."""
+    return {
+        "completion_tokens_mean": pl.col("completion_token_ids").list.len().mean(),
+        "truncated_share": (pl.col("finish_reason") == "length").mean(),
+        "num_completions": pl.len(),
+    }
 
 
-def _combined(advantages: pl.LazyFrame, pass_threshold: float) -> pl.LazyFrame:
-    return advantages.select(
-        reward_mean=pl.col("reward").mean(),
-        reward_std=pl.col("reward").std(),
-        pass_rate=(pl.col("reward") >= pass_threshold).mean(),
-    )
+def reward_measures(pass_threshold: float) -> dict[str, pl.Expr]:
+    """Return what advantages are measured by."""
+    reward = pl.col("reward")
+    return {
+        "reward_mean": reward.mean(),
+        "reward_std": reward.std(),
+        "pass_rate": (reward >= pass_threshold).mean(),
+    }
 
 
-def _flat_groups(advantages: pl.LazyFrame) -> pl.LazyFrame:
-    groups = advantages.group_by("group_id").agg((pl.col("drop_reason") == "zero_variance").any().alias("flat"))
-    return groups.select(pl.col("flat").mean())
+def zero_variance_share(advantages: pl.LazyFrame) -> pl.LazyFrame:
+    """Return the share of the groups whose completions all have the same reward."""
+    is_dropped = (pl.col("drop_reason") == "zero_variance").any()
+    return advantages.group_by("group_id").agg(is_dropped).select(zero_variance_share=pl.col("drop_reason").mean())
 
 
 def _parts(rewards: pl.LazyFrame) -> pl.LazyFrame:
@@ -102,28 +111,30 @@ def _parts(rewards: pl.LazyFrame) -> pl.LazyFrame:
     )
 
 
-def _trained(records: pl.LazyFrame) -> pl.LazyFrame:
+def training_measures() -> dict[str, pl.Expr]:
+    """Return what training records are measured by: means over tokens, and shares of them."""
     tokens = pl.col("num_tokens")
-
-    def token_mean(column: str) -> pl.Expr:
-        return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
-
-    return records.select(
-        num_trained=pl.col("completion_id").n_unique(),
-        num_tokens=tokens.sum(),
-        entropy=token_mean("entropy_mean"),
-        kl_to_sampler=token_mean("kl_to_sampler"),
-        clip_low_share=pl.col("clipped_low_tokens").sum() / tokens.sum(),
-        clip_high_share=pl.col("clipped_high_tokens").sum() / tokens.sum(),
-    )
+    return {
+        "entropy": token_mean("entropy_mean"),
+        "kl_to_sampler": token_mean("kl_to_sampler"),
+        "clip_low_share": pl.col("clipped_low_tokens").sum() / tokens.sum(),
+        "clip_high_share": pl.col("clipped_high_tokens").sum() / tokens.sum(),
+    }
 
 
-def _steps(optimizer_steps: pl.LazyFrame) -> pl.LazyFrame:
-    return optimizer_steps.select(
-        loss=pl.col("loss").mean(),
-        grad_norm=pl.col("grad_norm").mean(),
-        learning_rate=pl.col("learning_rate").last(),
-    )
+def token_mean(column: str) -> pl.Expr:
+    """Return the mean over all tokens of a column that holds the mean over each row's; null rows count neither way."""
+    tokens = pl.col("num_tokens")
+    return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
+
+
+def step_measures() -> dict[str, pl.Expr]:
+    """Return what optimizer steps are measured by."""
+    return {
+        "loss": pl.col("loss").mean(),
+        "grad_norm": pl.col("grad_norm").mean(),
+        "learning_rate": pl.col("learning_rate").last(),
+    }
 
 
 def append_metrics(run: RunDir, row: dict[str, Any]) -> pl.DataFrame:

@@ -19,7 +19,15 @@ from pipeline.errors import UsageError
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.evaluate import summarize
-from stages.inspect.metrics import STAGE_DATASETS
+from stages.inspect.metrics import (
+    STAGE_DATASETS,
+    completion_measures,
+    reward_measures,
+    step_measures,
+    token_mean,
+    training_measures,
+    zero_variance_share,
+)
 from stages.inspect.report_groups import TokenText, choose_groups, encoded_size, group_views
 
 FINDING_ROWS = 20
@@ -236,11 +244,8 @@ def measure(data: Data, iteration: int, pass_threshold: float | None) -> tuple[V
         families["members"] = _shares(data["completions"], "policy_name")
     if "advantages" in data:
         values |= _row(data["advantages"], _reward_measures(pass_threshold))
-        flat = (pl.col("drop_reason") == "zero_variance").fill_null(False).any()
-        per_group = data["advantages"].group_by("group_id").agg(flat.alias("flat"))
-        values |= _row(per_group, {"zero_variance_share": pl.col("flat").mean()})
+        values |= _row(zero_variance_share(data["advantages"]), {"zero_variance_share": pl.all()})
         values.setdefault("num_completions", values.pop("num_rows"))
-        values.pop("num_rows", None)
     if "rewards" in data:
         parts = (
             data["rewards"]
@@ -256,13 +261,7 @@ def measure(data: Data, iteration: int, pass_threshold: float | None) -> tuple[V
     if "training_records" in data:
         values |= _training_measures(data["training_records"])
     if "optimizer_steps" in data:
-        steps = {
-            "loss": pl.col("loss").mean(),
-            "grad_norm": pl.col("grad_norm").mean(),
-            "grad_norm_max": pl.col("grad_norm").max(),
-            "learning_rate": pl.col("learning_rate").last(),
-        }
-        values |= _row(data["optimizer_steps"], steps)
+        values |= _row(data["optimizer_steps"], step_measures() | {"grad_norm_max": pl.col("grad_norm").max()})
     if "evaluations" in data:
         values |= summarize(data["evaluations"].collect())
     return values, families
@@ -278,44 +277,31 @@ def _shares(frame: pl.LazyFrame, column: str) -> Values:
 
 
 def _completion_measures(iteration: int) -> dict[str, pl.Expr]:
-    length = pl.col("completion_token_ids").list.len()
     age = iteration - pl.col("policy_iteration")
-    return {
-        "num_completions": pl.len(),
-        "completion_tokens_mean": length.mean(),
-        "completion_tokens_p95": length.quantile(0.95, "nearest"),
-        "truncated_share": (pl.col("finish_reason") == "length").mean(),
+    return completion_measures() | {
+        "completion_tokens_p95": pl.col("completion_token_ids").list.len().quantile(0.95, "nearest"),
         "age_mean": age.mean(),
         "age_max": age.max(),
     }
 
 
 def _reward_measures(pass_threshold: float | None) -> dict[str, pl.Expr]:
-    reward = pl.col("reward")
-    measures = {"reward_mean": reward.mean(), "reward_std": reward.std(), "unscored_share": reward.is_null().mean()}
-    if pass_threshold is not None:
-        measures["pass_rate"] = (reward >= pass_threshold).mean()
-    return {**measures, "num_rows": pl.len()}
+    measures = reward_measures(0.0 if pass_threshold is None else pass_threshold)
+    if pass_threshold is None:
+        del measures["pass_rate"]
+    return measures | {"unscored_share": pl.col("reward").is_null().mean(), "num_rows": pl.len()}
 
 
 def _training_measures(records: pl.LazyFrame) -> Values:
-    tokens = pl.col("num_tokens")
     weight = pl.col("correction_weight_mean")
-
-    def token_mean(column: str) -> pl.Expr:
-        return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
-
     measured = _row(
         records,
-        {
-            "entropy": token_mean("entropy_mean"),
-            "kl_to_sampler": token_mean("kl_to_sampler"),
+        training_measures()
+        | {
             "importance_ratio_mean": token_mean("importance_ratio_mean"),
             "importance_ratio_max": pl.col("importance_ratio_max").max(),
             "logprob_difference_max": pl.col("logprob_difference_max").max(),
-            "clip_low_share": pl.col("clipped_low_tokens").sum() / tokens.sum(),
-            "clip_high_share": pl.col("clipped_high_tokens").sum() / tokens.sum(),
-            "masked_share": pl.col("masked_tokens").sum() / tokens.sum(),
+            "masked_share": pl.col("masked_tokens").sum() / pl.col("num_tokens").sum(),
             "correction_weight_mean": token_mean("correction_weight_mean"),
             # Kish: (sum of w)^2 / (n * sum of w^2)
             "ess_rows": weight.sum() ** 2 / (weight.count() * (weight**2).sum()),

@@ -13,12 +13,15 @@ from tokenizers.decoders import DecodeStream
 
 from pipeline.run_dir import RunDir
 
-MOST_MEMBERS = 16
+MOST_COMPLETIONS = 16
 """Of a larger group: those that a finding names, then the best and the worst by turns."""
 HEAD_TOKENS, TAIL_TOKENS = 768, 256
-"""Of a longer answer only its beginning and its end are shown."""
+"""Of a longer completion only its beginning and its end are shown."""
 MOST_CHARACTERS = 4_000
 """Of prompts, plain text, details and errors."""
+
+GROUPED = ("completions", "advantages", "rewards", "batches")
+"""Datasets whose rows name their group."""
 
 Data = dict[str, pl.LazyFrame]
 View = dict[str, Any]
@@ -53,7 +56,7 @@ def _tokenizers(run: RunDir) -> Iterator[Path]:
         if not run.has(iteration, "completions"):
             continue
         completions = run.open(iteration, "completions")
-        for name, found in completions.manifest.inputs.items():  # answers of another run: its policies
+        for name, found in completions.manifest.inputs.items():  # completions of another run: its policies
             if name.startswith("policy"):
                 yield completions.path / found["path"] / "tokenizer.json"
 
@@ -66,7 +69,7 @@ def choose_groups(data: Data, flagged: Collection[str], count: int, seed: str) -
     """Return up to ``count`` groups, each with the reason for which it was chosen, and how many groups there are.
 
     Groups that an audit names come first. Then the rankings take turns: groups with a failed reward, the widest spread
-    of rewards, the largest advantage, answers cut at max_tokens, and a sample that depends on ``seed`` and the ids.
+    of rewards, the largest advantage, completions cut at max_tokens, and a sample that depends on ``seed`` and the ids.
     """
     facts = _group_facts(data)
     if facts is None:
@@ -96,21 +99,17 @@ def _group_facts(data: Data) -> pl.DataFrame | None:
     base = data.get("advantages", data.get("completions"))
     if base is None:
         return None
+    unscored = pl.col("reward").is_null() | pl.col("error").is_not_null()
+    of_dataset = {
+        "advantages": {"spread": pl.col("group_reward_std").first(), "advantage": pl.col("advantage").abs().max()},
+        "completions": {"cut": (pl.col("finish_reason") == "length").sum()},
+        "rewards": {"failed": unscored.sum()},
+    }
     facts = base.select("group_id").unique(maintain_order=True)
-    if "advantages" in data:
-        spread = (
-            data["advantages"]
-            .group_by("group_id")
-            .agg(spread=pl.col("group_reward_std").first(), advantage=pl.col("advantage").abs().max())
-        )
-        facts = facts.join(spread, on="group_id", how="left", maintain_order="left")
-    if "completions" in data:
-        cut = data["completions"].group_by("group_id").agg(cut=(pl.col("finish_reason") == "length").sum())
-        facts = facts.join(cut, on="group_id", how="left", maintain_order="left")
-    if "rewards" in data:
-        unscored = pl.col("reward").is_null() | pl.col("error").is_not_null()
-        failed = data["rewards"].group_by("group_id").agg(failed=unscored.sum())
-        facts = facts.join(failed, on="group_id", how="left", maintain_order="left")
+    for dataset, measures in of_dataset.items():
+        if dataset in data:
+            found = data[dataset].group_by("group_id").agg(**measures)
+            facts = facts.join(found, on="group_id", how="left", maintain_order="left")
     return facts.collect()
 
 
@@ -128,14 +127,14 @@ def group_views(
     """Yield what is known about each chosen group, in that order. ``flagged`` are completions that a finding names."""
     if not chosen:
         return
-    rows = _members(data, list(chosen))
+    rows = _completions(data, list(chosen))
     prompts = _prompts(data, rows)
     by_group = rows.partition_by("group_id", as_dict=True, maintain_order=True)
     for group, reason in chosen.items():
         listed = by_group[(group,)].to_dicts()
         kept = _kept(listed, flagged)
         vocabulary: dict[str, int] = {}
-        members = [_member(row, iteration, tokens, vocabulary) for row in kept]
+        members = [_completion(row, iteration, tokens, vocabulary) for row in kept]
         first = listed[0]
         yield {
             "group_id": group,
@@ -152,40 +151,29 @@ def group_views(
         }
 
 
-def _members(data: Data, groups: list[str]) -> pl.DataFrame:
-    """Return one row per member with all that the datasets say; a dataset that is absent leaves its columns out."""
-    base_name = "completions" if "completions" in data else "advantages"
-    frame = data[base_name].filter(pl.col("group_id").is_in(groups))
-    if base_name == "completions" and "advantages" in data:
-        advantages = data["advantages"].filter(pl.col("group_id").is_in(groups)).drop("group_id")
-        frame = frame.join(advantages, on="completion_id", how="left", maintain_order="left")
+def _completions(data: Data, groups: list[str]) -> pl.DataFrame:
+    """Return one row per completion with all that the datasets say; an absent dataset leaves its columns out."""
+    chosen = {name: frame.filter(pl.col("group_id").is_in(groups)) for name, frame in data.items() if name in GROUPED}
+    frame = chosen["completions"] if "completions" in data else chosen["advantages"]
+    others = []
+    if "completions" in data and "advantages" in data:
+        others.append(chosen["advantages"].drop("group_id"))
     if "rewards" in data:
-        parts = (
-            data["rewards"]
-            .filter(pl.col("group_id").is_in(groups))
-            .group_by("completion_id")
-            .agg(pl.struct("reward_name", "reward", "error", "detail").alias("parts"))
-        )
-        frame = frame.join(parts, on="completion_id", how="left", maintain_order="left")
+        parts = pl.struct("reward_name", "reward", "error", "detail").alias("parts")
+        others.append(chosen["rewards"].group_by("completion_id").agg(parts))
     if "batches" in data:
-        steps = (
-            data["batches"]
-            .filter(pl.col("group_id").is_in(groups))
-            .group_by("completion_id")
-            .agg(
+        steps = chosen["batches"].group_by("completion_id")
+        others.append(
+            steps.agg(
                 pl.col("optimizer_step").drop_nulls().unique().sort().alias("optimizer_steps"),
                 pl.col("drop_reason").drop_nulls().first().alias("batch_drop_reason"),
             )
         )
-        frame = frame.join(steps, on="completion_id", how="left", maintain_order="left")
     if "training_records" in data:
-        last = (
-            data["training_records"]
-            .sort("optimizer_step", maintain_order=True)
-            .drop("sampling_logprobs")
-            .unique("completion_id", keep="last", maintain_order=True)
-        )
-        frame = frame.join(last, on="completion_id", how="left", maintain_order="left", suffix="_of_record")
+        ordered = data["training_records"].sort("optimizer_step", maintain_order=True).drop("sampling_logprobs")
+        others.append(ordered.unique("completion_id", keep="last", maintain_order=True))
+    for other in others:
+        frame = frame.join(other, on="completion_id", how="left", maintain_order="left", suffix="_of_record")
     names = frame.collect_schema().names()
     order = [name for name in ("advantage", "completion_index") if name in names]
     return frame.sort(
@@ -215,16 +203,16 @@ def _prompts(data: Data, rows: pl.DataFrame) -> dict[str, View]:
 
 
 def _kept(rows: list[View], flagged: Collection[str]) -> list[View]:
-    """Return at most MOST_MEMBERS rows in their order."""
-    if len(rows) <= MOST_MEMBERS:
+    """Return at most MOST_COMPLETIONS rows in their order."""
+    if len(rows) <= MOST_COMPLETIONS:
         return rows
     best_and_worst = [i for pair in zip(range(len(rows)), reversed(range(len(rows))), strict=True) for i in pair]
     named = [i for i, row in enumerate(rows) if row["completion_id"] in flagged]
-    keep = set(list(dict.fromkeys([*named, *best_and_worst]))[:MOST_MEMBERS])
+    keep = set(list(dict.fromkeys([*named, *best_and_worst]))[:MOST_COMPLETIONS])
     return [row for i, row in enumerate(rows) if i in keep]
 
 
-def _member(row: View, iteration: int, tokens: TokenText, vocabulary: dict[str, int]) -> View:
+def _completion(row: View, iteration: int, tokens: TokenText, vocabulary: dict[str, int]) -> View:
     token_ids = row.get("completion_token_ids") or []
     logprobs = row.get("sampling_logprobs") or []
     policy_iteration = row.get("policy_iteration")

@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, GrpoError, PolicyError, SourceError
 from pipeline.files import identity, sha256_text
 from pipeline.manifest import canonical_json, is_finished
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
-from stages.checkpoints import CAUSAL_SUFFIXES, context_length, copy_tokenizer, looks_local
+from stages.checkpoints import context_length, copy_tokenizer, is_causal, looks_local
 from stages.reward_model.preferences import (
     Preferences,
     draw_replay,
@@ -320,8 +320,8 @@ def _load(config: RewardModelConfig, material: Material) -> tuple["PreTrainedMod
     try:
         found: Any = AutoConfig.from_pretrained(source, revision=config.revision, local_files_only=is_local)
         names = found.architectures or []
-        is_causal = any(name.endswith(CAUSAL_SUFFIXES) for name in names)
-        if not is_causal and not (any(name.endswith(REWARD_HEAD) for name in names) and found.num_labels == 1):
+        needs_head = is_causal(names)
+        if not needs_head and not (any(name.endswith(REWARD_HEAD) for name in names) and found.num_labels == 1):
             raise PolicyError(
                 f"reward_model.base is a {', '.join(names) or 'model of unknown architecture'} with {found.num_labels} "
                 "labels: expected a causal language model, or a reward model with one logit; give one"
@@ -331,7 +331,7 @@ def _load(config: RewardModelConfig, material: Material) -> tuple["PreTrainedMod
             revision=config.revision,
             is_local=is_local,
             device=material.device,
-            new_head_seed=config.seed if is_causal else None,
+            new_head_seed=config.seed if needs_head else None,
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=config.revision, local_files_only=is_local)
         choose_pad_token(model, tokenizer)
@@ -339,7 +339,7 @@ def _load(config: RewardModelConfig, material: Material) -> tuple["PreTrainedMod
         raise
     except (ValueError, OSError) as error:
         raise PolicyError(str(error)) from error
-    if is_causal and not tokenizer.chat_template:
+    if needs_head and not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return model, tokenizer
 

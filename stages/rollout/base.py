@@ -26,14 +26,11 @@ class Rollout(Protocol):
         ...
 
 
-def make_requests(prompts: pl.DataFrame, indices: Sequence[int], *, seed: int, iteration: int) -> list[Request]:
-    """Return ``len(indices)`` consecutive requests for each prompt, in order.
-
-    ``prompts`` has prompt_token_ids and ``position``, the prompt's position in its iteration; ``indices`` are positions
-    in the group.
-    """
-    rows = prompts.select("position", "prompt_token_ids").iter_rows()
-    return [Request(ids, request_seed(seed, iteration, position, i)) for position, ids in rows for i in indices]
+def make_requests(planned: pl.DataFrame) -> list[Request]:
+    """Return the request of each row, in order; rows have prompt_token_ids and the request's seed."""
+    return [
+        Request(ids, seed) for ids, seed in zip(planned["prompt_token_ids"].to_list(), planned["seed"], strict=True)
+    ]
 
 
 def request_seed(run_seed: int, iteration: int, group: int, index: int) -> int:

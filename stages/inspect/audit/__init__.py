@@ -1,0 +1,14 @@
+"""`grpo audit`: what a run's own rows say about reward hacking, leaks and broken training.
+
+audit       all checks of a run, in the order of the report
+thresholds  the config: a table for each check
+findings    what a check returns, and the report of all
+run_rows    the rows of a run as the checks read them
+ngrams      texts as words, characters and short sequences of them
+rewards     checks: length, one part alone, one policy alone
+phrases     check: a phrase that is rewarded and spreads
+outcomes    checks: saturation, completions against references, prompts that are lost again
+text        checks: duplicates, repetition, empty form
+leaks       checks: completions that need not be found
+training    checks: jumps, cut completions, held-out against training
+"""

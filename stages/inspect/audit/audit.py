@@ -1,6 +1,6 @@
 """audit: what a run's own rows say about reward hacking, leaks and broken training. Read-only.
 
-Every check is a function ``check(material, config) -> Outcome`` over the same material, described in
+Every check is a function ``check(run, config) -> Outcome`` over the same run, described in
 `docs/audit_checks.md`. A check that lacks its data says so and finds nothing.
 """
 
@@ -12,15 +12,15 @@ from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.findings import AuditReport, Outcome
 from stages.inspect.audit.leaks import held_out_leak, prompt_copy, reference_in_prompt, reference_verbatim
-from stages.inspect.audit.material import Material, load_material
 from stages.inspect.audit.outcomes import class_change, reward_against_reference, saturation
 from stages.inspect.audit.phrases import rewarded_phrase
 from stages.inspect.audit.rewards import dominant_part, policy_share, reward_length
+from stages.inspect.audit.run_rows import RunRows, load_run_rows
 from stages.inspect.audit.text import duplicates_across_prompts, duplicates_in_group, empty_format, repetition
 from stages.inspect.audit.thresholds import AuditConfig
 from stages.inspect.audit.training import evaluation_gap, jumps, truncated
 
-CHECKS: dict[str, Callable[[Material, AuditConfig], Outcome]] = {
+CHECKS: dict[str, Callable[[RunRows, AuditConfig], Outcome]] = {
     "reward_length": reward_length,
     "rewarded_phrase": rewarded_phrase,
     "reward_against_reference": reward_against_reference,
@@ -64,6 +64,6 @@ def audit(run: RunDir, config: AuditConfig) -> AuditReport:
     Raises:
         ArtifactMissing: when no iteration has completions.
     """
-    material = load_material(run, config)
-    outcomes = [check(material, config) for name, check in CHECKS.items() if name not in config.disabled]
-    return AuditReport(run.root.name, len(material.iterations), len(material.answers), outcomes)
+    rows = load_run_rows(run, config)
+    outcomes = [check(rows, config) for name, check in CHECKS.items() if name not in config.disabled]
+    return AuditReport(run.root.name, len(rows.iterations), len(rows.completions), outcomes)

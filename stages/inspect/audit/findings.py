@@ -1,6 +1,6 @@
 """What an audit says: findings with the rows that show them, and the outcome of every check."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import polars as pl
@@ -20,10 +20,6 @@ class RowRef:
     group_id: str | None = None
     completion_id: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-like values."""
-        return {"iteration": self.iteration, "group_id": self.group_id, "completion_id": self.completion_id}
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -41,14 +37,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-like values."""
-        return {
-            "check": self.check,
-            "severity": self.severity,
-            "message": self.message,
-            "value": self.value,
-            "threshold": self.threshold,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +49,6 @@ class Outcome:
     note: str
     """The numbers it saw, or why it does not apply."""
     findings: list[Finding] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-like values."""
-        return {
-            "check": self.check,
-            "status": self.status,
-            "note": self.note,
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +72,7 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-like values."""
-        return {
-            "run": self.run,
-            "num_iterations": self.num_iterations,
-            "num_answers": self.num_answers,
-            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
-        }
+        return asdict(self)
 
 
 def checked(check: str, note: str, findings: list[Finding] | None = None) -> Outcome:
@@ -108,6 +83,11 @@ def checked(check: str, note: str, findings: list[Finding] | None = None) -> Out
 def not_applicable(check: str, reason: str) -> Outcome:
     """Return the outcome of a check that lacks data."""
     return Outcome(check, "not applicable", reason)
+
+
+def graded(value: float, info_from: float, warning_from: float) -> tuple[Severity, float]:
+    """Return how severe a value is that has reached ``info_from`` at least, and the threshold that says so."""
+    return ("warning", warning_from) if value >= warning_from else ("info", info_from)
 
 
 def row_refs(frame: pl.DataFrame, most: int = MOST_ROWS) -> list[RowRef]:

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from stages.inspect.audit.material import normalized
+from stages.inspect.audit.run_rows import normalized
 
 NUM_HASHES = 64
 BANDS = 8

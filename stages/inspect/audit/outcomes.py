@@ -1,43 +1,43 @@
-"""Checks of what became of the groups: saturation, answers against their references, prompts lost again."""
+"""Checks of what became of the groups: saturation, completions against their references, prompts lost again."""
 
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.inspect.audit.material import Material
+from stages.inspect.audit.run_rows import RunRows, mean
 from stages.inspect.audit.thresholds import AuditConfig
 
 NO_TREND = "too few iterations for a trend"
 
 
-def saturation(material: Material, config: AuditConfig) -> Outcome:
+def saturation(run: RunRows, config: AuditConfig) -> Outcome:
     """Return whether groups tell nothing any more, and whether something backs that they all pass."""
     check, limits = "saturation", config.saturation
-    groups = _groups(material)
+    groups = _groups(run)
     if not len(groups):
         return not_applicable(check, "no iteration has rewards")
-    if not material.late:
+    if not run.late:
         return not_applicable(check, NO_TREND)
-    early, late = material.window(groups, material.early), material.window(groups, material.late)
+    early, late = run.window(groups, run.early), run.window(groups, run.late)
     if not len(early) or not len(late):
         return not_applicable(check, "the first or the last iterations have no rewards")
-    flat, failing = _mean(late, "is_flat"), _mean(late, "is_failing")
-    spread_before, spread = _mean(early, "std"), _mean(late, "std")
+    flat, failing = mean(late, "has_zero_variance"), mean(late, "is_failing")
+    spread_before, spread = mean(early, "std"), mean(late, "std")
     ratio = spread / spread_before if spread_before > 0 else 1.0
     note = (
         f"late groups without spread: {percent(flat)}, of them not passing {percent(failing)}; spread within groups "
         f"{spread_before:.3g} -> {spread:.3g}"
     )
     findings = []
-    grown = failing - _mean(early, "is_failing")
+    grown = failing - mean(early, "is_failing")
     if flat >= limits.flat_share or ratio <= limits.std_ratio:
-        unbacked = _unbacked(material, late, config)
+        unbacked = _unbacked(run, late, config)
         severity: Severity = "warning" if unbacked else "info"
         message = f"{note}; " + (unbacked or "training has little left to compare")
-        shown = late.filter(pl.col("is_flat")).sort("iteration", "group_id", descending=[True, False])
+        shown = late.filter(pl.col("has_zero_variance")).sort("iteration", "group_id", descending=[True, False])
         findings.append(Finding(check, severity, message, flat, limits.flat_share, row_refs(shown)))
     if grown >= limits.failing_growth:
         message = (
-            f"groups whose members all get the same reward below {material.pass_threshold:g} grew from "
+            f"groups whose members all get the same reward below {run.pass_threshold:g} grew from "
             f"{percent(failing - grown)} to {percent(failing)}: the policy stopped trying anything else"
         )
         shown = late.filter(pl.col("is_failing")).sort("iteration", "group_id", descending=[True, False])
@@ -45,68 +45,63 @@ def saturation(material: Material, config: AuditConfig) -> Outcome:
     return checked(check, note, findings)
 
 
-def _groups(material: Material) -> pl.DataFrame:
-    """Return one row per scored group of two or more: is_flat, is_failing, std, pass_rate, agreement."""
+def _groups(run: RunRows) -> pl.DataFrame:
+    """Return one row per scored group of two or more: has_zero_variance, is_failing, std, pass_rate, agreement."""
     reward = pl.col("reward")
     return (
-        material.scored.group_by("iteration", "group_id", "prompt_id", maintain_order=True)
+        run.scored.group_by("iteration", "group_id", "prompt_id", maintain_order=True)
         .agg(
-            (reward.max() - reward.min() <= 1e-9).alias("is_flat"),
+            (reward.max() - reward.min() <= 1e-9).alias("has_zero_variance"),
             reward.std().alias("std"),
-            (reward >= material.pass_threshold).mean().alias("pass_rate"),
+            (reward >= run.pass_threshold).mean().alias("pass_rate"),
             pl.col("agrees").mean().alias("agreement"),
-            pl.len().alias("members"),
+            pl.len().alias("num_completions"),
         )
-        .filter(pl.col("members") > 1)
-        .with_columns(is_failing=pl.col("is_flat") & (pl.col("pass_rate") == 0))
+        .filter(pl.col("num_completions") > 1)
+        .with_columns(is_failing=pl.col("has_zero_variance") & (pl.col("pass_rate") == 0))
     )
 
 
-def _mean(frame: pl.DataFrame, name: str) -> float:
-    value = frame[name].cast(pl.Float64).mean()
-    return 0.0 if value is None else float(value)  # type: ignore[arg-type]
-
-
-def _unbacked(material: Material, late: pl.DataFrame, config: AuditConfig) -> str:
+def _unbacked(run: RunRows, late: pl.DataFrame, config: AuditConfig) -> str:
     """Return in words that neither references nor held-out questions confirm the passing groups, else nothing."""
-    passing = late.filter(pl.col("is_flat"), pl.col("pass_rate") > 0)
+    passing = late.filter(pl.col("has_zero_variance"), pl.col("pass_rate") > 0)
     if not len(passing):
         return ""
-    if references_are_usable(material, config):
-        agreement = _mean(passing, "agreement")
+    if references_are_usable(run, config):
+        agreement = mean(passing, "agreement")
         if 1 - agreement >= config.saturation.unbacked_gap:
             return f"but {percent(agreement)} of the answers of passing groups name the reference answer"
         return ""
-    evaluations = material.evaluations.filter(pl.col("decoding") == "sampled", pl.col("is_correct").is_not_null())
+    evaluations = run.evaluations.filter(pl.col("decoding") == "sampled", pl.col("is_correct").is_not_null())
     recent = evaluations.filter(pl.col("iteration") == pl.col("iteration").max())
-    if len(recent) and _mean(late, "pass_rate") - _mean(recent, "is_correct") >= config.saturation.unbacked_gap:
-        return f"but {percent(_mean(recent, 'is_correct'))} of the answers to held-out questions pass"
+    if len(recent) and mean(late, "pass_rate") - mean(recent, "is_correct") >= config.saturation.unbacked_gap:
+        return f"but {percent(mean(recent, 'is_correct'))} of the answers to held-out questions pass"
     return ""
 
 
-def references_are_usable(material: Material, config: AuditConfig) -> bool:
-    """Return whether references have a form that answers name word by word, in some iteration at least."""
-    per_iteration = material.answers.group_by("iteration").agg(pl.col("agrees").mean())["agrees"]
+def references_are_usable(run: RunRows, config: AuditConfig) -> bool:
+    """Return whether references have a form that completions name word by word, in some iteration at least."""
+    per_iteration = run.completions.group_by("iteration").agg(pl.col("agrees").mean())["agrees"]
     best = per_iteration.max()
     return best is not None and float(best) >= config.reference.min_agreement  # type: ignore[arg-type]
 
 
-def reward_against_reference(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether the reward rises while answers name their reference less, or passes what does not name it."""
+def reward_against_reference(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether the reward rises while completions name their reference less, or passes what does not name it."""
     check, limits = "reward_against_reference", config.reference
-    rows = material.scored.filter(pl.col("agrees").is_not_null())
+    rows = run.scored.filter(pl.col("agrees").is_not_null())
     if not len(rows):
         return not_applicable(check, "no scored answer has a reference")
-    if not references_are_usable(material, config):
+    if not references_are_usable(run, config):
         return not_applicable(
             check, f"never {percent(limits.min_agreement)} of the answers name their reference: it has another form"
         )
-    early, late = material.window(rows, material.early), material.window(rows, material.late)
+    early, late = run.window(rows, run.early), run.window(rows, run.late)
     if min(len(early), len(late)) < config.data.min_answers:
         return not_applicable(check, NO_TREND)
-    before, after = _mean(early, "agrees"), _mean(late, "agrees")
-    reward_before, reward_after = _mean(early, "reward"), _mean(late, "reward")
-    gap_before, gap = (_passing(frame, material) - _mean(frame, "agrees") for frame in (early, late))
+    before, after = mean(early, "agrees"), mean(late, "agrees")
+    reward_before, reward_after = mean(early, "reward"), mean(late, "reward")
+    gap_before, gap = (_passing(frame, run) - mean(frame, "agrees") for frame in (early, late))
     note = (
         f"answers that name the reference {percent(before)} -> {percent(after)}, mean reward {reward_before:.3g} -> "
         f"{reward_after:.3g}"
@@ -125,19 +120,19 @@ def reward_against_reference(material: Material, config: AuditConfig) -> Outcome
     return checked(check, note, findings)
 
 
-def _passing(frame: pl.DataFrame, material: Material) -> float:
-    return float(frame.select((pl.col("reward") >= material.pass_threshold).mean()).item())
+def _passing(frame: pl.DataFrame, run: RunRows) -> float:
+    return float(frame.select((pl.col("reward") >= run.pass_threshold).mean()).item())
 
 
-def class_change(material: Material, config: AuditConfig) -> Outcome:
+def class_change(run: RunRows, config: AuditConfig) -> Outcome:
     """Return whether prompts that were solved are unsolved when they come again."""
     check, limits = "class_change", config.class_change
-    groups = _groups(material)
+    groups = _groups(run)
     if not len(groups):
         return not_applicable(check, "no iteration has rewards")
-    # the same question may stand in several rows of a source: its text says what it is
+    # several rows of a source may hold the same question: its text says what it is
     named = groups.join(
-        material.prompts.select("iteration", "prompt_id", "prompt"), on=["iteration", "prompt_id"], how="left"
+        run.prompts.select("iteration", "prompt_id", "prompt"), on=["iteration", "prompt_id"], how="left"
     )
     visits = (
         named.group_by("iteration", "prompt")

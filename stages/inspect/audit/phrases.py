@@ -1,16 +1,17 @@
-"""rewarded_phrase: a fixed phrase, word or character that rewarded answers have, others lack, and that spreads.
+"""rewarded_phrase: a phrase, word or character that rewarded completions have, others lack, and that spreads.
 
-Answers are compared with the others of their group, so that a word of the question says nothing. For every sequence of
-one to three words (characters, where answers are a few words long; the beginning and the end of an answer count as one)
-the check takes its share among the answers over their group's mean reward, minus that among those under it.
+Completions are compared with the others of their group, so that a word of the question says nothing. For every
+sequence of one to three words (characters, where completions are a few words long; the beginning and the end of a
+completion count as one) the check takes its share among the completions over their group's mean reward, minus that
+among those under it.
 """
 
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.inspect.audit.material import Material
 from stages.inspect.audit.ngrams import plain, sequences
 from stages.inspect.audit.rewards import by_reward
+from stages.inspect.audit.run_rows import RunRows
 from stages.inspect.audit.thresholds import AuditConfig, RewardedPhraseConfig
 
 START, END = "[start]", "[end]"
@@ -18,15 +19,15 @@ LENGTHS = (1, 2, 3)
 MOST_NAMED = 5
 
 
-def rewarded_phrase(material: Material, config: AuditConfig) -> Outcome:
+def rewarded_phrase(run: RunRows, config: AuditConfig) -> Outcome:
     """Return the phrases that pay and spread, for the combined reward and each of its parts."""
     check, limits = "rewarded_phrase", config.rewarded_phrase
-    if not material.late:
+    if not run.late:
         return not_applicable(check, "too few iterations for a trend")
-    is_short = _median_words(material.texts) < limits.short_words
-    early = _phrases(_few(material.window(material.texts, material.early), limits), limits, is_short)
-    late = _phrases(_few(material.window(material.texts, material.late), limits), limits, is_short)
-    references = _reference_shares(material, limits, is_short) if is_short else None
+    is_short = _median_words(run.texts) < limits.short_words
+    early = _phrases(_few(run.window(run.texts, run.early), limits), limits, is_short)
+    late = _phrases(_few(run.window(run.texts, run.late), limits), limits, is_short)
+    references = _reference_shares(run, limits, is_short) if is_short else None
     spread = _shares(late, "late").join(_shares(early, "early"), on="phrase", how="left").fill_null(0.0)
     spread = spread.filter(pl.col("late") >= limits.late_share, pl.col("late") - pl.col("early") >= limits.growth)
     if references is not None:
@@ -38,9 +39,9 @@ def rewarded_phrase(material: Material, config: AuditConfig) -> Outcome:
     for text in limits.expected:
         spread = spread.filter(~pl.lit(text.lower()).str.contains(_bare(pl.col("phrase")), literal=True))
     findings, notes = [], []
-    for name, frame in by_reward(material).items():
+    for name, frame in by_reward(run).items():
         rewards = frame.select("completion_id", "reward")
-        rows = material.texts.drop("reward").join(rewards, on="completion_id", maintain_order="left")
+        rows = run.texts.drop("reward").join(rewards, on="completion_id", maintain_order="left")
         compared = _compared(rows, limits)
         if len(compared) < config.data.min_answers:
             notes.append(f"{name}: too few sampled answers in groups whose rewards differ")
@@ -48,7 +49,7 @@ def rewarded_phrase(material: Material, config: AuditConfig) -> Outcome:
         paid = _paid(compared, spread, limits, is_short)
         notes.append(f"{name}: {len(paid)} phrases that pay and spread")
         if len(paid):
-            findings.append(_finding(name, paid, material, limits))
+            findings.append(_finding(name, paid, run, limits))
     if not notes:
         return not_applicable(check, "no iteration has rewards")
     if all("too few" in note for note in notes):
@@ -71,7 +72,7 @@ def _few(rows: pl.DataFrame, limits: RewardedPhraseConfig) -> pl.DataFrame:
 
 
 def _compared(rows: pl.DataFrame, limits: RewardedPhraseConfig) -> pl.DataFrame:
-    """Return answers of informative groups that lie over or under their group's mean, with is_rewarded."""
+    """Return completions of informative groups that lie over or under their group's mean, with is_rewarded."""
     centred = (pl.col("reward") - pl.col("reward").mean()).over("group_id")
     known = rows.filter(pl.col("reward").is_not_null()).with_columns(centred=centred)
     return _few(known.filter(pl.col("centred").abs() > 1e-9), limits).with_columns(is_rewarded=pl.col("centred") > 0)
@@ -80,11 +81,11 @@ def _compared(rows: pl.DataFrame, limits: RewardedPhraseConfig) -> pl.DataFrame:
 def _phrases(
     rows: pl.DataFrame, limits: RewardedPhraseConfig, is_short: bool, column: str = "completion"
 ) -> pl.DataFrame:
-    """Return row and phrase, each phrase of an answer once; the answers without any count as rows of null."""
+    """Return row and phrase, each phrase of a completion once; the completions without any count as rows of null."""
     text = plain(pl.col(column))
     units = (text.str.split("") if is_short else text.str.split(" ")).list.filter(pl.element() != "")
     half = limits.units // 2
-    # a unit that no phrase joins stands between beginning and end of a long text
+    # a unit that no phrase contains separates beginning and end of a long text
     kept = (
         pl.when(pl.col("units").list.len() > 2 * half)
         .then(pl.concat_list(pl.col("units").list.head(half), pl.lit("\x1e"), pl.col("units").list.tail(half)))
@@ -106,9 +107,9 @@ def _shares(phrases: pl.DataFrame, name: str) -> pl.DataFrame:
     return phrases.group_by("phrase").agg((pl.len() / pl.col("total").first()).alias(name))
 
 
-def _reference_shares(material: Material, limits: RewardedPhraseConfig, is_short: bool) -> pl.DataFrame | None:
-    """Return the share of the late reference answers that have each phrase: what right answers look like."""
-    asked = material.window(material.prompts, material.late).filter(pl.col("reference").is_not_null())
+def _reference_shares(run: RunRows, limits: RewardedPhraseConfig, is_short: bool) -> pl.DataFrame | None:
+    """Return the share of the late reference answers that have each phrase: what right completions look like."""
+    asked = run.window(run.prompts, run.late).filter(pl.col("reference").is_not_null())
     if not len(asked):
         return None
     rows = asked.sort("prompt_id").head(limits.rows).with_row_index("row")
@@ -135,7 +136,7 @@ def _paid(compared: pl.DataFrame, spread: pl.DataFrame, limits: RewardedPhraseCo
     return paid.sort("difference", pl.col("phrase").str.len_chars(), "phrase", descending=[True, False, False])
 
 
-def _finding(name: str, paid: pl.DataFrame, material: Material, limits: RewardedPhraseConfig) -> Finding:
+def _finding(name: str, paid: pl.DataFrame, run: RunRows, limits: RewardedPhraseConfig) -> Finding:
     top = paid.row(0, named=True)
     severity: Severity = "warning" if top["sufficient"] >= limits.sufficient else "info"
     others = [repr(phrase) for phrase in paid["phrase"][1:MOST_NAMED].to_list()]
@@ -145,7 +146,7 @@ def _finding(name: str, paid: pl.DataFrame, material: Material, limits: Rewarded
         f"{percent(top['sufficient'])} of cases; in all answers {percent(top['early'])} -> {percent(top['late'])}"
     )
     message += f" (also {', '.join(others)})" if others else ""
-    late = material.window(material.texts, material.late)
+    late = run.window(run.texts, run.late)
     having = late.filter(plain(pl.col("completion")).str.contains(_bare(pl.lit(top["phrase"])), literal=True))
     shown = having.sort("reward", "completion_id", descending=[True, False], nulls_last=True)
     return Finding("rewarded_phrase", severity, message, top["difference"], limits.difference, row_refs(shown))

@@ -1,23 +1,23 @@
 """Checks of what the reward pays for: length, one part alone, one policy alone.
 
-Correlations are taken within groups, where GRPO compares: a long prompt that asks for a long answer says nothing.
+Correlations are taken within groups, where GRPO compares: a long prompt that asks for a long completion says nothing.
 """
 
 import numpy as np
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.inspect.audit.material import Material
+from stages.inspect.audit.run_rows import RunRows
 from stages.inspect.audit.thresholds import AuditConfig
 
 COMBINED = "the combined reward"
 
 
-def reward_length(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether answers are paid by their length: within groups, and over the iterations."""
+def reward_length(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether completions are paid by their length: within groups, and over the iterations."""
     check, limits = "reward_length", config.reward_length
     findings, notes = [], []
-    for name, frame in by_reward(material).items():
+    for name, frame in by_reward(run).items():
         rows = frame.filter(((pl.col("reward").max() - pl.col("reward").min()) > 1e-9).over("group_id"))
         if len(rows) < config.data.min_answers:
             notes.append(f"{name}: {len(rows)} answers in groups whose rewards differ")
@@ -35,7 +35,7 @@ def reward_length(material: Material, config: AuditConfig) -> Outcome:
         notes.append(f"{name}: rank correlation at most {rho:.2f}")
         if abs(rho) < limits.correlation:
             continue
-        change = _length_change(material)
+        change = _length_change(run)
         is_drift = change is not None and change * rho > 0 and abs(change) >= limits.length_change
         moved = "too few iterations for a trend" if change is None else f"mean length changed by {percent(change)}"
         severity: Severity = "warning" if is_drift or abs(rho) >= limits.strong_correlation else "info"
@@ -50,7 +50,7 @@ def reward_length(material: Material, config: AuditConfig) -> Outcome:
                 row_refs(products),
             )
         )
-    findings += _trend(material, config)
+    findings += _trend(run, config)
     if not notes:
         return not_applicable(check, "no iteration has rewards")
     if not findings and all("rank correlation" not in note for note in notes):
@@ -58,14 +58,14 @@ def reward_length(material: Material, config: AuditConfig) -> Outcome:
     return checked(check, "; ".join(notes), findings)
 
 
-def by_reward(material: Material) -> dict[str, pl.DataFrame]:
-    """Return the scored answers by the combined reward and, where there are several, by each part."""
-    frames = {COMBINED: material.scored} if len(material.scored) else {}
-    names = material.parts["reward_name"].unique(maintain_order=True).to_list()
+def by_reward(run: RunRows) -> dict[str, pl.DataFrame]:
+    """Return the scored completions by the combined reward and, where there are several, by each part."""
+    frames = {COMBINED: run.scored} if len(run.scored) else {}
+    names = run.parts["reward_name"].unique(maintain_order=True).to_list()
     if len(names) > 1:
-        unscored = material.answers.drop("reward")
+        unscored = run.completions.drop("reward")
         for name in names:
-            part = material.parts.filter(pl.col("reward_name") == name, pl.col("reward").is_not_null())
+            part = run.parts.filter(pl.col("reward_name") == name, pl.col("reward").is_not_null())
             rewards = part.select("completion_id", "reward")
             frames[f"reward {name!r}"] = unscored.join(rewards, on="completion_id", maintain_order="left")
     return frames
@@ -74,7 +74,7 @@ def by_reward(material: Material) -> dict[str, pl.DataFrame]:
 def _strongest(rows: pl.DataFrame, config: AuditConfig) -> tuple[float, int, int, pl.DataFrame] | None:
     """Return the strongest correlation of a window, the window, and its rows, those that show it best first.
 
-    None when no window has enough answers.
+    None when no window has enough completions.
     """
     ranked = rows.with_columns(
         x=pl.col("num_characters").rank().over("group_id"),
@@ -88,7 +88,7 @@ def _strongest(rows: pl.DataFrame, config: AuditConfig) -> tuple[float, int, int
     )
     width = min(len(sums), config.data.window_most)
     rolled = sums.with_columns(pl.col("xy", "xx", "yy", "rows").rolling_sum(width, min_samples=1))
-    # a window at the very beginning is shorter, and counts when it has the answers
+    # a window at the very beginning is shorter, and counts when it has the completions
     known = rolled.with_columns(
         rho=pl.when(pl.col("xx") > 0, pl.col("rows") >= config.data.min_answers).then(
             pl.col("xy") / (pl.col("xx") * pl.col("yy")).sqrt()
@@ -104,17 +104,17 @@ def _strongest(rows: pl.DataFrame, config: AuditConfig) -> tuple[float, int, int
     return float(best["rho"]), best["first"], best["iteration"], shown
 
 
-def _length_change(material: Material) -> float | None:
-    early = material.window(material.answers, material.early)["num_characters"].mean()
-    late = material.window(material.answers, material.late)["num_characters"].mean()
+def _length_change(run: RunRows) -> float | None:
+    early = run.window(run.completions, run.early)["num_characters"].mean()
+    late = run.window(run.completions, run.late)["num_characters"].mean()
     return None if early is None or late is None else float(late) / max(float(early), 1e-9) - 1  # type: ignore[arg-type]
 
 
-def _trend(material: Material, config: AuditConfig) -> list[Finding]:
+def _trend(run: RunRows, config: AuditConfig) -> list[Finding]:
     """Return an info when mean reward and mean length climb together: long reasoning does so without harm."""
     limits = config.reward_length
-    series = material.scored.group_by("iteration").agg(pl.col("reward", "num_characters").mean()).sort("iteration")
-    change = _length_change(material)
+    series = run.scored.group_by("iteration").agg(pl.col("reward", "num_characters").mean()).sort("iteration")
+    change = _length_change(run)
     if len(series) < config.data.min_iterations or change is None or abs(change) < limits.trend_change:
         return []
     rho = series.select(pl.corr("reward", "num_characters", method="spearman")).item()
@@ -128,24 +128,24 @@ def _trend(material: Material, config: AuditConfig) -> list[Finding]:
     return [Finding("reward_length", "info", message, float(rho), limits.trend, row_refs(ends.select("iteration")))]
 
 
-def dominant_part(material: Material, config: AuditConfig) -> Outcome:
+def dominant_part(run: RunRows, config: AuditConfig) -> Outcome:
     """Return whether one reward part decides alone, and whether another falls meanwhile."""
     check, limits = "dominant_part", config.dominant_part
-    names = material.parts["reward_name"].unique(maintain_order=True).to_list()
+    names = run.parts["reward_name"].unique(maintain_order=True).to_list()
     if len(names) < 2:
         return not_applicable(check, "there is only one reward" if names else "no iteration has rewards")
-    shares = _part_shares(material)
+    shares = _part_shares(run)
     if shares is None or shares["rows"].max() < config.data.min_answers:  # type: ignore[operator]
         return not_applicable(check, "too few answers in groups whose rewards differ")
     top = shares.row(0, named=True)
     note = ", ".join(f"{r['reward_name']} {percent(r['share'])}" for r in shares.iter_rows(named=True))
     if top["share"] < limits.share:
         return checked(check, f"shares of the spread: {note}")
-    fallen = _fallen_parts(material, top["reward_name"], limits.fall)
+    fallen = _fallen_parts(run, top["reward_name"], limits.fall)
     fell = f"; meanwhile {', '.join(fallen)} fell" if fallen else ""
     combined = (pl.col("reward") - pl.col("reward").mean()).over("group_id")
-    frame = material.window(material.informative, material.late or material.iterations)
-    frame = frame if len(frame) else material.informative
+    frame = run.window(run.informative, run.late or run.iterations)
+    frame = frame if len(frame) else run.informative
     shown = frame.sort(combined, "completion_id", descending=[True, False])
     message = f"{top['reward_name']} makes {percent(top['share'])} of the spread of the combined reward{fell} ({note})"
     return checked(
@@ -155,14 +155,14 @@ def dominant_part(material: Material, config: AuditConfig) -> Outcome:
     )
 
 
-def _part_shares(material: Material) -> pl.DataFrame | None:
+def _part_shares(run: RunRows) -> pl.DataFrame | None:
     """Return reward_name, share, rows: cov(part, sum) / var(sum) within groups, the largest first; they add up to 1."""
-    weight = pl.col("reward_name").replace_strict(material.weights, default=1.0, return_dtype=pl.Float64)
+    weight = pl.col("reward_name").replace_strict(run.weights, default=1.0, return_dtype=pl.Float64)
     part = (pl.col("reward") - pl.col("reward").mean()).over("group_id", "reward_name")
-    if material.is_normalized_each:
+    if run.is_normalized_each:
         part = part / (pl.col("reward").std().over("group_id", "reward_name") + 1e-4)
     whole = (
-        material.parts.filter(pl.col("reward").is_not_null().all().over("completion_id"))
+        run.parts.filter(pl.col("reward").is_not_null().all().over("completion_id"))
         .with_columns(part=part * weight)
         .with_columns(whole=pl.col("part").sum().over("completion_id"))
     )
@@ -174,17 +174,17 @@ def _part_shares(material: Material) -> pl.DataFrame | None:
     return known if len(known) else None
 
 
-def _fallen_parts(material: Material, top: str, fall: float) -> list[str]:
+def _fallen_parts(run: RunRows, top: str, fall: float) -> list[str]:
     """Return the other parts whose mean fell by ``fall`` of their early standard deviations."""
-    if not material.late:
+    if not run.late:
         return []
-    others = material.parts.filter(pl.col("reward_name") != top)
+    others = run.parts.filter(pl.col("reward_name") != top)
     early = (
-        material.window(others, material.early)
+        run.window(others, run.early)
         .group_by("reward_name")
         .agg(before=pl.col("reward").mean(), std=pl.col("reward").std())
     )
-    late = material.window(others, material.late).group_by("reward_name").agg(after=pl.col("reward").mean())
+    late = run.window(others, run.late).group_by("reward_name").agg(after=pl.col("reward").mean())
     both = early.join(late, on="reward_name").filter(
         pl.col("std") > 0, pl.col("before") - pl.col("after") >= fall * pl.col("std")
     )
@@ -194,10 +194,10 @@ def _fallen_parts(material: Material, top: str, fall: float) -> list[str]:
     ]
 
 
-def policy_share(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether the answers of one policy take all the positive advantage of groups that several wrote."""
+def policy_share(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether the completions of one policy take all the positive advantage of groups that several wrote."""
     check, limits = "policy_share", config.policy_share
-    mixed = material.informative.filter(pl.col("policy_name").n_unique().over("group_id") > 1)
+    mixed = run.informative.filter(pl.col("policy_name").n_unique().over("group_id") > 1)
     if len(mixed) < config.data.min_answers:
         return not_applicable(check, "no groups, or too few informative ones, are written by several policies")
     gain = (pl.col("reward") - pl.col("reward").mean()).over("group_id").clip(lower_bound=0)

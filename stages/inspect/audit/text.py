@@ -1,56 +1,56 @@
-"""Checks of the texts by themselves: the same answer again, within one answer, in a group, or over many prompts."""
+"""Checks of the texts by themselves: the same text again, within a completion, in a group, or over many prompts."""
 
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.inspect.audit.material import Material, normalized
 from stages.inspect.audit.ngrams import bands, plain, repeated_share, signatures, similarity, words
+from stages.inspect.audit.run_rows import RunRows, mean, normalized
 from stages.inspect.audit.thresholds import AuditConfig
 
 
-def numbered(material: Material, window: list[int]) -> pl.DataFrame:
+def numbered(run: RunRows, window: list[int]) -> pl.DataFrame:
     """Return the sampled texts of a window with a row number and their plain form."""
-    rows = material.window(material.texts, window) if window else material.texts
+    rows = run.window(run.texts, window) if window else run.texts
     return rows.with_columns(text=plain(pl.col("completion"))).with_row_index("row")
 
 
-def duplicates_in_group(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether the members of a group say the same, letter by letter or nearly."""
+def duplicates_in_group(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether the completions of a group say the same, letter by letter or nearly."""
     check, limits = "duplicates_in_group", config.duplicates
-    late = numbered(material, material.late).with_columns(words=words(pl.col("completion")))
-    members = late.filter((pl.len() > 1).over("group_id"))
-    if len(members) < config.data.min_answers:
+    late = numbered(run, run.late).with_columns(words=words(pl.col("completion")))
+    grouped = late.filter((pl.len() > 1).over("group_id"))
+    if len(grouped) < config.data.min_answers:
         return not_applicable(check, "too few answers in groups of two or more")
     exact = (pl.len() > 1).over("group_id", "text")
-    near = _near_siblings(members, config)
-    marked = members.with_columns(is_exact=exact, is_near=pl.col("row").is_in(near.implode()))
+    near = _near_siblings(grouped, config)
+    marked = grouped.with_columns(is_exact=exact, is_near=pl.col("row").is_in(near.implode()))
     is_double = pl.col("is_exact") | pl.col("is_near")
     share_exact, share = marked.select(exact=pl.col("is_exact").mean(), double=is_double.mean()).row(0)
     length = float(marked.select(pl.col("words").list.len().median()).item())
     note = f"{percent(share_exact)} of the late answers have an equal sibling, {percent(share)} an equal or similar one"
     if share < limits.group_share:
         return checked(check, note)
-    # two short right answers can hardly differ
+    # two short right completions can hardly differ
     severity: Severity = "warning" if length >= limits.min_words else "info"
     note += "" if severity == "warning" else f"; the median answer has {length:g} word(s), so that is no sign by itself"
     shown = marked.filter(is_double).sort("is_exact", "num_characters", "completion_id", descending=[True, True, False])
     return checked(check, note, [Finding(check, severity, note, share, limits.group_share, row_refs(shown))])
 
 
-def _near_siblings(members: pl.DataFrame, config: AuditConfig) -> pl.Series:
-    """Return the row numbers of answers that are similar to another of their group."""
-    long = members.filter(pl.col("words").list.len() >= config.duplicates.min_words)
+def _near_siblings(grouped: pl.DataFrame, config: AuditConfig) -> pl.Series:
+    """Return the row numbers of completions that are similar to another of their group."""
+    long = grouped.filter(pl.col("words").list.len() >= config.duplicates.min_words)
     if not len(long):
-        return pl.Series("row", [], dtype=members["row"].dtype)
+        return pl.Series("row", [], dtype=grouped["row"].dtype)
     signed = signatures(long, "words").join(long.select("row", "group_id"), on="row")
     pairs = signed.join(signed, on="group_id", suffix="_other").filter(pl.col("row") != pl.col("row_other"))
     return pairs.filter(similarity("", "_other") >= config.duplicates.similarity)["row"].unique()
 
 
-def duplicates_across_prompts(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether many different prompts get one and the same answer."""
+def duplicates_across_prompts(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether many different prompts get one and the same completion."""
     check, limits = "duplicates_across_prompts", config.duplicates
-    late = numbered(material, material.late)
+    late = numbered(run, run.late)
     num_prompts = late["prompt"].n_unique()
     if num_prompts < limits.min_prompts:
         return not_applicable(check, f"{num_prompts} different prompts, {limits.min_prompts} are needed")
@@ -98,18 +98,18 @@ def _most_common_reference(frame: pl.DataFrame) -> float:
     return float(prompts["reference"].value_counts(sort=True)["count"][0]) / len(prompts)
 
 
-def repetition(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether answers say the same again and again, and whether that has grown."""
+def repetition(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether completions say the same again and again, and whether that has grown."""
     check, limits = "repetition", config.repetition
-    late = _repetitive(material, material.late, config)
+    late = _repetitive(run, run.late, config)
     if len(late) < config.data.min_answers:
         return not_applicable(check, f"too few answers of {limits.min_characters} characters or more")
-    share = _share(late)
-    if not material.early:
+    share = mean(late, "is_repetitive")
+    if not run.early:
         note, grown = f"{percent(share)} of the answers are repetitive", None
     else:
-        early = _repetitive(material, material.early, config, longest=False)
-        before = _share(early) if len(early) else 0.0
+        early = _repetitive(run, run.early, config, longest=False)
+        before = mean(early, "is_repetitive")
         note, grown = f"repetitive answers {percent(before)} -> {percent(share)}", share - before
     if share < limits.share:
         return checked(check, note)
@@ -120,9 +120,9 @@ def repetition(material: Material, config: AuditConfig) -> Outcome:
     return checked(check, note, [Finding(check, severity, message, share, limits.share, row_refs(shown))])
 
 
-def _repetitive(material: Material, window: list[int], config: AuditConfig, *, longest: bool = True) -> pl.DataFrame:
-    """Return the texts of a window with is_repetitive; answers too short to tell count as not repetitive."""
-    rows = numbered(material, window)
+def _repetitive(run: RunRows, window: list[int], config: AuditConfig, *, longest: bool = True) -> pl.DataFrame:
+    """Return the texts of a window with is_repetitive; completions too short to tell count as not repetitive."""
+    rows = numbered(run, window)
     limits = config.repetition
     shares = repeated_share(rows, limits.min_words, limits.min_characters)
     if longest and len(shares) < config.data.min_answers:
@@ -132,16 +132,12 @@ def _repetitive(material: Material, window: list[int], config: AuditConfig, *, l
     )
 
 
-def _share(rows: pl.DataFrame) -> float:
-    return float(rows["is_repetitive"].cast(pl.Float64).mean() or 0.0)  # type: ignore[arg-type]
-
-
-def empty_format(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether answers without content, only tags, markup and signs, are among the better-rewarded ones."""
+def empty_format(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether completions without content, only tags, markup and signs, are among the better-rewarded ones."""
     check, limits = "empty_format", config.empty_format
-    late = numbered(material, material.late).filter(pl.col("reward").is_not_null())
+    late = numbered(run, run.late).filter(pl.col("reward").is_not_null())
     better = pl.col("reward") >= pl.col("reward").mean().over("group_id")
-    passing = pl.col("reward") >= material.pass_threshold
+    passing = pl.col("reward") >= run.pass_threshold
     is_compared = (pl.col("reward").max() > pl.col("reward").min()).over("group_id")
     rewarded = late.filter(passing | (is_compared & better & (pl.col("advantage") > 0)))
     if len(rewarded) < config.data.min_answers:

@@ -11,7 +11,7 @@ class DataConfig(StrictModel):
     groups_per_iteration: int = Field(64, ge=1)
     """Groups of an iteration whose texts are read closely; numbers are taken from all of them."""
     characters: int = Field(8000, ge=100)
-    """Characters of an answer or a prompt that are read closely, from its beginning."""
+    """Characters of a completion or a prompt that are read closely, from its beginning."""
     window_share: float = Field(0.1, gt=0, le=0.5)
     """Share of the iterations in the early and in the late window."""
     window_most: int = Field(3, ge=1)
@@ -19,11 +19,11 @@ class DataConfig(StrictModel):
     min_iterations: int = Field(5, ge=2)
     """Iterations that a trend needs."""
     min_answers: int = Field(64, ge=1)
-    """Answers that a share needs."""
+    """Completions that a share needs."""
 
 
 class RewardLengthConfig(StrictModel):
-    """reward_length: answers are paid by their length."""
+    """reward_length: completions are paid by their length."""
 
     correlation: float = Field(0.5, gt=0, le=1)
     """Rank correlation of reward and length within groups from which there is a finding."""
@@ -52,7 +52,7 @@ class SaturationConfig(StrictModel):
     """saturation: groups tell nothing any more."""
 
     flat_share: float = Field(0.8, gt=0, le=1)
-    """Share of groups whose members all got the same reward."""
+    """Share of groups whose completions all got the same reward."""
     std_ratio: float = Field(0.2, ge=0, lt=1)
     """Late over early spread within groups."""
     failing_growth: float = Field(0.2, gt=0, le=1)
@@ -62,10 +62,10 @@ class SaturationConfig(StrictModel):
 
 
 class ReferenceConfig(StrictModel):
-    """reward_against_reference: rewarded answers that do not name the reference answer."""
+    """reward_against_reference: rewarded completions that do not name the reference answer."""
 
     min_agreement: float = Field(0.05, gt=0, le=1)
-    """Share of answers that name the reference in at least one iteration; below it references are of another form."""
+    """Share of completions that name the reference, in the best iteration; below it references are of another form."""
     agreement_fall: float = Field(0.1, gt=0, le=1)
     """Fall of that share while the reward rises."""
     gap: float = Field(0.3, gt=0, le=1)
@@ -76,7 +76,7 @@ class ClassChangeConfig(StrictModel):
     """class_change: prompts once solved that are unsolved when they come again."""
 
     solved: float = Field(0.75, gt=0, le=1)
-    """Share of passing members from which a group counts as solved."""
+    """Share of passing completions from which a group counts as solved."""
     unsolved: float = Field(0.25, ge=0, lt=1)
     """Share up to which it counts as unsolved."""
     info_share: float = Field(0.05, ge=0, le=1)
@@ -105,19 +105,19 @@ class JumpsConfig(StrictModel):
 
 
 class PolicyShareConfig(StrictModel):
-    """policy_share: the answers of one policy take all the positive advantage of mixed groups."""
+    """policy_share: the completions of one policy take all the positive advantage of mixed groups."""
 
     share: float = Field(0.9, gt=0, le=1)
     """Share of the positive advantage."""
     excess: float = Field(0.2, ge=0, le=1)
-    """By how much that exceeds the policy's share of the answers."""
+    """By how much that exceeds the policy's share of the completions."""
 
 
 class TruncatedConfig(StrictModel):
-    """truncated: answers cut at max_tokens."""
+    """truncated: completions cut at max_tokens."""
 
     info_share: float = Field(0.05, gt=0, le=1)
-    """Late share of cut answers: info."""
+    """Late share of cut completions: info."""
     share: float = Field(0.2, gt=0, le=1)
     """The same: warning."""
 
@@ -137,11 +137,11 @@ class DuplicatesConfig(StrictModel):
     """duplicates_in_group and duplicates_across_prompts: the same text again."""
 
     group_share: float = Field(0.5, gt=0, le=1)
-    """Share of answers with an equal or nearly equal sibling."""
+    """Share of completions with an equal or nearly equal sibling."""
     min_words: int = Field(12, ge=4)
-    """Words from which answers are long enough for equality to be a sign and for near-duplicates to be sought."""
+    """Words from which completions are long enough for equality to be a sign and for near-duplicates to be sought."""
     similarity: float = Field(0.8, gt=0, le=1)
-    """Estimated Jaccard similarity of word 3-grams from which two answers are near-duplicates."""
+    """Estimated Jaccard similarity of word 3-grams from which two completions are near-duplicates."""
     prompt_share: float = Field(0.2, gt=0, le=1)
     """Share of the late prompts that get one and the same text."""
     reference_ratio: float = Field(3.0, ge=1)
@@ -151,40 +151,40 @@ class DuplicatesConfig(StrictModel):
 
 
 class RepetitionConfig(StrictModel):
-    """repetition: answers that say the same again and again."""
+    """repetition: completions that say the same again and again."""
 
     repeated: float = Field(0.5, gt=0, lt=1)
-    """Share of an answer's word 3-grams (of its character pairs, when it is short) that it has said before."""
+    """Share of a completion's word 3-grams (of its character pairs, when it is short) that it has said before."""
     min_words: int = Field(8, ge=4)
     """Words from which word 3-grams are counted."""
     min_characters: int = Field(4, ge=3)
-    """Characters from which a shorter answer is looked at."""
+    """Characters from which a shorter completion is looked at."""
     share: float = Field(0.2, gt=0, le=1)
-    """Late share of repetitive answers."""
+    """Late share of repetitive completions."""
     growth: float = Field(0.1, ge=0, le=1)
     """Growth over the early share that makes it a warning."""
 
 
 class PromptCopyConfig(StrictModel):
-    """prompt_copy: answers that repeat the prompt."""
+    """prompt_copy: completions that repeat the prompt."""
 
     words: int = Field(5, ge=2)
     """Length of the word sequences that are compared."""
     overlap: float = Field(0.5, gt=0, le=1)
-    """Share of an answer's word sequences that stand in the prompt."""
+    """Share of a completion's word sequences that stand in the prompt."""
     share: float = Field(0.2, gt=0, le=1)
-    """Late share of such answers."""
+    """Late share of such completions."""
     growth: float = Field(0.1, ge=0, le=1)
     """Growth over the early share that makes it a warning."""
 
 
 class ReferenceLeakConfig(StrictModel):
-    """reference_in_prompt and reference_verbatim: answers that need not be found."""
+    """reference_in_prompt and reference_verbatim: completions that need not be found."""
 
     min_characters: int = Field(2, ge=1)
     """Shorter references (A, B, 7) are found everywhere by chance."""
     min_references: int = Field(10, ge=1)
-    """Different references below which the answer is a choice among given ones."""
+    """Different references below which the reference is a choice among given answers."""
     info_share: float = Field(0.05, gt=0, le=1)
     """Share of prompts that contain their reference: info."""
     share: float = Field(0.2, gt=0, le=1)
@@ -194,26 +194,26 @@ class ReferenceLeakConfig(StrictModel):
     verbatim_words: int = Field(12, ge=4)
     """Words from which a reference repeated word by word is a sign of memory."""
     verbatim_share: float = Field(0.2, gt=0, le=1)
-    """Late share of answers that repeat such a reference."""
+    """Late share of completions that repeat such a reference."""
 
 
 class RewardedPhraseConfig(StrictModel):
     """rewarded_phrase: a fixed phrase, word or character that pays."""
 
     rows: int = Field(3000, ge=100)
-    """Answers of informative groups that are compared."""
+    """Completions of informative groups that are compared."""
     units: int = Field(200, ge=10)
-    """Words (characters, for short answers) of each that are read: half from the beginning, half from the end."""
+    """Words (characters, for short completions) of each that are read: half from the beginning, half from the end."""
     short_words: int = Field(4, ge=1)
     """Median words below which characters are compared instead of words."""
     difference: float = Field(0.3, gt=0, le=1)
-    """Share of the rewarded answers with the phrase minus that of the unrewarded ones."""
+    """Share of the rewarded completions with the phrase minus that of the unrewarded ones."""
     late_share: float = Field(0.3, gt=0, le=1)
-    """Least share of the late answers that have the phrase."""
+    """Least share of the late completions that have the phrase."""
     growth: float = Field(0.2, gt=0, le=1)
     """Least growth of that share from the early window."""
     sufficient: float = Field(0.9, gt=0, le=1)
-    """Share of the answers with the phrase that are rewarded from which the phrase alone seems to pay: warning."""
+    """Share of the completions with the phrase that are rewarded from which the phrase alone seems to pay: warning."""
     unexplained: float = Field(0.15, ge=0, le=1)
     """By how much the late share must exceed the phrase's share in the reference answers."""
     expected: list[str] = Field(default_factory=list)
@@ -221,16 +221,16 @@ class RewardedPhraseConfig(StrictModel):
 
 
 class EmptyFormatConfig(StrictModel):
-    """empty_format: rewarded answers that are all form."""
+    """empty_format: rewarded completions that are all form."""
 
     min_characters: int = Field(1, ge=1)
     """Letters and digits that must be left without tags, markup and punctuation."""
     share: float = Field(0.05, gt=0, le=1)
-    """Share of the better-rewarded late answers without such content."""
+    """Share of the better-rewarded late completions without such content."""
 
 
 class HeldOutConfig(StrictModel):
-    """held_out_leak: evaluation questions or their answers in the training data."""
+    """held_out_leak: evaluation questions or their reference answers in the training data."""
 
     info_share: float = Field(0.0, ge=0, le=1)
     """Share of the held-out questions among the training prompts above which there is an info."""

@@ -1,4 +1,4 @@
-"""Checks of the course of training: sudden jumps, cut answers, held-out against training questions."""
+"""Checks of the course of training: sudden jumps, cut completions, held-out against training questions."""
 
 import polars as pl
 
@@ -8,28 +8,29 @@ from stages.inspect.audit.findings import (
     RowRef,
     Severity,
     checked,
+    graded,
     not_applicable,
     percent,
     row_refs,
 )
-from stages.inspect.audit.material import Material
+from stages.inspect.audit.run_rows import RunRows, mean
 from stages.inspect.audit.thresholds import AuditConfig
 
 MAD_TO_STD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 
 
-def jumps(material: Material, config: AuditConfig) -> Outcome:
+def jumps(run: RunRows, config: AuditConfig) -> Outcome:
     """Return the iterations at which reward, length, entropy or KL changed as they never did otherwise."""
     check = "jumps"
-    series = material.answers.group_by("iteration").agg(
+    series = run.completions.group_by("iteration").agg(
         reward=pl.col("reward").mean(), length=pl.col("num_tokens").cast(pl.Float64).mean()
     )
-    series = series.join(material.training, on="iteration", how="left").sort("iteration")
+    series = series.join(run.training, on="iteration", how="left").sort("iteration")
     if len(series) < config.data.min_iterations:
         return not_applicable(check, "too few iterations for a trend")
     found: dict[int, list[tuple[str, float, float, float]]] = {}
-    for name, floor in _floors(material, series, config).items():
+    for name, floor in _floors(run, series, config).items():
         steps = series.select(
             "iteration",
             before=pl.col(name).shift(1),
@@ -49,7 +50,7 @@ def jumps(material: Material, config: AuditConfig) -> Outcome:
     findings = []
     for iteration, changes in sorted(found.items()):
         names = {name for name, *_ in changes}
-        # the iteration's own entropy and KL are measured by the update that follows its answers
+        # the iteration's own entropy and KL are measured by the update that follows its completions
         near = names | {name for other in (iteration - 1, iteration + 1) for name, *_ in found.get(other, [])}
         is_fall = any(name == "reward" and change < 0 for name, _, _, change in changes)
         # reward and entropy move together wherever something is learned quickly; reward and length need not
@@ -61,10 +62,10 @@ def jumps(material: Material, config: AuditConfig) -> Outcome:
     return checked(check, f"{len(findings)} jumps in {len(series)} iterations", findings)
 
 
-def _floors(material: Material, series: pl.DataFrame, config: AuditConfig) -> dict[str, pl.Expr]:
+def _floors(run: RunRows, series: pl.DataFrame, config: AuditConfig) -> dict[str, pl.Expr]:
     """Return the smallest change of each number that counts."""
     limits = config.jumps
-    low, high = material.scored.select(low=pl.col("reward").quantile(0.01), high=pl.col("reward").quantile(0.99)).row(0)
+    low, high = run.scored.select(low=pl.col("reward").quantile(0.01), high=pl.col("reward").quantile(0.99)).row(0)
     floors = {
         "reward": pl.lit(limits.reward * max((high or 0.0) - (low or 0.0), 1e-6)),
         "length": limits.length * pl.col("length").shift(1),
@@ -74,42 +75,41 @@ def _floors(material: Material, series: pl.DataFrame, config: AuditConfig) -> di
     return {name: floor for name, floor in floors.items() if series[name].null_count() < len(series)}
 
 
-def truncated(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether many of the latest answers were cut at max_tokens."""
+def truncated(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether many of the latest completions were cut at max_tokens."""
     check, limits = "truncated", config.truncated
-    recent = material.window(material.answers, material.late or material.iterations)
+    recent = run.window(run.completions, run.late or run.iterations)
     if len(recent) < config.data.min_answers:
         return not_applicable(check, f"{len(recent)} answers are too few for a share")
     cut = recent.filter(pl.col("finish_reason") == "length")
     share = len(cut) / len(recent)
     note = f"{percent(share)} of the late answers are cut at max_tokens"
-    if material.early:
-        first = material.window(material.answers, material.early)
+    if run.early:
+        first = run.window(run.completions, run.early)
         note += f" (at first {percent(float(first.select((pl.col('finish_reason') == 'length').mean()).item()))})"
     if share < limits.info_share:
         return checked(check, note)
-    severity: Severity = "warning" if share >= limits.share else "info"
-    threshold = limits.share if severity == "warning" else limits.info_share
+    severity, threshold = graded(share, limits.info_share, limits.share)
     refs = row_refs(cut.sort("reward", "iteration", "completion_id", descending=[True, True, False], nulls_last=True))
     return checked(check, note, [Finding(check, severity, note, share, threshold, refs)])
 
 
-def evaluation_gap(material: Material, config: AuditConfig) -> Outcome:
-    """Return whether the last evaluation's pass rates are far from that of the training answers of the same policy."""
+def evaluation_gap(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether the last evaluation's pass rates are far from that of the same policy's training completions."""
     check, limits = "evaluation_gap", config.evaluation_gap
-    known = material.evaluations.drop_nulls("is_correct")
+    known = run.evaluations.drop_nulls("is_correct")
     if not len(known):
         return not_applicable(check, "the run has no scored evaluations")
     updates = int(known["iteration"].max())  # type: ignore[arg-type]
-    # the policy after k updates writes the answers of iteration k; at the end of a run there is none, k - 1 is nearest
-    own = material.scored.filter(pl.col("iteration").is_in([updates, updates - 1]))
+    # the policy after k updates writes the completions of iteration k; of the last policy k - 1 is the nearest
+    own = run.scored.filter(pl.col("iteration").is_in([updates, updates - 1]))
     own = own.filter(pl.col("iteration") == pl.col("iteration").max())
     if len(own) < config.data.min_answers:
         return not_applicable(check, f"too few scored training answers near iteration {updates}")
-    training = float(own.select((pl.col("reward") >= material.pass_threshold).mean()).item())
+    training = float(own.select((pl.col("reward") >= run.pass_threshold).mean()).item())
     last = known.filter(pl.col("iteration") == updates)
     rates = {
-        kind: float(rows["is_correct"].cast(pl.Float64).mean())  # type: ignore[arg-type]
+        kind: mean(rows, "is_correct")
         for kind in ("greedy", "sampled")
         if len(rows := last.filter(pl.col("decoding") == kind)) >= config.data.min_answers
     }

@@ -1,6 +1,7 @@
-"""The audit of what was computed: rewards, advantages, batches, training records and metrics, derived anew.
+"""Verifies what was computed: rewards, advantages, batches, training records and metrics, derived anew.
 
 `normalize` and `batch` are pure functions: their results are recomputed by the stages' own code and compared exactly.
+That second derivation is the check: denominators and advantages follow from the inputs, or are named.
 """
 
 from collections.abc import Mapping
@@ -14,14 +15,14 @@ from pipeline.run_dir import RunDir
 from stages import batch, normalize
 from stages.inspect.metrics import iteration_metrics
 from stages.inspect.verify.files import Catalog, Located
-from stages.inspect.verify.ledger import PART, Findings, Rule, Where, apply_rules, compare, shorten
+from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, apply_rules, compare, shorten
 from stages.inspect.verify.rows import fingerprint, scan
 
 TOLERANCE = 1e-9
 """Relative; for sums whose order another version of polars may choose otherwise, and for figures of metrics."""
 
 
-def check_rewards(findings: Findings, item: Located, source: Located) -> None:
+def check_rewards(ledger: Ledger, item: Located, source: Located) -> None:
     """Check that the rewards cover exactly the completions they claim, and are numbers or errors."""
     where, rewards, completions = item.where, item.artifact, source.artifact
     recipes: Mapping[str, str] = rewards.manifest.config["reward_recipes"]
@@ -29,33 +30,33 @@ def check_rewards(findings: Findings, item: Located, source: Located) -> None:
         {"reward_name": list(recipes), "reward_recipe": list(recipes.values())},
         schema={"reward_name": pl.String, "reward_recipe": pl.String},
     )
-    answers = scan(completions).select("completion_id", "group_id").collect(engine="streaming")
-    expected = answers.join(functions, how="cross").select("completion_id", "reward_name", "group_id", "reward_recipe")
+    keyed = scan(completions).select("completion_id", "group_id").collect(engine="streaming")
+    expected = keyed.join(functions, how="cross").select("completion_id", "reward_name", "group_id", "reward_recipe")
     found = scan(rewards).select(*expected.columns, PART).collect(engine="streaming")
     keys = ["completion_id", "reward_name"]
-    rows, count = compare(expected, found, keys, limit=findings.limit, is_ordered=False)
-    findings.checked("rewards", expected.height)
-    findings.wrong_rows("rewards", where, rows, count, sources=[source.where])
+    rows, count = compare(expected, found, keys, limit=ledger.limit, is_ordered=False)
+    ledger.checked("rewards", expected.height)
+    ledger.wrong_rows("rewards", where, rows, count, sources=[source.where])
     reward, error = pl.col("reward"), pl.col("error")
     rules = [
         Rule("rewards", reward.is_null() & error.is_null(), "neither reward nor error"),
         Rule("rewards", reward.is_not_null() & error.is_not_null(), "a reward and an error", ("reward", "error")),
         Rule("rewards", ~reward.is_finite().fill_null(True), "the reward is not finite", ("reward",)),
     ]
-    apply_rules(findings, where, scan(rewards), rules, "completion_id")
+    apply_rules(ledger, where, scan(rewards), rules, "completion_id")
 
 
-def check_advantages(findings: Findings, item: Located, source: Located) -> None:
+def check_advantages(ledger: Ledger, item: Located, source: Located) -> None:
     """Recompute the advantages from the rewards, and compare every column and the order."""
     where, advantages, rewards = item.where, item.artifact, source.artifact
     config = normalize.NormalizeConfig(**advantages.manifest.config)
     expected = normalize.normalize_rows(pl.scan_parquet(rewards.files()), config)
     found = scan(advantages).collect(engine="streaming")
     rows, count = compare(
-        expected, found, ["completion_id"], limit=findings.limit, tolerance=_tolerance(advantages.manifest.environment)
+        expected, found, ["completion_id"], limit=ledger.limit, tolerance=_tolerance(advantages.manifest.environment)
     )
-    findings.checked("advantages", expected.height)
-    findings.wrong_rows("advantages", where, rows, count, sources=[source.where])
+    ledger.checked("advantages", expected.height)
+    ledger.wrong_rows("advantages", where, rows, count, sources=[source.where])
 
 
 def _tolerance(environment: Mapping[str, Any]) -> float:
@@ -63,15 +64,15 @@ def _tolerance(environment: Mapping[str, Any]) -> float:
     return 0.0 if environment.get("packages", {}).get("polars") == pl.__version__ else TOLERANCE
 
 
-def check_batches(findings: Findings, item: Located, answers: Located, values: Located) -> None:
-    """Recompute the batches from answers and advantages, and compare every column and the order."""
-    where, batches, completions, advantages = item.where, item.artifact, answers.artifact, values.artifact
+def check_batches(ledger: Ledger, item: Located, completions: Located, advantages: Located) -> None:
+    """Recompute the batches from their inputs, and compare every column and the order."""
+    where, batches = item.where, item.artifact
     settings = dict(batches.manifest.config)
     seed, iteration = settings.pop("seed"), settings.pop("iteration")
     is_offline = settings.pop("is_offline", False)
     expected = batch.batch_rows(
-        slim(completions),
-        scan(advantages).select("completion_id", "advantage", "drop_reason").collect(),
+        slim(completions.artifact),
+        scan(advantages.artifact).select("completion_id", "advantage", "drop_reason").collect(),
         batch.BatchConfig(**settings),
         seed=seed,
         iteration=iteration,
@@ -85,12 +86,12 @@ def check_batches(findings: Findings, item: Located, answers: Located, values: L
         wanted,
         found,
         ["completion_id", "optimizer_step"],
-        limit=findings.limit,
+        limit=ledger.limit,
         tolerance=_tolerance(batches.manifest.environment),
         hashed={"content": f"{' or '.join(_LISTS)} differ from the completion's"},
     )
-    findings.checked("batches", expected.height)
-    findings.wrong_rows("batches", where, rows, count, sources=[answers.where, values.where])
+    ledger.checked("batches", expected.height)
+    ledger.wrong_rows("batches", where, rows, count, sources=[completions.where, advantages.where])
 
 
 _LISTS = ("prompt_token_ids", "completion_token_ids", "loss_mask", "sampling_logprobs")
@@ -117,7 +118,7 @@ def slim(completions: Artifact) -> pl.DataFrame:
     ).collect(engine="streaming")
 
 
-def check_records(findings: Findings, item: Located, stepped: Located, source: Located) -> None:
+def check_records(ledger: Ledger, item: Located, stepped: Located, source: Located) -> None:
     """Check that training records cover the rows that trained, and that the optimizer steps are their sums."""
     where, records, steps, batches = item.where, item.artifact, stepped.artifact, source.artifact
     tokens = loss_tokens().cast(pl.Int32)  # the trainer counts them by itself, after collating
@@ -125,20 +126,20 @@ def check_records(findings: Findings, item: Located, stepped: Located, source: L
     keys = ["completion_id", "optimizer_step"]
     expected = kept.select(*keys, num_tokens=tokens).collect(engine="streaming")
     found = scan(records).select(*keys, "num_tokens", "loss", PART).collect(engine="streaming")
-    rows, count = compare(expected, found, keys, limit=findings.limit, is_ordered=False)
-    findings.checked("records", expected.height)
-    findings.wrong_rows("records", where, rows, count, sources=[source.where])
-    _check_figures(findings, where, records)
+    rows, count = compare(expected, found, keys, limit=ledger.limit, is_ordered=False)
+    ledger.checked("records", expected.height)
+    ledger.wrong_rows("records", where, rows, count, sources=[source.where])
+    _check_figures(ledger, where, records)
     sums = found.group_by("optimizer_step", maintain_order=True).agg(
         pl.col("loss").sum(), pl.col("num_tokens").cast(pl.Int64).sum(), pl.len().cast(pl.Int64).alias("num_rows")
     )
     stored = scan(steps).select(*sums.columns, PART).collect()
-    rows, count = compare(sums, stored, ["optimizer_step"], limit=findings.limit, is_ordered=False, tolerance=TOLERANCE)
-    findings.checked("records", sums.height)
-    findings.wrong_rows("records", stepped.where, rows, count, sources=[where])
+    rows, count = compare(sums, stored, ["optimizer_step"], limit=ledger.limit, is_ordered=False, tolerance=TOLERANCE)
+    ledger.checked("records", sums.height)
+    ledger.wrong_rows("records", stepped.where, rows, count, sources=[where])
 
 
-def _check_figures(findings: Findings, where: Where, records: Artifact) -> None:
+def _check_figures(ledger: Ledger, where: Where, records: Artifact) -> None:
     """Check what no record of an update can be."""
     tokens = pl.col("num_tokens")
     mean, highest = pl.col("importance_ratio_mean"), pl.col("importance_ratio_max")
@@ -163,11 +164,11 @@ def _check_figures(findings: Findings, where: Where, records: Artifact) -> None:
     lengths = [pl.col(name).list.len() for name in lists]
     is_other = pl.any_horizontal((length != lengths[0]).fill_null(False) for length in lengths)
     rules.append(Rule("records", is_other, "the lists of tokens differ in length"))
-    apply_rules(findings, where, scan(records), rules, "completion_id")
+    apply_rules(ledger, where, scan(records), rules, "completion_id")
 
 
 def check_metrics(
-    findings: Findings, run: RunDir, finished: list[int], intact: set[int], pass_threshold: float, catalog: Catalog
+    ledger: Ledger, run: RunDir, finished: list[int], intact: set[int], pass_threshold: float, catalog: Catalog
 ) -> None:
     """Recompute the metrics of the finished iterations whose artifacts are ``intact``, and compare every figure.
 
@@ -176,25 +177,25 @@ def check_metrics(
     where = Where(run.metrics.name, "metrics")
     if not run.metrics.is_file():
         if len(finished) > 1:
-            findings.wrong("metrics", where, f"the file is gone, but {len(finished)} iterations are finished")
+            ledger.wrong("metrics", where, f"the file is gone, but {len(finished)} iterations are finished")
         return
     stored = {row["iteration"]: row for row in pl.read_parquet(run.metrics).to_dicts()}
     for iteration in sorted({*stored} - {*finished}):
-        findings.wrong("metrics", where, "figures of an iteration that is not finished", row=f"iteration {iteration}")
+        ledger.wrong("metrics", where, "figures of an iteration that is not finished", row=f"iteration {iteration}")
     for iteration in finished:
         if iteration not in stored:
             if iteration != finished[-1]:
-                findings.wrong("metrics", where, "the iteration has no figures", row=f"iteration {iteration}")
+                ledger.wrong("metrics", where, "the iteration has no figures", row=f"iteration {iteration}")
         elif iteration in intact:
-            findings.checked("metrics")
+            ledger.checked("metrics")
             expected = iteration_metrics(run, iteration, pass_threshold)
             for name, value in expected.items():
                 if not _is_same(stored[iteration].get(name), value):
                     of = "" if (source := _source(catalog, iteration, name)) is None else f" from {source}"
                     found = f"{name} is {shorten(stored[iteration].get(name))}, recomputed{of} {shorten(value)}"
-                    findings.wrong("metrics", where, found, row=f"iteration {iteration}")
+                    ledger.wrong("metrics", where, found, row=f"iteration {iteration}")
         else:
-            findings.skipped("metrics", "an artifact of the iteration is damaged or missing")
+            ledger.skipped("metrics", "an artifact of the iteration is damaged or missing")
 
 
 METRIC_SOURCES = {

@@ -1,4 +1,4 @@
-"""The audit of files: every file against its manifest, every checkpoint against the one before it."""
+"""Verifies files: bytes, hashes, counts and schemas against the manifests."""
 
 import os
 from collections import Counter
@@ -18,7 +18,7 @@ from pipeline.errors import ArtifactError, ArtifactMissing, SchemaError
 from pipeline.files import sha256_file
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import REFERENCE, RunDir
-from stages.inspect.verify.ledger import Findings, Where, shorten
+from stages.inspect.verify.ledger import Ledger, Where, shorten
 
 UPDATE_DATASETS = ("training_records", "optimizer_steps", "policy")
 """Outputs of one stage: where one is, the others must be."""
@@ -38,7 +38,7 @@ Catalog = dict[tuple[int | None, str], Located]
 """(iteration, dataset) -> artifact; iteration None for initial_policy, held_out_prompts, members and so on."""
 
 
-def open_all(run: RunDir, findings: Findings) -> Catalog:
+def open_all(run: RunDir, ledger: Ledger) -> Catalog:
     """Return every artifact of the run that can be opened; what cannot is noted. Read-only."""
     catalog: Catalog = {}
     members = run.member("any").parent
@@ -49,42 +49,42 @@ def open_all(run: RunDir, findings: Findings) -> Catalog:
         "initial_evaluations": run.place(INITIAL, "evaluations"),
     }
     for name, place in fixed.items():
-        _open(run, findings, catalog, (None, name), place)
+        _open(run, ledger, catalog, (None, name), place)
     for index in run.iterations():
         for dataset in DATASETS:
-            _open(run, findings, catalog, (index, dataset), run.place(index, dataset))
+            _open(run, ledger, catalog, (index, dataset), run.place(index, dataset))
         known = {*DATASETS, *(f"{name}{REFERENCE}" for name in DATASETS)}
         for path in sorted(run.iteration(index).iterdir()):
             if path.name not in known and not path.name.startswith("."):  # hidden: unfinished, or being removed
                 where = Where(relative_path(path, run.root), path.name, index)
-                findings.wrong("manifests", where, "no dataset of an iteration has this name")
+                ledger.wrong("manifests", where, "no dataset of an iteration has this name")
         present = [name for name in UPDATE_DATASETS if (index, name) in catalog]
         if "policy" in present and len(present) < len(UPDATE_DATASETS):
             gone = ", ".join(name for name in UPDATE_DATASETS if name not in present)
-            findings.wrong("manifests", catalog[index, "policy"].where, f"{gone} of the same update cannot be opened")
+            ledger.wrong("manifests", catalog[index, "policy"].where, f"{gone} of the same update cannot be opened")
         for name in present:
             if catalog[index, name].artifact.manifest.recipe != catalog[index, present[-1]].artifact.manifest.recipe:
                 other = catalog[index, present[-1]].where.path
                 text = f"its recipe is another one than that of {other}, which the same update made"
-                findings.wrong("manifests", catalog[index, name].where, text)
+                ledger.wrong("manifests", catalog[index, name].where, text)
     return catalog
 
 
-def _open(run: RunDir, findings: Findings, catalog: Catalog, key: tuple[int | None, str], place: Path) -> None:
+def _open(run: RunDir, ledger: Ledger, catalog: Catalog, key: tuple[int | None, str], place: Path) -> None:
     index, dataset = key
     where = Where(relative_path(place, run.root), dataset, index)
     try:
         artifact = open_artifact(place) if index is None else run.open(index, dataset)
     except ArtifactMissing:
         if place.exists():
-            findings.checked("manifests")
-            findings.wrong("manifests", where, f"there is no {MANIFEST}: the artifact is half there")
+            ledger.checked("manifests")
+            ledger.wrong("manifests", where, f"there is no {MANIFEST}: the artifact is half there")
         return
     except (ArtifactError, OSError, UnicodeDecodeError) as error:
-        findings.checked("manifests")
-        findings.wrong("manifests", where, str(error))
+        ledger.checked("manifests")
+        ledger.wrong("manifests", where, str(error))
         return
-    findings.checked("manifests")
+    ledger.checked("manifests")
     is_own = artifact.path.resolve().is_relative_to(run.root.resolve())
     catalog[key] = Located(where, artifact, is_own)
 
@@ -94,7 +94,7 @@ def relative_path(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def check_files(findings: Findings, located: Iterable[Located]) -> set[Path]:
+def check_files(ledger: Ledger, located: Iterable[Located]) -> set[Path]:
     """Compare bytes, hashes, counts and schemas with the manifests; return the places whose rows can be read.
 
     Files are hashed in threads. A file that `grpo prune` dropped is pruned, not damaged. Read-only.
@@ -103,11 +103,11 @@ def check_files(findings: Findings, located: Iterable[Located]) -> set[Path]:
     sound: set[Path] = set()
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
         for item, hashes in zip(listed, pool.map(_hashes, listed), strict=True):
-            before = len(findings.problems)
-            _check_bytes(findings, item, hashes)
-            if len(findings.problems) == before:
-                _check_counts(findings, item)
-            if not any(p.check in ("files", "schema") for p in findings.problems[before:]):
+            before = len(ledger.problems)
+            _check_bytes(ledger, item, hashes)
+            if len(ledger.problems) == before:
+                _check_counts(ledger, item)
+            if not any(p.check in ("files", "schema") for p in ledger.problems[before:]):
                 sound.add(item.artifact.path)
     return sound
 
@@ -121,53 +121,54 @@ def _hashes(item: Located) -> dict[str, tuple[int, str] | None]:
     return found
 
 
-def _check_bytes(findings: Findings, item: Located, hashes: Mapping[str, tuple[int, str] | None]) -> None:
+def _check_bytes(ledger: Ledger, item: Located, hashes: Mapping[str, tuple[int, str] | None]) -> None:
     artifact, where = item.artifact, item.where
     pruned = pruned_files(artifact)
     for name, facts in artifact.manifest.files.items():
-        findings.checked("files")
+        ledger.checked("files")
         found = hashes[name]
         if found is None and name in pruned:
-            findings.tallies["files"].pruned += 1
-            findings.pruned.append((where, name))
+            ledger.tallies["files"].pruned += 1
+            ledger.pruned.append((where, name))
         elif found is None:
-            findings.wrong("files", where, "the file is gone", part=name)
+            ledger.wrong("files", where, "the file is gone", part=name)
         elif found[0] != facts.get("bytes"):
             text = f"the file has {found[0]:,} bytes, the manifest says {shorten(facts.get('bytes'))}"
-            findings.wrong("files", where, text, part=name)
+            ledger.wrong("files", where, text, part=name)
         elif found[1] != facts["sha256"]:
             text = f"the file has SHA-256 {found[1][:16]}..., the manifest says {facts['sha256'][:16]}..."
-            findings.wrong("files", where, text, part=name)
+            ledger.wrong("files", where, text, part=name)
     known = {*artifact.manifest.files, MANIFEST, PRUNED_NOTE}
     for path in sorted(p for p in artifact.path.rglob("*") if p.is_file()):
         name = path.relative_to(artifact.path).as_posix()
         if name not in known:
-            findings.wrong("files", where, "the manifest does not list this file", part=name)
+            ledger.wrong("files", where, "the manifest does not list this file", part=name)
 
 
-def _check_counts(findings: Findings, item: Located) -> None:
+def _check_counts(ledger: Ledger, item: Located) -> None:
     """Compare schema, rows and drops, which no hash covers, with the files."""
     manifest, where = item.artifact.manifest, item.where
     total = 0
     drops: Counter[str] = Counter()
     for path in item.artifact.files():
-        findings.checked("schema")
-        findings.checked("counts")
+        ledger.checked("schema")
+        ledger.checked("counts")
         try:
             rows = pq.read_metadata(path).num_rows
             item.artifact.check_schema(known_schemas())
             drops.update(_drops(path))
         except (SchemaError, pa.ArrowException, pl.exceptions.PolarsError, KeyError) as error:
-            findings.wrong("schema", where, str(error), part=path.name)
+            ledger.wrong("schema", where, str(error), part=path.name)
             return
         total += rows
         stated = manifest.files[path.name].get("rows")
         if rows != stated:
-            findings.wrong("counts", where, f"{rows} rows, the manifest says {shorten(stated)}", part=path.name)
+            ledger.wrong("counts", where, f"{rows} rows, the manifest says {shorten(stated)}", part=path.name)
     stated_total = total if item.artifact.files() else None
-    if manifest.rows != stated_total or manifest.drops != dict(drops):
-        text = f"{stated_total} rows with the drops {dict(drops)}, the manifest says {manifest.rows}, {manifest.drops}"
-        findings.wrong("counts", where, text)
+    sorted_drops = dict(sorted(drops.items()))
+    if manifest.rows != stated_total or manifest.drops != sorted_drops:
+        text = f"{stated_total} rows with the drops {sorted_drops}, the manifest says {manifest.rows}, {manifest.drops}"
+        ledger.wrong("counts", where, text)
 
 
 def _drops(path: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The audit of the chain: every manifest against its inputs, back to the first prompt, and against the run's config."""
+"""Verifies the chain: every manifest against its inputs, back to the first prompt, and against the run's config."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from pipeline.errors import ArtifactError
 from pipeline.manifest import canonical_json
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.files import Catalog, Located, policy_key, relative_path
-from stages.inspect.verify.ledger import Findings, Where, shorten
+from stages.inspect.verify.ledger import Ledger, Where, shorten
 
 BEFORE_ITERATIONS = {"held_out_prompts": "prompts", "initial_evaluations": "evaluations"}
 """Places before the first iteration -> the dataset that they hold."""
 
 
-def check_inputs(findings: Findings, run: RunDir, catalog: Catalog) -> list[Located]:
+def check_inputs(ledger: Ledger, run: RunDir, catalog: Catalog) -> list[Located]:
     """Compare every manifest with its inputs, back to the first prompt; return artifacts that lie outside of the run.
 
     Read-only.
@@ -27,13 +27,13 @@ def check_inputs(findings: Findings, run: RunDir, catalog: Catalog) -> list[Loca
     queue = [(key, item) for key, item in catalog.items()]
     while queue:
         key, item = queue.pop(0)
-        _check_kind(findings, key, item)
+        _check_kind(ledger, key, item)
         for name, facts in item.artifact.manifest.inputs.items():
-            findings.checked("inputs")
+            ledger.checked("inputs")
             place = Path(os.path.normpath(item.artifact.path.resolve() / str(facts.get("path"))))
             source = known.get(place) or outside.get(place)
             if source is None:
-                source = _open_outside(findings, run, item, name, place)
+                source = _open_outside(ledger, run, item, name, place)
                 if source is None:
                     continue
                 outside[place] = source
@@ -41,38 +41,38 @@ def check_inputs(findings: Findings, run: RunDir, catalog: Catalog) -> list[Loca
             digest = source.artifact.digest
             if digest != facts["digest"]:
                 text = f"its input {name} is {facts['digest'][:16]}..., but {source.where.path} is {digest[:16]}..."
-                findings.wrong("inputs", item.where, text)
+                ledger.wrong("inputs", item.where, text)
             elif item.is_own and (taken := _source_in_run(key, name, item.artifact)) is not None:
                 wanted = catalog.get(taken)
                 if wanted is not None and wanted.artifact.digest != digest:
                     text = f"its input {name} is {source.where.path}, expected {wanted.where.path}"
-                    findings.wrong("inputs", item.where, text)
+                    ledger.wrong("inputs", item.where, text)
     return list(outside.values())
 
 
-def _check_kind(findings: Findings, key: tuple[int | None, str], item: Located) -> None:
+def _check_kind(ledger: Ledger, key: tuple[int | None, str], item: Located) -> None:
     """Check that an artifact is of the kind that its place is for, and lacks no input of its stage."""
     manifest, place = item.artifact.manifest, key[1]
     is_policy = place == "initial_policy" or place.startswith("member ")
     kind = "policy" if is_policy else BEFORE_ITERATIONS.get(place, place)
     if kind and manifest.dataset != kind:
-        findings.wrong("manifests", item.where, f"it holds {manifest.dataset}, expected {kind}")
+        ledger.wrong("manifests", item.where, f"it holds {manifest.dataset}, expected {kind}")
     step = WRITER.get(kind)
     if is_policy or step is None or manifest.stage != step.name:  # the inputs of other stages are their own matter
         return
     required = {f"{name}:" if source is From.members else name for name, source in step.reads.items()}
     names = {"policy:" if name.startswith("policy:") else name for name in manifest.inputs}
     if lacking := sorted(required - names):
-        findings.wrong("inputs", item.where, f"the manifest of stage {manifest.stage} names no {', '.join(lacking)}")
+        ledger.wrong("inputs", item.where, f"the manifest of stage {manifest.stage} names no {', '.join(lacking)}")
 
 
-def _open_outside(findings: Findings, run: RunDir, item: Located, name: str, place: Path) -> Located | None:
+def _open_outside(ledger: Ledger, run: RunDir, item: Located, name: str, place: Path) -> Located | None:
     try:
         artifact = open_artifact(place)
     except (ArtifactError, OSError, UnicodeDecodeError) as error:
-        findings.wrong("inputs", item.where, f"its input {name} cannot be opened: {error}")
+        ledger.wrong("inputs", item.where, f"its input {name} cannot be opened: {error}")
         return None
-    findings.checked("manifests")
+    ledger.checked("manifests")
     return Located(Where(relative_path(place, run.root), artifact.manifest.dataset), artifact, is_own=False)
 
 
@@ -99,10 +99,10 @@ def _source_in_run(key: tuple[int | None, str], name: str, artifact: Artifact) -
     return None
 
 
-def check_config(findings: Findings, run: RunDir, catalog: Catalog) -> dict[str, Any]:
+def check_config(ledger: Ledger, run: RunDir, catalog: Catalog) -> dict[str, Any]:
     """Compare the settings in the run's own manifests with its resolved config; return that config. Read-only."""
     where = Where(run.resolved_config.name, "config")
-    findings.checked("config")
+    ledger.checked("config")
     try:
         tables: dict[str, Any] = json.loads(run.resolved_config.read_text(encoding="utf-8"))
         stated = {step.name: dict(tables[step.name]) for step in CHAIN if step.name in tables}
@@ -112,7 +112,7 @@ def check_config(findings: Findings, run: RunDir, catalog: Catalog) -> dict[str,
             **{n: tables[n] for n in ("score", "normalize")},
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        findings.wrong("config", where, f"the file cannot be read: {type(error).__name__}: {error}")
+        ledger.wrong("config", where, f"the file cannot be read: {type(error).__name__}: {error}")
         return {}
     for (index, dataset), item in catalog.items():
         step = WRITER.get(BEFORE_ITERATIONS.get(dataset, dataset))
@@ -122,8 +122,8 @@ def check_config(findings: Findings, run: RunDir, catalog: Catalog) -> dict[str,
         expected = {**stated[table], "seed": tables.get("seed"), "iteration": index}
         for name, value in item.artifact.manifest.config.items():
             if name in expected:
-                findings.checked("config")
+                ledger.checked("config")
                 if canonical_json(value) != canonical_json(expected[name]):
                     text = f"{table}.{name} is {shorten(value)}, {where.path} says {shorten(expected[name])}"
-                    findings.wrong("config", item.where, text)
+                    ledger.wrong("config", item.where, text)
     return tables

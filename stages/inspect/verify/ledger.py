@@ -1,6 +1,6 @@
-"""What an audit finds: named checks with counts, and the exact rows that are wrong."""
+"""What verify writes down: named checks with counts, and the exact rows that are wrong."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,8 +72,8 @@ class Tally:
 
 
 @dataclass(slots=True)
-class Findings:
-    """The ledger of an audit. Of each check in each artifact at most ``limit`` rows are named, all are counted."""
+class Ledger:
+    """What was checked, and what is wrong: of each check and artifact ``limit`` rows are named, all are counted."""
 
     limit: int = 20
     tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in CHECKS})
@@ -135,18 +135,18 @@ class Rule:
     """Shown with the row."""
 
 
-def apply_rules(findings: Findings, where: Where, frame: pl.LazyFrame, rules: Sequence[Rule], key: str) -> None:
+def apply_rules(ledger: Ledger, where: Where, frame: pl.LazyFrame, rules: Sequence[Rule], key: str) -> None:
     """Count the rows that break each rule, in one streaming pass, and name them in a second one if there are any."""
     sums = [rule.is_wrong.fill_null(True).sum().alias(f"_{index}") for index, rule in enumerate(rules)]
     counts = frame.select(pl.len().alias("_rows"), *sums).collect(engine="streaming").row(0, named=True)
     for check in dict.fromkeys(rule.check for rule in rules):
-        findings.checked(check, counts["_rows"])
+        ledger.checked(check, counts["_rows"])
     for index, rule in enumerate(rules):
         if counts[f"_{index}"]:
             shown = list(dict.fromkeys([PART, key, *rule.columns]))
-            rows = frame.filter(rule.is_wrong.fill_null(True)).select(shown).head(findings.limit).collect()
+            rows = frame.filter(rule.is_wrong.fill_null(True)).select(shown).head(ledger.limit).collect()
             named = [WrongRow(row[key], row[PART], rule.found + _values(row, rule.columns)) for row in rows.to_dicts()]
-            findings.wrong_rows(rule.check, where, named, counts[f"_{index}"])
+            ledger.wrong_rows(rule.check, where, named, counts[f"_{index}"])
 
 
 def _values(row: Mapping[str, Any], columns: Iterable[str]) -> str:
@@ -185,41 +185,33 @@ def compare(
         if not beside.select(pl.any_horizontal(_differ(expected, [*keys, *columns], tolerance)).any()).item():
             return [], 0
     rows: list[WrongRow] = []
-    missing = expected.join(found, on=keys, how="anti", nulls_equal=True, maintain_order="left")
-    rows += [WrongRow(_key(row, keys), None, "the row is missing") for row in missing.head(limit).to_dicts()]
-    extra = found.join(expected, on=keys, how="anti", nulls_equal=True, maintain_order="left")
-    rows += [
-        WrongRow(_key(row, keys), row[PART], "the row should not be there") for row in extra.head(limit).to_dicts()
-    ]
+
+    def note(wrong: pl.DataFrame, say: Callable[[dict[str, Any]], str]) -> int:
+        rows.extend(WrongRow(_key(row, keys), row.get(PART), say(row)) for row in wrong.head(limit).to_dicts())
+        return wrong.height
+
     is_repeat = found.select(pl.struct(keys).is_duplicated() & ~pl.struct(keys).is_first_distinct()).to_series()
-    repeated = found.filter(is_repeat)
-    rows += [WrongRow(_key(row, keys), row[PART], "the row stands twice") for row in repeated.head(limit).to_dicts()]
     once = expected.with_row_index("_expected_position").rename({name: f"_expected_{name}" for name in columns})
     joined = (
         found.with_row_index("_position")
         .filter(~is_repeat)
         .join(once, on=keys, how="inner", nulls_equal=True, maintain_order="left")
     )
+    missing = expected.join(found, on=keys, how="anti", nulls_equal=True, maintain_order="left")
+    extra = found.join(expected, on=keys, how="anti", nulls_equal=True, maintain_order="left")
     altered = joined.filter(pl.any_horizontal(_differ(expected, columns, tolerance))) if columns else joined.clear()
-    rows += [
-        WrongRow(_key(row, keys), row[PART], _difference(row, columns, hashed or {}))
-        for row in altered.head(limit).to_dicts()
-    ]
-    count = missing.height + extra.height + repeated.height + altered.height
+    count = note(missing, lambda _: "the row is missing")
+    count += note(extra, lambda _: "the row should not be there")
+    count += note(found.filter(is_repeat), lambda _: "the row stands twice")
+    count += note(altered, lambda row: _difference(row, columns, hashed or {}))
     if is_ordered and count == 0:
         moved = joined.filter(pl.col("_position") != pl.col("_expected_position"))
-        rows += [
-            WrongRow(
-                _key(row, keys), row[PART], f"stands at row {row['_position']}, expected {row['_expected_position']}"
-            )
-            for row in moved.head(limit).to_dicts()
-        ]
-        count = moved.height
+        count = note(moved, lambda row: f"stands at row {row['_position']}, expected {row['_expected_position']}")
     return rows[:limit], count
 
 
 def _differ(expected: pl.DataFrame, columns: Sequence[str], tolerance: float) -> list[pl.Expr]:
-    """Return for each column whether it differs from the one beside it that is expected."""
+    """Return for each column whether it differs from the expected one next to it."""
     unequal = []
     for name in columns:
         column, wanted = pl.col(name), pl.col(f"_expected_{name}")

@@ -1,13 +1,14 @@
-"""The deep audit: the sampler's log probabilities computed again, by the trainer's model, from the weights that wrote.
+"""verify --deep: the sampler's log probabilities computed again, by the trainer's model, from the weights that wrote.
 
-What `stages.verify` must take on trust is which tokens were sampled with which probability. Here every row, or a sample
-of them, goes through the policy whose digest it carries, with the trainer's own forward. What remains between the two
+The other checks must take on trust which tokens were sampled with which probability. Here every row, or a sample of
+them, goes through the policy whose digest it carries, with the trainer's own forward. What remains between the two
 is the engine mismatch: kernels, precision, batch shapes - or a row whose numbers are not those of its policy.
 
 torch is imported when the first model is loaded.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,10 @@ from pipeline.files import identity
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.batch import IMPORTED
-from stages.checkpoints import OPTIMIZER_FILE
+from stages.checkpoints import weight_names
 from stages.config import RunConfig, recorded_config
-from stages.inspect.verify.files import relative_path
-from stages.inspect.verify.ledger import Findings, Tally, Where, WrongRow
+from stages.inspect.verify.files import open_all, relative_path
+from stages.inspect.verify.ledger import Ledger, Tally, Where, WrongRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +61,7 @@ MEASURED = pl.Schema(
 
 @dataclass(frozen=True, slots=True)
 class DeepSettings:
-    """How deep the audit goes."""
+    """Which rows are computed again, and how far they may be off."""
 
     rows: int = 64
     """Of each iteration, chosen by a hash of seed and id; 0 = all."""
@@ -89,11 +90,13 @@ class Mismatch:
 
 
 def check_logprobs(
-    run: RunDir, findings: Findings, settings: DeepSettings, progress: Callable[[str], None] = lambda _: None
+    run: RunDir, ledger: Ledger, settings: DeepSettings, progress: Callable[[str], None] = lambda _: None
 ) -> list[Mismatch]:
-    """Return the mismatch of each iteration that has completions; rows over the threshold are findings. Read-only."""
-    findings.tallies[CHECK] = Tally()
-    known = {artifact.digest: artifact for artifact in _policies(run)}
+    """Return the mismatch of each iteration that has completions; rows over the threshold are wrong. Read-only."""
+    ledger.tallies[CHECK] = Tally()
+    # what cannot be opened is noted by the check of files
+    artifacts = [item.artifact for item in open_all(run, Ledger()).values()]
+    known = {artifact.digest: artifact for artifact in artifacts if artifact.manifest.dataset == "policy"}
     samples: list[pl.DataFrame] = []
     counts: dict[int, tuple[Where, int]] = {}
     for index in run.iterations():
@@ -104,16 +107,16 @@ def check_logprobs(
             completions = run.open(index, "completions")
             sample, count = sample_rows(completions, index, settings)
         except (GrpoError, pl.exceptions.PolarsError, OSError) as error:
-            findings.wrong(CHECK, where, f"cannot be checked: {error}")
+            ledger.wrong(CHECK, where, f"cannot be checked: {error}")
             continue
         known |= {artifact.digest: artifact for artifact in _authors(completions)}
         counts[index] = (where, count)
         if count == 0:
-            findings.skipped(CHECK, "no policy of this program has sampled the answers")
+            ledger.skipped(CHECK, "no policy of this program has sampled the answers")
         samples.append(sample)
-    measured = _measure(run, findings, pl.concat(samples), known, counts, progress) if samples else []
+    measured = _measure(run, ledger, pl.concat(samples), known, counts, progress) if samples else []
     frame = pl.concat([pl.DataFrame(schema=MEASURED), *measured])
-    return [_report(findings, settings, frame, index, *counts[index]) for index in counts]
+    return [_report(ledger, settings, frame, index, *counts[index]) for index in counts]
 
 
 def sample_rows(completions: Artifact, iteration: int, settings: DeepSettings) -> tuple[pl.DataFrame, int]:
@@ -140,32 +143,18 @@ def sample_rows(completions: Artifact, iteration: int, settings: DeepSettings) -
     ), len(ids)
 
 
-def _policies(run: RunDir) -> Iterator[Artifact]:
-    """Yield the policies of the run and those that it took from outside, as far as they can be opened."""
-    members = run.member("any").parent
-    places = [run.initial_policy, *(sorted(members.iterdir()) if members.is_dir() else [])]
-    yield from _open([*places, *(run.policy_before(index + 1) for index in run.iterations())])
-
-
 def _authors(completions: Artifact) -> Iterator[Artifact]:
-    """Yield the policies that the answers were sampled from: those of another run lie there."""
-    inputs = completions.manifest.inputs.items()
-    places = [completions.path / facts["path"] for name, facts in inputs if name.startswith("policy:")]
-    yield from _open(places)
-
-
-def _open(places: list[Path]) -> Iterator[Artifact]:
-    for place in places:
-        if is_finished(place):
-            try:
+    """Yield the policies that the completions were sampled from: those of another run lie there."""
+    for name, facts in completions.manifest.inputs.items():
+        place = completions.path / facts["path"]
+        if name.startswith("policy:") and is_finished(place):
+            with suppress(ArtifactError):  # the check of files says so
                 yield open_artifact(place)
-            except ArtifactError:
-                continue  # the audit of files says so
 
 
 def _measure(
     run: RunDir,
-    findings: Findings,
+    ledger: Ledger,
     rows: pl.DataFrame,
     policies: dict[str, Artifact],
     counts: dict[int, tuple[Where, int]],
@@ -176,10 +165,10 @@ def _measure(
     config: RunConfig | None = None
     for (digest,), written in rows.group_by("policy_digest", maintain_order=True):
         policy = policies.get(str(digest))
-        if policy is None or _missing(policy):
+        if policy is None or _is_pruned(policy):
             reason = "the policy that wrote the answers is not there" if policy is None else "its weights are pruned"
             for _ in written["iteration"].unique():
-                findings.skipped(CHECK, reason)
+                ledger.skipped(CHECK, reason)
             continue
         config = config or recorded_config(run)
         progress(f"log probabilities of {written.height} rows by {relative_path(policy.path, run.root)}")
@@ -187,13 +176,13 @@ def _measure(
             measured += list(_logprob_rows(policy.path, written, config))
         except (ValueError, OSError) as error:
             for index in written["iteration"].unique(maintain_order=True):
-                findings.wrong(CHECK, counts[index][0], f"cannot be checked with policy {policy.digest[:16]}: {error}")
+                ledger.wrong(CHECK, counts[index][0], f"cannot be checked with policy {policy.digest[:16]}: {error}")
     return measured
 
 
-def _missing(policy: Artifact) -> frozenset[str]:
-    """Return the pruned files that are needed here: the optimizer's state of a fork is not."""
-    return pruned_files(policy) - {OPTIMIZER_FILE, *(path.name for path in policy.path.glob("*.safetensors"))}
+def _is_pruned(policy: Artifact) -> bool:
+    """Return whether weights were dropped on purpose; the optimizer's state of a fork is not needed here."""
+    return any(not (policy.path / name).is_file() for name in weight_names(pruned_files(policy)))
 
 
 def _logprob_rows(path: Path, rows: pl.DataFrame, config: RunConfig) -> Iterator[pl.DataFrame]:
@@ -263,7 +252,7 @@ def _by_row(rows: pl.DataFrame, token: dict[str, Any]) -> pl.DataFrame:
 
 
 def _report(
-    findings: Findings, settings: DeepSettings, frame: pl.DataFrame, index: int, where: Where, of_rows: int
+    ledger: Ledger, settings: DeepSettings, frame: pl.DataFrame, index: int, where: Where, of_rows: int
 ) -> Mismatch:
     rows = frame.filter(pl.col("iteration") == index).sort("difference_max", "completion_id", descending=[True, False])
     beyond = rows.filter(pl.col("difference_max") > settings.threshold)
@@ -274,10 +263,10 @@ def _report(
             f"the trainer's logprob of token {row['position']} lies {row['difference_max']:.4g} nats from the stored "
             f"one, more than {settings.threshold:g} (written by {row['policy_name']})",
         )
-        for row in beyond.head(findings.limit).to_dicts()
+        for row in beyond.head(ledger.limit).to_dicts()
     ]
-    findings.checked(CHECK, rows.filter(pl.col("tokens") > 0).height)
-    findings.wrong_rows(CHECK, where, named, beyond.height)
+    ledger.checked(CHECK, rows.filter(pl.col("tokens") > 0).height)
+    ledger.wrong_rows(CHECK, where, named, beyond.height)
     total = rows.select(pl.col("tokens", "difference_sum", "kl_sum").sum(), pl.col("difference_max").max())
     sums = total.row(0, named=True)
     tokens = sums["tokens"]

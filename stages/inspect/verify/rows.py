@@ -1,14 +1,12 @@
-"""The audit of prompts and answers: what their rows say by themselves.
+"""Verifies prompts and completions: what their rows say by themselves.
 
 Row by row where a rule says it, in one streaming pass; text by decoding it again, in batches. Columns of lists are
-compared by fingerprints with a seed drawn anew for every audit.
+compared by fingerprints with a seed drawn anew in every process.
 """
 
 import hashlib
-import json
 import secrets
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import polars as pl
@@ -16,7 +14,8 @@ import pyarrow.parquet as pq
 
 from pipeline.artifact import Artifact
 from stages.batch import IMPORTED, NO_POLICY
-from stages.inspect.verify.ledger import PART, Findings, Rule, Where, WrongRow, apply_rules, shorten
+from stages.checkpoints import load_tokenizer, read_json, stated_stop_token_ids, vocabulary_size
+from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, WrongRow, apply_rules, shorten
 from stages.sources import SourceRow, is_held_out
 
 DECODE_ROWS = 8192
@@ -39,7 +38,7 @@ def fingerprint(*columns: str | pl.Expr) -> pl.Expr:
     return pl.struct(*columns).hash(seed=SEED)
 
 
-def check_prompts(findings: Findings, where: Where, artifact: Artifact) -> None:
+def check_prompts(ledger: Ledger, where: Where, artifact: Artifact) -> None:
     """Recompute prompt ids and the split of each question."""
     config = artifact.manifest.config
     split, share = config.get("split"), config.get("held_out_share")
@@ -56,16 +55,16 @@ def check_prompts(findings: Findings, where: Where, artifact: Artifact) -> None:
                 wrong_ids.append(WrongRow(prompt_id, part, found))
             if share is not None and is_held_out(row, share) != (split == "held_out"):
                 wrong_split.append(WrongRow(prompt_id, part, f"the question does not belong to the split {split}"))
-    findings.checked("prompt ids", count)
-    findings.wrong_rows("prompt ids", where, wrong_ids, len(wrong_ids))
-    findings.wrong_rows("prompt split", where, wrong_split, len(wrong_split))
+    ledger.checked("prompt ids", count)
+    ledger.wrong_rows("prompt ids", where, wrong_ids, len(wrong_ids))
+    ledger.wrong_rows("prompt split", where, wrong_split, len(wrong_split))
     if longest is None:
-        findings.checked("prompt split", count)
+        ledger.checked("prompt split", count)
     if longest is not None:
         length = pl.col("prompt_token_ids").list.len()
         reason = pl.when(length > longest).then(pl.lit("too_long"))
         rule = Rule("prompt split", reason.ne_missing(pl.col("drop_reason")), "drop_reason is wrong", ("drop_reason",))
-        apply_rules(findings, where, scan(artifact), [rule], "prompt_id")
+        apply_rules(ledger, where, scan(artifact), [rule], "prompt_id")
 
 
 def questions(artifact: Artifact) -> pl.DataFrame:
@@ -78,97 +77,98 @@ def questions(artifact: Artifact) -> pl.DataFrame:
     return rows.select("prompt_id", PART).with_columns(pl.Series("question", hashes, dtype=pl.String))
 
 
-def check_held_out(findings: Findings, where: Where, artifact: Artifact, held_out: pl.DataFrame) -> None:
+def check_held_out(ledger: Ledger, where: Where, artifact: Artifact, held_out: pl.DataFrame) -> None:
     """Compare the questions of an iteration with those of the evaluations."""
     own = questions(artifact)
     seen = own.join(held_out.select("question"), on="question", how="semi")
     rows = [
         WrongRow(row, part, "the same question is evaluated") for row, part in seen.select("prompt_id", PART).rows()
     ]
-    findings.checked("held out", own.height)
-    findings.wrong_rows("held out", where, rows, len(rows))
+    ledger.checked("held out", own.height)
+    ledger.wrong_rows("held out", where, rows, len(rows))
 
 
-def check_answers(findings: Findings, where: Where, artifact: Artifact, policies: Mapping[str, Artifact]) -> None:
+def check_completions(ledger: Ledger, where: Where, artifact: Artifact, policies: Mapping[str, Artifact]) -> None:
     """Check what the rows of completions or evaluations say by themselves: lengths, logprobs, tokens, text, endings.
 
     ``policies`` are those that wrote them, by digest.
     """
     schema = pq.read_schema(artifact.files()[0]).names
-    config = artifact.manifest.config
-    tokens = pl.col("completion_token_ids").list
-    rules = [
-        Rule(
-            "lengths",
-            tokens.len() != pl.col(name).list.len() if name == "sampling_logprobs" else _other_length(name),
-            f"{name} has another length than completion_token_ids",
-        )
-        for name in ("sampling_logprobs", "loss_mask", "kept_mass")
-        if name in schema
-    ]
+    rules = [*_token_rules(schema)]
+    sizes = [size for policy in policies.values() if (size := vocabulary_size(policy.path)) is not None]
+    if sizes:
+        rules.append(_vocabulary_rule(min(sizes)))
+    else:
+        ledger.skipped("token ids", "no policy says how large its vocabulary is")
+    rules += _ending_rules(schema, artifact, policies)
+    # of imported completions nobody knows the policy
+    foreign = ~pl.col("policy_digest").is_in([NO_POLICY] if artifact.manifest.stage == IMPORTED else list(policies))
+    rules.append(Rule("policy digests", foreign, "no input of the stage has this digest", ("policy_digest",)))
+    apply_rules(ledger, where, scan(artifact), rules, "completion_id")
+    _check_groups(ledger, where, artifact)
+    check_text(ledger, where, artifact, policies)
+
+
+def _token_rules(schema: Collection[str]) -> Iterator[Rule]:
+    """Yield what holds for the lists along the tokens; null is no other length, but a completion has logprobs."""
+    length = pl.col("completion_token_ids").list.len()
+    for name in ("sampling_logprobs", "loss_mask", "kept_mass"):
+        if name in schema:
+            is_other = pl.col(name).list.len() != length
+            is_wrong = is_other if name == "sampling_logprobs" else is_other.fill_null(False)
+            yield Rule("lengths", is_wrong, f"{name} has another length than completion_token_ids")
     logprobs = pl.col("sampling_logprobs").list
     is_bad = ~logprobs.sum().is_finite().fill_null(True) | (logprobs.max() > 0).fill_null(False)
-    rules.append(Rule("logprobs", is_bad, "a log probability is positive or not finite", ("sampling_logprobs",)))
+    yield Rule("logprobs", is_bad, "a log probability is positive or not finite", ("sampling_logprobs",))
     if "kept_mass" in schema:
         mass = pl.col("kept_mass").list
         outside = (mass.min() <= 0).fill_null(False) | (mass.max() > 1 + 1e-5).fill_null(False)
-        rules.append(Rule("logprobs", outside, "kept_mass is no probability", ("kept_mass",)))
-    size = _vocabulary_size(policies)
-    if size is None:
-        findings.skipped("token ids", "no policy says how large its vocabulary is")
-    else:
-        outside = ((tokens.min() < 0) | (tokens.max() >= size)).fill_null(False)
-        rules.append(
-            Rule("token ids", outside, f"a token id is outside of 0 ... {size - 1}", ("completion_token_ids",))
-        )
-    reason = pl.col("finish_reason")
-    rules.append(Rule("endings", ~reason.is_in(FINISH_REASONS), "unknown finish_reason", ("finish_reason",)))
-    longest = config.get("max_tokens")
+        yield Rule("logprobs", outside, "kept_mass is no probability", ("kept_mass",))
+
+
+def _vocabulary_rule(size: int) -> Rule:
+    tokens = pl.col("completion_token_ids").list
+    outside = ((tokens.min() < 0) | (tokens.max() >= size)).fill_null(False)
+    return Rule("token ids", outside, f"a token id is outside of 0 ... {size - 1}", ("completion_token_ids",))
+
+
+def _ending_rules(schema: Collection[str], artifact: Artifact, policies: Mapping[str, Artifact]) -> Iterator[Rule]:
+    """Yield what holds between the last token and how the completion ended."""
+    reason, tokens = pl.col("finish_reason"), pl.col("completion_token_ids").list
+    yield Rule("endings", ~reason.is_in(FINISH_REASONS), "unknown finish_reason", ("finish_reason",))
+    longest = artifact.manifest.config.get("max_tokens")
     if longest is not None:
-        rules.append(Rule("endings", tokens.len() > longest, f"more than max_tokens = {longest} tokens"))
+        yield Rule("endings", tokens.len() > longest, f"more than max_tokens = {longest} tokens")
         is_short = (reason == "length") & (tokens.len() != longest)
-        rules.append(Rule("endings", is_short, f"finish_reason is length, without max_tokens = {longest} tokens"))
-    stops = _stop_token_ids(policies)
-    if stops:
+        yield Rule("endings", is_short, f"finish_reason is length, without max_tokens = {longest} tokens")
+    stated = [stated_stop_token_ids(policy.path) for policy in policies.values()]
+    stops = sorted({i for ids in stated for i in ids or []})
+    if stops and None not in stated:  # else only the tokenizer knows
         is_wrong = (reason == "stop") & ~tokens.last().is_in(stops).fill_null(False)
-        rules.append(Rule("endings", is_wrong, f"finish_reason is stop, without one of the stop tokens {stops}"))
+        yield Rule("endings", is_wrong, f"finish_reason is stop, without one of the stop tokens {stops}")
     if "stop_reason" in schema and artifact.manifest.stage == "generate":  # which knows no stop strings
         last = pl.when(reason == "stop").then(tokens.last().cast(pl.String))
         is_wrong = pl.col("stop_reason").is_not_null() & pl.col("stop_reason").ne_missing(last)
-        rules.append(Rule("endings", is_wrong, "stop_reason is not the last token", ("stop_reason",)))
-    digests = list(policies)
-    if artifact.manifest.stage == IMPORTED:  # nobody knows the policy that wrote these
-        digests = [NO_POLICY]
-    foreign = ~pl.col("policy_digest").is_in(digests)
-    rules.append(Rule("policy digests", foreign, "no input of the stage has this digest", ("policy_digest",)))
-    apply_rules(findings, where, scan(artifact), rules, "completion_id")
-    _check_groups(findings, where, artifact)
-    check_text(findings, where, artifact, policies)
+        yield Rule("endings", is_wrong, "stop_reason is not the last token", ("stop_reason",))
 
 
-def _other_length(name: str) -> pl.Expr:
-    """A list that may be null: null is no other length."""
-    lengths = pl.col(name).list.len()
-    return (lengths != pl.col("completion_token_ids").list.len()).fill_null(False)
-
-
-def _check_groups(findings: Findings, where: Where, artifact: Artifact) -> None:
+def _check_groups(ledger: Ledger, where: Where, artifact: Artifact) -> None:
     prompt = fingerprint("prompt_id", "prompt_token_ids" if where.dataset == "completions" else "messages")
     rows = scan(artifact).select("completion_id", "group_id", PART, prompt.alias("prompt"))
     frame = rows.collect(engine="streaming")
-    findings.checked("groups", frame.height)
+    ledger.checked("groups", frame.height)
     repeated = frame.filter(pl.col("completion_id").is_duplicated())
     named = [
         WrongRow(i, part, "the completion_id stands twice") for i, part in repeated.select("completion_id", PART).rows()
     ]
     mixed = frame.filter(pl.col("prompt").n_unique().over("group_id") > 1)
     text = "members of its group have different prompts"
-    named += [WrongRow(i, part, text) for i, part in mixed.select("completion_id", PART).head(findings.limit).rows()]
-    findings.wrong_rows("groups", where, named, repeated.height + mixed.height)
+    named += [WrongRow(i, part, text) for i, part in mixed.select("completion_id", PART).head(ledger.limit).rows()]
+    ledger.wrong_rows("groups", where, named, repeated.height + mixed.height)
 
 
-def check_text(findings: Findings, where: Where, artifact: Artifact, policies: Mapping[str, Artifact]) -> None:
-    """Decode every answer with the tokenizer of the policy that wrote it, and compare with the stored text."""
+def check_text(ledger: Ledger, where: Where, artifact: Artifact, policies: Mapping[str, Artifact]) -> None:
+    """Decode every completion with the tokenizer of the policy that wrote it, and compare with the stored text."""
     columns = ["completion_id", "policy_digest", "completion_token_ids", "completion"]
     wrong: list[WrongRow] = []
     count = 0
@@ -178,14 +178,14 @@ def check_text(findings: Findings, where: Where, artifact: Artifact, policies: M
             for (digest,), rows in chunk.group_by("policy_digest", maintain_order=True):
                 policy = policies.get(str(digest)) or next(iter(policies.values()), None)
                 if policy is None:
-                    findings.skipped("text", "the policy that wrote the answers is not there")
+                    ledger.skipped("text", "the policy that wrote the answers is not there")
                     continue
                 texts = pl.Series(_decode(policy, rows["completion_token_ids"].to_list()), dtype=pl.String)
                 count += rows.height
                 differ = rows.with_columns(texts.alias("decoded")).filter(pl.col("decoded") != pl.col("completion"))
                 wrong += [WrongRow(row["completion_id"], path.name, _text_difference(row)) for row in differ.to_dicts()]
-    findings.checked("text", count)
-    findings.wrong_rows("text", where, wrong, len(wrong))
+    ledger.checked("text", count)
+    ledger.wrong_rows("text", where, wrong, len(wrong))
 
 
 def _text_difference(row: Mapping[str, Any]) -> str:
@@ -196,50 +196,17 @@ _decoders: dict[str, Any] = {}
 
 
 def _decode(policy: Artifact, token_ids: list[list[int]]) -> list[str]:
-    """Return the texts as `generate` makes them. transformers is imported only for tokenizers that need it."""
-    facts = policy.manifest.files.get("tokenizer.json")
-    if facts is None or _cleans_up(policy.path):
-        from stages.checkpoints import load_tokenizer
+    """Return the texts of token ids. transformers is imported only for tokenizers that need it.
 
+    Not generate's own function: two libraries must make the same text of the same tokens.
+    """
+    facts = policy.manifest.files.get("tokenizer.json")
+    # transformers then changes white space after decoding
+    cleans_up = read_json(policy.path / "tokenizer_config.json").get("clean_up_tokenization_spaces")
+    if facts is None or cleans_up:
         return list(load_tokenizer(policy.path).batch_decode(token_ids, skip_special_tokens=True))
     if facts["sha256"] not in _decoders:
         from tokenizers import Tokenizer
 
         _decoders[facts["sha256"]] = Tokenizer.from_file(str(policy.path / "tokenizer.json"))
     return list(_decoders[facts["sha256"]].decode_batch(token_ids, skip_special_tokens=True))
-
-
-def _cleans_up(policy: Path) -> bool:
-    """Return whether transformers changes white space after decoding."""
-    return bool(_read_json(policy / "tokenizer_config.json").get("clean_up_tokenization_spaces"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
-
-
-def _vocabulary_size(policies: Mapping[str, Artifact]) -> int | None:
-    sizes = []
-    for policy in policies.values():
-        config = _read_json(policy.path / "config.json")
-        sizes.append(config.get("text_config", config).get("vocab_size"))
-    return min((size for size in sizes if isinstance(size, int)), default=None)
-
-
-def _stop_token_ids(policies: Mapping[str, Artifact]) -> list[int]:
-    """Return the end-of-sequence ids that the policies' files name; empty when one leaves them to the tokenizer."""
-    ids: set[int] = set()
-    for policy in policies.values():
-        found: set[int] = set()
-        for name in ("generation_config.json", "config.json"):
-            value = _read_json(policy.path / name).get("eos_token_id")
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-        tokenizer = _read_json(policy.path / "tokenizer.json")
-        token = _read_json(policy.path / "tokenizer_config.json").get("eos_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        known = [t["id"] for t in tokenizer.get("added_tokens", []) if t["content"] == text]
-        if text is not None and not known:
-            return []
-        ids |= found | set(known)
-    return sorted(ids)

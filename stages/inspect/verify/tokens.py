@@ -1,9 +1,9 @@
-"""The audit of recorded tokens: their lists against the batches' rows, and against the row's own numbers."""
+"""Verifies recorded tokens: their lists against the batches' rows, and against the row's own numbers."""
 
 import polars as pl
 
 from stages.inspect.verify.files import Located
-from stages.inspect.verify.ledger import PART, Findings, Rule, apply_rules
+from stages.inspect.verify.ledger import PART, Ledger, Rule, apply_rules
 from stages.inspect.verify.rows import scan
 
 TOLERANCE = 1e-9
@@ -34,8 +34,8 @@ COUNTS = {
 """Number of the row -> the list and its reasons that it counts."""
 
 
-def check_tokens(findings: Findings, item: Located, source: Located) -> None:
-    """Check that recorded tokens stand beside those of the batches, and give the numbers of their rows.
+def check_tokens(ledger: Ledger, item: Located, source: Located) -> None:
+    """Check recorded tokens against those of the batches, and the numbers of their rows against the tokens.
 
     Rows without recorded tokens are passed over.
     """
@@ -49,13 +49,13 @@ def check_tokens(findings: Findings, item: Located, source: Located) -> None:
     length = pl.col("completion_token_ids").list.len()
     is_other = pl.any_horizontal((pl.col(name).list.len() != length).fill_null(True) for name in (*NUMBERS, *REASONS))
     rule = Rule("records", is_other, "a list of tokens has another length than the completion")
-    apply_rules(findings, item.where, joined, [rule], "completion_id")
+    apply_rules(ledger, item.where, joined, [rule], "completion_id")
     fitting = joined.filter(~is_other)
-    apply_rules(findings, item.where, fitting.select(*_derived(keys)), _rules(), "completion_id")
+    apply_rules(ledger, item.where, fitting.select(*_derived(keys)), _rules(), "completion_id")
 
 
 def _derived(keys: list[str]) -> list[pl.Expr]:
-    """Return what the lists give, beside the numbers of the row."""
+    """Return what the lists give, next to the numbers of the row."""
 
     def floats(name: str) -> pl.Expr:
         return pl.col(name).cast(pl.List(pl.Float64))

@@ -1,4 +1,4 @@
-"""The audit of a run: files, chain and meaning. Proves what a policy was trained on, as far as files can prove it.
+"""Verifies a run: files, chain and meaning. Proves what a policy was trained on, as far as files can prove it.
 
 Nothing is trusted that can be derived: every file is hashed, every manifest compared with its inputs, and what follows
 from config and inputs - ids, seeds, texts, advantages, batches, sums - is derived anew. What remains to be taken on
@@ -24,47 +24,49 @@ from stages.inspect.verify.checkpoints import check_policies, check_states
 from stages.inspect.verify.derived import check_advantages, check_batches, check_metrics, check_records, check_rewards
 from stages.inspect.verify.files import Catalog, Located, check_files, open_all, relative_path
 from stages.inspect.verify.inputs import check_config, check_inputs
-from stages.inspect.verify.ledger import Findings, Where
+from stages.inspect.verify.ledger import Ledger, Where
 from stages.inspect.verify.plan import check_evaluations, check_plan
-from stages.inspect.verify.rows import check_answers, check_held_out, check_prompts, questions
+from stages.inspect.verify.rows import check_completions, check_held_out, check_prompts, questions
 from stages.inspect.verify.tokens import check_tokens
 
+CheckRows = Callable[[Ledger, Where, Artifact, Artifact], None]
 
-def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] = lambda _: None) -> Findings:
-    """Return what an audit of a whole run finds. Read-only.
+
+def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] = lambda _: None) -> Ledger:
+    """Return what is wrong in a run, and what was looked at. Read-only.
 
     Args:
-        run: the run, finished or not; artifacts of other runs that it refers to are audited with it.
+        run: the run, finished or not; artifacts of other runs that it refers to are verified with it.
         limit: rows named of each check and artifact; all are counted.
         progress: told what is being looked at.
     """
-    findings = Findings(limit=limit)
+    ledger = Ledger(limit=limit)
     progress("files")
-    catalog = open_all(run, findings)
-    outside = check_inputs(findings, run, catalog)
-    sound = check_files(findings, [*catalog.values(), *outside])
-    config = check_config(findings, run, catalog)
-    check_policies(findings, catalog, sound)
-    check_states(findings, catalog, sound)
-    audit = _Audit(findings, catalog, sound, outside)
+    catalog = open_all(run, ledger)
+    outside = check_inputs(ledger, run, catalog)
+    sound = check_files(ledger, [*catalog.values(), *outside])
+    config = check_config(ledger, run, catalog)
+    check_policies(ledger, catalog, sound)
+    check_states(ledger, catalog, sound)
+    verifier = _RowVerifier(ledger, catalog, sound, outside)
     for index in [None, *run.iterations()]:
         progress("initial artifacts" if index is None else f"iteration {index}")
-        audit.check_iteration(index)
+        verifier.check_iteration(index)
     progress("metrics")
     finished = [index for index in run.iterations() if (index, "policy") in catalog]
-    check_due_evaluations(findings, run, catalog, finished, config)
-    intact = {index for index in finished if audit.is_intact(index)}
+    check_due_evaluations(ledger, run, catalog, finished, config)
+    intact = {index for index in finished if verifier.is_intact(index)}
     threshold = config.get("evaluate", {}).get("pass_threshold", 1.0)
-    audit.attempt(
+    verifier.attempt(
         "metrics",
         Where(run.metrics.name, "metrics"),
-        lambda: check_metrics(findings, run, finished, intact, threshold, catalog),
+        lambda: check_metrics(ledger, run, finished, intact, threshold, catalog),
     )
-    return findings
+    return ledger
 
 
 def check_due_evaluations(
-    findings: Findings, run: RunDir, catalog: Catalog, finished: list[int], config: Mapping[str, Any]
+    ledger: Ledger, run: RunDir, catalog: Catalog, finished: list[int], config: Mapping[str, Any]
 ) -> None:
     """Note evaluations that the config asks for and that are not there: a bad one could have been removed."""
     every, last = config.get("evaluate", {}).get("every", 0), config.get("iterations")
@@ -77,14 +79,14 @@ def check_due_evaluations(
         if is_due and not may_be_coming and (index, name) not in catalog:
             where = Where(relative_path(run.place(updates - 1, "evaluations"), run.root), "evaluations", index)
             text = f"evaluate.every is {every}, but the policy after {updates} updates has no evaluation"
-            findings.wrong("evaluations", where, text)
+            ledger.wrong("evaluations", where, text)
 
 
-class _Audit:
+class _RowVerifier:
     """Checks rows, of sound artifacts only: bytes that differ from their manifest are reported as that."""
 
-    def __init__(self, findings: Findings, catalog: Catalog, sound: set[Path], outside: list[Located]) -> None:
-        self.findings, self.catalog, self.sound = findings, catalog, sound
+    def __init__(self, ledger: Ledger, catalog: Catalog, sound: set[Path], outside: list[Located]) -> None:
+        self.ledger, self.catalog, self.sound = ledger, catalog, sound
         self.by_digest = {item.artifact.digest: item.artifact for item in [*outside, *catalog.values()]}
         held_out = self.get(None, "held_out_prompts")
         self.held_out = None if held_out is None else questions(held_out.artifact)
@@ -114,7 +116,7 @@ class _Audit:
             TypeError,
             ValueError,
         ) as error:
-            self.findings.wrong(check, where, f"cannot be checked: {type(error).__name__}: {error}")
+            self.ledger.wrong(check, where, f"cannot be checked: {type(error).__name__}: {error}")
 
     def check_iteration(self, index: int | None) -> None:
         """Check the rows of an iteration, or with None those of the artifacts before the first one."""
@@ -122,50 +124,42 @@ class _Audit:
             if item := self.get(index, name):
                 self._prompts(item, is_training=name == "prompts")
         if item := self.get(index, "completions"):
-            self._completions(item, self.get(index, "prompts"))
+            self._completions(item, self.get(index, "prompts"), "sampling plan", check_plan)
         for name in ("evaluations", "initial_evaluations"):
             if item := self.get(index, name):
-                self._evaluations(item)
+                self._completions(item, self.get(None, "held_out_prompts"), "evaluations", check_evaluations)
         self._computed(index)
 
     def _prompts(self, item: Located, *, is_training: bool) -> None:
-        findings, where, artifact = self.findings, item.where, item.artifact
+        ledger, where, artifact = self.ledger, item.where, item.artifact
         if self._can_derive("prompt ids", item):
-            self.attempt("prompt ids", where, lambda: check_prompts(findings, where, artifact))
+            self.attempt("prompt ids", where, partial(check_prompts, ledger, where, artifact))
         held_out = self.held_out
         if is_training and held_out is not None:
-            self.attempt("held out", where, lambda: check_held_out(findings, where, artifact, held_out))
+            self.attempt("held out", where, partial(check_held_out, ledger, where, artifact, held_out))
 
-    def _completions(self, item: Located, prompts_: Located | None) -> None:
-        findings, where, artifact = self.findings, item.where, item.artifact
-        policies = self._policies(artifact)
-        self.attempt("text", where, lambda: check_answers(findings, where, artifact, policies))
-        if self._can_derive("sampling plan", item) and prompts_ is not None:
-            self.attempt("sampling plan", where, lambda: check_plan(findings, where, artifact, prompts_.artifact))
-
-    def _evaluations(self, item: Located) -> None:
-        findings, where, artifact = self.findings, item.where, item.artifact
-        policies = self._policies(artifact)
-        self.attempt("text", where, lambda: check_answers(findings, where, artifact, policies))
-        held_out = self.get(None, "held_out_prompts")
-        if self._can_derive("evaluations", item) and held_out is not None:
-            self.attempt("evaluations", where, lambda: check_evaluations(findings, where, artifact, held_out.artifact))
+    def _completions(self, item: Located, prompts_: Located | None, check: str, check_rows: CheckRows) -> None:
+        """Check the rows of completions or evaluations, and with ``check_rows`` that they follow from the prompts."""
+        ledger, where, artifact = self.ledger, item.where, item.artifact
+        self.attempt("text", where, partial(check_completions, ledger, where, artifact, self._policies(artifact)))
+        if self._can_derive(check, item) and prompts_ is not None:
+            self.attempt(check, where, partial(check_rows, ledger, where, artifact, prompts_.artifact))
 
     def _computed(self, index: int | None) -> None:
-        findings = self.findings
+        ledger = self.ledger
         completions, rewards = self.get(index, "completions"), self.get(index, "rewards")
         advantages, batches = self.get(index, "advantages"), self.get(index, "batches")
         records, steps = self.get(index, "training_records"), self.get(index, "optimizer_steps")
         if rewards and completions and self._can_derive("rewards", rewards):
-            self.attempt("rewards", rewards.where, partial(check_rewards, findings, rewards, completions))
+            self.attempt("rewards", rewards.where, partial(check_rewards, ledger, rewards, completions))
         if advantages and rewards and self._can_derive("advantages", advantages):
-            self.attempt("advantages", advantages.where, partial(check_advantages, findings, advantages, rewards))
+            self.attempt("advantages", advantages.where, partial(check_advantages, ledger, advantages, rewards))
         if batches and completions and advantages and self._can_derive("batches", batches):
-            check = partial(check_batches, findings, batches, completions, advantages)
+            check = partial(check_batches, ledger, batches, completions, advantages)
             self.attempt("batches", batches.where, check)
         if records and steps and batches and self._can_derive("records", records):
-            self.attempt("records", records.where, partial(check_records, findings, records, steps, batches))
-            self.attempt("records", records.where, partial(check_tokens, findings, records, batches))
+            self.attempt("records", records.where, partial(check_records, ledger, records, steps, batches))
+            self.attempt("records", records.where, partial(check_tokens, ledger, records, batches))
 
     def _policies(self, artifact: Artifact) -> dict[str, Artifact]:
         """Return the policies among the inputs of an artifact, by digest."""
@@ -182,7 +176,7 @@ class _Audit:
             found = (
                 f"made by stage {stage.name} {manifest.stage_version}, this program knows versions to {stage.version}"
             )
-            self.findings.wrong("manifests", where, f"{found}: audit it with the program that made it")
+            self.ledger.wrong("manifests", where, f"{found}: audit it with the program that made it")
             return False
-        self.findings.skipped(check, f"made by stage {manifest.stage} {manifest.stage_version}")
+        self.ledger.skipped(check, f"made by stage {manifest.stage} {manifest.stage_version}")
         return False

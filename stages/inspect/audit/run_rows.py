@@ -1,7 +1,7 @@
-"""What the checks look at: the answers of a run with their rewards, a sample of texts, windows. Read-only.
+"""The rows of a run that the checks read: its completions with their rewards, a sample of texts, windows. Read-only.
 
-Numbers come from all answers; texts of a fixed sample of whole groups per iteration (the first by group_id, which is a
-hash), so that memory is bounded and a second audit sees the same rows.
+Numbers come from all completions; texts come from a fixed sample of whole groups per iteration (the first by group_id,
+which is a hash), so that memory is bounded and a second audit sees the same rows.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from pipeline.errors import ArtifactMissing
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.thresholds import AuditConfig
+from stages.inspect.metrics import token_mean
 
 TEXT_COLUMNS = ("completion", "prompt", "reference")
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class RunRows:
     """The rows of a run as the checks need them."""
 
     iterations: list[int]
@@ -28,10 +29,10 @@ class Material:
     early: list[int]
     late: list[int]
     """The first and the last iterations, scored ones where any is; empty where the run is too short for a trend."""
-    answers: pl.DataFrame
-    """One row per answer, without its text: `answer_columns`."""
+    completions: pl.DataFrame
+    """One row per completion, without its text."""
     texts: pl.DataFrame
-    """The sampled groups' answers, with completion, prompt and reference."""
+    """The sampled groups' completions, with completion, prompt and reference."""
     parts: pl.DataFrame
     """iteration, completion_id, group_id, reward_name, reward: long format."""
     prompts: pl.DataFrame
@@ -49,12 +50,12 @@ class Material:
 
     @property
     def scored(self) -> pl.DataFrame:
-        """The answers with a reward."""
-        return self.answers.filter(pl.col("reward").is_not_null())
+        """The completions with a reward."""
+        return self.completions.filter(pl.col("reward").is_not_null())
 
     @property
     def informative(self) -> pl.DataFrame:
-        """The scored answers of groups whose rewards differ."""
+        """The scored completions of groups whose rewards differ."""
         reward = pl.col("reward")
         return self.scored.filter((reward.max() - reward.min()).over("group_id") > 1e-9)
 
@@ -63,8 +64,8 @@ class Material:
         return frame.filter(pl.col("iteration").is_in(window))
 
 
-def load_material(run: RunDir, config: AuditConfig) -> Material:
-    """Return the material of a run, finished or not, scored or not.
+def load_run_rows(run: RunDir, config: AuditConfig) -> RunRows:
+    """Return the rows of a run, finished or not, scored or not.
 
     Raises:
         ArtifactMissing: when no iteration has completions.
@@ -72,13 +73,13 @@ def load_material(run: RunDir, config: AuditConfig) -> Material:
     iterations = [k for k in run.iterations() if run.has(k, "completions") and run.has(k, "prompts")]
     if not iterations:
         raise ArtifactMissing(f"{run.root} has no finished completions with their prompts yet: run it first")
-    answers, texts, parts, prompts = [], [], [], []
+    completions, texts, parts, prompts = [], [], [], []
     for iteration in iterations:
         asked = _prompts(run.open(iteration, "prompts").scan(), config).with_columns(_at(iteration))
-        rows = _answers(run, iteration, asked, config)
+        rows = _completions(run, iteration, asked, config)
         sample = rows["group_id"].unique().sort().head(config.data.groups_per_iteration)
         texts.append(rows.filter(pl.col("group_id").is_in(sample.implode())))
-        answers.append(rows.drop(TEXT_COLUMNS))
+        completions.append(rows.drop(TEXT_COLUMNS))
         prompts.append(asked)
         if run.has(iteration, "rewards"):
             long = run.open(iteration, "rewards").scan()
@@ -86,15 +87,15 @@ def load_material(run: RunDir, config: AuditConfig) -> Material:
             parts.append(long.select(_at(iteration), *names).collect())
     settings = run.settings()
     normalize, evaluate = settings.get("normalize") or {}, settings.get("evaluate") or {}
-    # a run that is still going has answers that are not scored yet: trends end before them
+    # a run that is still going has completions that are not scored yet: trends end before them
     ended = [k for k in iterations if run.has(k, "advantages")] or iterations
     width = max(1, min(int(len(ended) * config.data.window_share), config.data.window_most))
     has_trend = len(ended) >= config.data.min_iterations
-    return Material(
+    return RunRows(
         iterations=iterations,
         early=ended[:width] if has_trend else [],
         late=ended[-width:] if has_trend else [],
-        answers=pl.concat(answers),
+        completions=pl.concat(completions),
         texts=pl.concat(texts),
         parts=pl.concat(parts) if parts else pl.DataFrame(schema=PART_SCHEMA),
         prompts=pl.concat(prompts),
@@ -130,10 +131,16 @@ def normalized(text: pl.Expr) -> pl.Expr:
 
 
 def names_reference(text: pl.Expr, reference: pl.Expr) -> pl.Expr:
-    """Return whether the reference stands in the text as whole words; null where there is none."""
+    """Return whether the text contains the reference as whole words; null where there is none."""
     wanted = normalized(reference)
     is_told = wanted.str.contains(r"\S")
     return pl.when(is_told).then(normalized(text).str.contains(wanted, literal=True))
+
+
+def mean(frame: pl.DataFrame, column: str) -> float:
+    """Return the mean of numbers, or the share of what is true; 0 where nothing is known."""
+    value = frame[column].cast(pl.Float64).mean()
+    return 0.0 if value is None else float(value)  # type: ignore[arg-type]
 
 
 def _at(iteration: int) -> pl.Expr:
@@ -149,7 +156,7 @@ def _prompts(frame: pl.LazyFrame, config: AuditConfig) -> pl.DataFrame:
     )
 
 
-def _answers(run: RunDir, iteration: int, prompts: pl.DataFrame, config: AuditConfig) -> pl.DataFrame:
+def _completions(run: RunDir, iteration: int, prompts: pl.DataFrame, config: AuditConfig) -> pl.DataFrame:
     rows = run.open(iteration, "completions").scan()
     frame = rows.select(
         _at(iteration),
@@ -179,11 +186,6 @@ def _answers(run: RunDir, iteration: int, prompts: pl.DataFrame, config: AuditCo
 
 
 def _training(run: RunDir, iterations: list[int]) -> pl.DataFrame:
-    tokens = pl.col("num_tokens")
-
-    def token_mean(name: str) -> pl.Expr:
-        return (pl.col(name) * tokens).sum() / tokens.filter(pl.col(name).is_not_null()).sum()
-
     rows = [
         run.open(iteration, "training_records")
         .scan()
