@@ -1,13 +1,12 @@
 """Bringing the files of an artifact from an object store, each verified."""
 
-import fcntl
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.files import atomic_write, sha256_file
+from pipeline.files import atomic_write, locked, sha256_file
 from pipeline.manifest import MANIFEST, STORE_NOTE
 from pipeline.object_store import Store, open_store
 
@@ -20,9 +19,9 @@ def fetch_files(place: Path, files: Mapping[str, dict[str, Any]]) -> None:
     """
     if all((place / name).is_file() for name in files):
         return
-    with (place / STORE_NOTE).open(encoding="utf-8") as note:
-        fcntl.flock(note, fcntl.LOCK_EX)  # of two who read the same artifact one downloads
-        store = open_store(json.load(note)["url"])
+    note = place / STORE_NOTE
+    with locked(note):  # of two who read the same artifact one downloads
+        store = open_store(json.loads(note.read_text(encoding="utf-8"))["url"])
         for name, facts in files.items():
             target = place / name
             if not target.is_file():
