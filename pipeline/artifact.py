@@ -138,8 +138,7 @@ def open_artifact(path: Path) -> Artifact:
         content = content_hash(manifest.dataset, manifest.files)
         if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
             raise ValueError("its file hashes do not add up to its digest")
-        inputs = {name: found["digest"] for name, found in manifest.inputs.items()}
-        if recipe_hash(manifest.stage, manifest.stage_version, manifest.config, inputs) != manifest.recipe:
+        if recipe_hash(*manifest.recipe_parts()) != manifest.recipe:
             raise ValueError("its config and inputs do not add up to its recipe")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactDamaged(f"{path / MANIFEST} is not a valid manifest ({error}): {_remedy(path)}") from error

@@ -6,10 +6,10 @@ it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.files import sha256_text
 
@@ -22,6 +22,16 @@ STORE_NOTE = ".store.json"
 def canonical_json(value: object) -> str:
     """Return JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+class Recipe(NamedTuple):
+    """What should be computed; its hash is `recipe_hash`."""
+
+    stage: str
+    version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    """Name -> digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,11 @@ class Manifest:
     content: str
     digest: str
 
+    def recipe_parts(self) -> Recipe:
+        """Return everything that decided the result."""
+        inputs = {name: found["digest"] for name, found in self.inputs.items()}
+        return Recipe(self.stage, self.stage_version, self.config, inputs)
+
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -64,6 +79,32 @@ def recipe_hash(stage: str, version: int, config: Mapping[str, Any], inputs: Map
     """Return the hash of what should be computed; ``inputs`` are names and digests."""
     parts = {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs)}
     return sha256_text(canonical_json(parts))
+
+
+class RecipeDifference(NamedTuple):
+    """One thing in which two recipes differ."""
+
+    part: str
+    """stage, config or input."""
+    name: str
+    """The key of the config or the name of the input; empty for the stage."""
+    a: Any
+    """The stage's name and version, the value of the key, or the digest of the input."""
+    b: Any
+
+
+def recipe_differences(a: Recipe, b: Recipe, absent: object = None) -> Iterator[RecipeDifference]:
+    """Yield in what two recipes differ: the stage, then the config by key, then the inputs by name.
+
+    ``absent`` stands for what only the other one has: with None, a missing key equals null.
+    """
+    if (a.stage, a.version) != (b.stage, b.version):
+        yield RecipeDifference("stage", "", f"{a.stage} {a.version}", f"{b.stage} {b.version}")
+    for part, of_a, of_b in (("config", a.config, b.config), ("input", a.inputs, b.inputs)):
+        for name in sorted({*of_a, *of_b}):
+            values = of_a.get(name, absent), of_b.get(name, absent)
+            if canonical_json(values[0]) != canonical_json(values[1]):
+                yield RecipeDifference(part, name, *values)
 
 
 def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
