@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.files import atomic_write, locked, sha256_file
-from pipeline.manifest import MANIFEST, STORE_NOTE
+from pipeline.files import atomic_write, locked
+from pipeline.manifest import MANIFEST, STORE_NOTE, wrong_bytes
 from pipeline.object_store import Store, open_store
 
 
@@ -41,12 +41,5 @@ def _download(store: Store, name: str, target: Path, facts: dict[str, Any]) -> N
         if isinstance(error.__cause__, FileNotFoundError):
             raise ArtifactDamaged(f"{store.url}/{name} is gone, but its {MANIFEST} lists it: {remedy}") from error
         raise
-    size = target.stat().st_size
-    if size != facts["bytes"]:
-        raise ArtifactDamaged(f"{store.url}/{name} has {size:,} bytes, its manifest says {facts['bytes']:,}: {remedy}")
-    found = sha256_file(target)
-    if found != facts["sha256"]:
-        raise ArtifactDamaged(
-            f"{store.url}/{name} has SHA-256 {found[:16]}..., its manifest says {facts['sha256'][:16]}...: bytes were "
-            f"changed after it was written; {remedy}"
-        )
+    if wrong := wrong_bytes(target, facts):
+        raise wrong.as_error(f"{store.url}/{name}", facts, remedy)

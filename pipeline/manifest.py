@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.files import sha256_text
+from pipeline.errors import ArtifactDamaged
+from pipeline.files import sha256_file, sha256_text
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -115,3 +116,31 @@ def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
 def digest_of(recipe: str, content: str) -> str:
     """Return the hash that vouches for an artifact and for everything it was made from."""
     return sha256_text(canonical_json([recipe, content]))
+
+
+class WrongBytes(NamedTuple):
+    """The first thing in which a file differs from what a manifest says of it."""
+
+    fact: str
+    """``bytes`` or ``sha256``."""
+    found: Any
+    """What the file has instead."""
+
+    def as_error(self, name: object, facts: Mapping[str, Any], remedy: str) -> ArtifactDamaged:
+        """Return the error that names the file and what to do."""
+        if self.fact == "bytes":
+            return ArtifactDamaged(f"{name} has {self.found:,} bytes, its manifest says {facts['bytes']:,}: {remedy}")
+        return ArtifactDamaged(
+            f"{name} has SHA-256 {self.found[:16]}..., its manifest says {facts['sha256'][:16]}...: bytes were changed "
+            f"after it was written; {remedy}"
+        )
+
+
+def wrong_bytes(path: Path, facts: Mapping[str, Any], *, hashed: bool = True) -> WrongBytes | None:
+    """Compare a file's size, then its SHA-256 unless not ``hashed``, with a manifest; None = as it says. Read-only."""
+    size = path.stat().st_size
+    if size != facts.get("bytes"):
+        return WrongBytes("bytes", size)
+    if hashed and (digest := sha256_file(path)) != facts["sha256"]:
+        return WrongBytes("sha256", digest)
+    return None
