@@ -19,7 +19,7 @@ from flows.printing import Format, console, print_rows
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, When
 from pipeline.errors import GrpoError, UsageError
-from pipeline.manifest import canonical_json, is_finished
+from pipeline.manifest import canonical_json, is_finished, recipe_differences
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 from pipeline.stage import run_stage
@@ -146,17 +146,13 @@ class Replayer:
 
 def changes(call: Call, stored: Artifact) -> list[str]:
     """Return in which respects the call's recipe differs from the stored artifact's: empty = it asks for the same."""
-    wanted, manifest = call.recipe_parts(), stored.manifest
     found = []
-    if (manifest.stage, manifest.stage_version) != (wanted["stage"], wanted["version"]):
-        was, now = f"{manifest.stage} {manifest.stage_version}", f"{wanted['stage']} {wanted['version']}"
-        found.append(f"stage {was}, now {now}")
-    for key in sorted({*manifest.config, *wanted["config"]}):
-        before, after = manifest.config.get(key), wanted["config"].get(key)
-        if canonical_json(before) != canonical_json(after):
-            found.append(f"{key} was {canonical_json(before)}, now {canonical_json(after)}")
-    for name in sorted({*manifest.inputs, *wanted["inputs"]}):
-        if manifest.inputs.get(name, {}).get("digest") != wanted["inputs"].get(name):
+    for part, name, was, now in recipe_differences(stored.manifest.recipe_parts(), call.recipe_parts()):
+        if part == "stage":
+            found.append(f"stage {was}, now {now}")
+        elif part == "config":
+            found.append(f"{name} was {canonical_json(was)}, now {canonical_json(now)}")
+        else:
             found.append(f"another input {name}")
     return found
 

@@ -12,6 +12,7 @@ from pipeline.chain import CHAIN, STEPS, From, Step, When
 from pipeline.errors import GrpoError, UsageError
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir, state_of
+from pipeline.runs import beside, lock, publish, share
 from pipeline.stage import Progress, StageResult, find_finished, run_stage, silent
 from pipeline.writer import remove_artifact
 from stages.checkpoints import check_policy, checkpoint_path, context_length, looks_local
@@ -113,7 +114,7 @@ class Session:
         while self._is_due and self._publishing.acquire(blocking=False):  # else the thread that is at it does this too
             try:
                 self._is_due = False
-                self.run.publish()
+                publish(self.run)
             finally:
                 self._publishing.release()
         self.reporter.finished(label, result)
@@ -125,7 +126,7 @@ class Session:
         source = None
         if self.config.starter is not None:
             made = starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main
-            source = self.run.share(made).fetch()
+            source = share(self.run, made).fetch()
         try:
             if self.config.starter is None and looks_local(model):
                 source = checkpoint_path(model)
@@ -260,7 +261,7 @@ def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:
 
 def starters_root(run: RunDir) -> Path:
     """Return where starters lie: beside the runs, which share them."""
-    return run.beside("starters")
+    return beside(run, "starters")
 
 
 def starter(config: RunConfig, root: Path, progress: Progress) -> StageResult:
@@ -272,7 +273,7 @@ def starter(config: RunConfig, root: Path, progress: Progress) -> StageResult:
 @contextmanager
 def open_session(config: RunConfig, run: RunDir, reporter: Reporter | None = None) -> Iterator[Session]:
     """Hold the run for writing; whatever happens, leave no child process behind."""
-    with run.lock():
+    with lock(run):
         session = Session(config, run, reporter or SilentReporter())
         try:
             yield session

@@ -16,7 +16,7 @@ from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import UsageError
 from pipeline.manifest import MANIFEST, is_finished
 from pipeline.run_dir import RunDir
-from pipeline.runs import open_run
+from pipeline.runs import lock, open_run
 
 if TYPE_CHECKING:
     from stages.inspect.verify.logprobs import DeepSettings
@@ -207,7 +207,7 @@ def prune_run(path: str | Path, keep_policies: int, *, initial: bool, dry_run: b
     from pipeline.prune import Pruned, prunable, prune
 
     run = open_run(path)
-    with run.lock():
+    with lock(run):
         items = prunable(run, keep_policies, _needed(path), initial=initial)
         done: Sequence[Pruned] = items if dry_run else list(prune(items))
     rows = [

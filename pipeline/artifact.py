@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing
-from pipeline.files import sha256_file
-from pipeline.manifest import MANIFEST, MANIFEST_VERSION, STORE_NOTE, Manifest, content_hash, digest_of, recipe_hash
+from pipeline.manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    STORE_NOTE,
+    Manifest,
+    content_hash,
+    digest_of,
+    recipe_hash,
+    wrong_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,8 +104,6 @@ class Artifact:
             ArtifactMissing: when a file that is needed was pruned.
             ArtifactDamaged: naming the first file that differs.
         """
-        pass
-
         for name, facts in self.manifest.files.items():
             path = self.path / name
             if not path.is_file() and self.is_on_store:
@@ -111,11 +117,8 @@ class Artifact:
                 )
             if not path.is_file():
                 raise ArtifactDamaged(f"{path} is gone, but {self.path / MANIFEST} lists it: {_remedy(self.path)}")
-            if path.stat().st_size != facts["bytes"]:
-                raise ArtifactDamaged(
-                    f"{path} has {path.stat().st_size:,} bytes, its manifest says {facts['bytes']:,}: "
-                    f"{_remedy(self.path)}"
-                )
+            if wrong := wrong_bytes(path, facts, hashed=False):
+                raise wrong.as_error(path, facts, _remedy(self.path))
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -138,8 +141,7 @@ def open_artifact(path: Path) -> Artifact:
         content = content_hash(manifest.dataset, manifest.files)
         if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
             raise ValueError("its file hashes do not add up to its digest")
-        inputs = {name: found["digest"] for name, found in manifest.inputs.items()}
-        if recipe_hash(manifest.stage, manifest.stage_version, manifest.config, inputs) != manifest.recipe:
+        if recipe_hash(*manifest.recipe_parts()) != manifest.recipe:
             raise ValueError("its config and inputs do not add up to its recipe")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactDamaged(f"{path / MANIFEST} is not a valid manifest ({error}): {_remedy(path)}") from error
@@ -151,14 +153,8 @@ def _verify(path: Path, digest: str) -> None:
     artifact = open_artifact(path)
     artifact.check_sizes()
     for name, facts in artifact.manifest.files.items():
-        if not (path / name).is_file():
-            continue  # on an object store, see check_sizes
-        found = sha256_file(path / name)
-        if found != facts["sha256"]:
-            raise ArtifactDamaged(
-                f"{path / name} has SHA-256 {found[:16]}..., its manifest says {facts['sha256'][:16]}...: "
-                f"bytes were changed after it was written; {_remedy(path)}"
-            )
+        if (path / name).is_file() and (wrong := wrong_bytes(path / name, facts)):  # else on a store, see check_sizes
+            raise wrong.as_error(path / name, facts, _remedy(path))
 
 
 def _remedy(path: Path) -> str:

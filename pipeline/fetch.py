@@ -1,14 +1,13 @@
 """Bringing the files of an artifact from an object store, each verified."""
 
-import fcntl
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ArtifactDamaged, StoreError
-from pipeline.files import atomic_write, sha256_file
-from pipeline.manifest import MANIFEST, STORE_NOTE
+from pipeline.files import atomic_write, locked
+from pipeline.manifest import MANIFEST, STORE_NOTE, wrong_bytes
 from pipeline.object_store import Store, open_store
 
 
@@ -20,9 +19,9 @@ def fetch_files(place: Path, files: Mapping[str, dict[str, Any]]) -> None:
     """
     if all((place / name).is_file() for name in files):
         return
-    with (place / STORE_NOTE).open(encoding="utf-8") as note:
-        fcntl.flock(note, fcntl.LOCK_EX)  # of two who read the same artifact one downloads
-        store = open_store(json.load(note)["url"])
+    note = place / STORE_NOTE
+    with locked(note):  # of two who read the same artifact one downloads
+        store = open_store(json.loads(note.read_text(encoding="utf-8"))["url"])
         for name, facts in files.items():
             target = place / name
             if not target.is_file():
@@ -42,12 +41,5 @@ def _download(store: Store, name: str, target: Path, facts: dict[str, Any]) -> N
         if isinstance(error.__cause__, FileNotFoundError):
             raise ArtifactDamaged(f"{store.url}/{name} is gone, but its {MANIFEST} lists it: {remedy}") from error
         raise
-    size = target.stat().st_size
-    if size != facts["bytes"]:
-        raise ArtifactDamaged(f"{store.url}/{name} has {size:,} bytes, its manifest says {facts['bytes']:,}: {remedy}")
-    found = sha256_file(target)
-    if found != facts["sha256"]:
-        raise ArtifactDamaged(
-            f"{store.url}/{name} has SHA-256 {found[:16]}..., its manifest says {facts['sha256'][:16]}...: bytes were "
-            f"changed after it was written; {remedy}"
-        )
+    if wrong := wrong_bytes(target, facts):
+        raise wrong.as_error(f"{store.url}/{name}", facts, remedy)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipeline.errors import OutOfSpace
 
-HASH_BLOCK_BYTES = 1 << 20
+WRITER_LOCK = ".lock"
+"""In a directory that one process at a time may write."""
 
 
 def sha256_file(path: Path) -> str:
@@ -76,11 +77,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for a lock file and hold it; the system releases it when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a file; the system releases it when the process ends, however it ends.
+
+    The file is made where there is none; what it holds stays.
+
+    Raises:
+        BlockingIOError: when another process has it and we do not ``wait``.
+    """
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file. Read-only."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def sync_file(path: Path) -> None:

@@ -6,12 +6,13 @@ it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.files import sha256_text
+from pipeline.errors import ArtifactDamaged
+from pipeline.files import sha256_file, sha256_text
 
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
@@ -22,6 +23,16 @@ STORE_NOTE = ".store.json"
 def canonical_json(value: object) -> str:
     """Return JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+class Recipe(NamedTuple):
+    """What should be computed; its hash is `recipe_hash`."""
+
+    stage: str
+    version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    """Name -> digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,11 @@ class Manifest:
     content: str
     digest: str
 
+    def recipe_parts(self) -> Recipe:
+        """Return everything that decided the result."""
+        inputs = {name: found["digest"] for name, found in self.inputs.items()}
+        return Recipe(self.stage, self.stage_version, self.config, inputs)
+
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -66,6 +82,32 @@ def recipe_hash(stage: str, version: int, config: Mapping[str, Any], inputs: Map
     return sha256_text(canonical_json(parts))
 
 
+class RecipeDifference(NamedTuple):
+    """One thing in which two recipes differ."""
+
+    part: str
+    """stage, config or input."""
+    name: str
+    """The key of the config or the name of the input; empty for the stage."""
+    a: Any
+    """The stage's name and version, the value of the key, or the digest of the input."""
+    b: Any
+
+
+def recipe_differences(a: Recipe, b: Recipe, absent: object = None) -> Iterator[RecipeDifference]:
+    """Yield in what two recipes differ: the stage, then the config by key, then the inputs by name.
+
+    ``absent`` stands for what only the other one has: with None, a missing key equals null.
+    """
+    if (a.stage, a.version) != (b.stage, b.version):
+        yield RecipeDifference("stage", "", f"{a.stage} {a.version}", f"{b.stage} {b.version}")
+    for part, of_a, of_b in (("config", a.config, b.config), ("input", a.inputs, b.inputs)):
+        for name in sorted({*of_a, *of_b}):
+            values = of_a.get(name, absent), of_b.get(name, absent)
+            if canonical_json(values[0]) != canonical_json(values[1]):
+                yield RecipeDifference(part, name, *values)
+
+
 def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
     """Return the hash of what came out: the kind of data and every file's name and bytes."""
     return sha256_text(canonical_json([dataset, {name: facts["sha256"] for name, facts in files.items()}]))
@@ -74,3 +116,31 @@ def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
 def digest_of(recipe: str, content: str) -> str:
     """Return the hash that vouches for an artifact and for everything it was made from."""
     return sha256_text(canonical_json([recipe, content]))
+
+
+class WrongBytes(NamedTuple):
+    """The first thing in which a file differs from what a manifest says of it."""
+
+    fact: str
+    """``bytes`` or ``sha256``."""
+    found: Any
+    """What the file has instead."""
+
+    def as_error(self, name: object, facts: Mapping[str, Any], remedy: str) -> ArtifactDamaged:
+        """Return the error that names the file and what to do."""
+        if self.fact == "bytes":
+            return ArtifactDamaged(f"{name} has {self.found:,} bytes, its manifest says {facts['bytes']:,}: {remedy}")
+        return ArtifactDamaged(
+            f"{name} has SHA-256 {self.found[:16]}..., its manifest says {facts['sha256'][:16]}...: bytes were changed "
+            f"after it was written; {remedy}"
+        )
+
+
+def wrong_bytes(path: Path, facts: Mapping[str, Any], *, hashed: bool = True) -> WrongBytes | None:
+    """Compare a file's size, then its SHA-256 unless not ``hashed``, with a manifest; None = as it says. Read-only."""
+    size = path.stat().st_size
+    if size != facts.get("bytes"):
+        return WrongBytes("bytes", size)
+    if hashed and (digest := sha256_file(path)) != facts["sha256"]:
+        return WrongBytes("sha256", digest)
+    return None

@@ -1,10 +1,8 @@
 """The names inside a run directory; nothing else in the program knows them."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from pipeline.chain import DATASETS, INITIAL
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, UsageError
 from pipeline.files import write_text
 from pipeline.manifest import is_finished
-from pipeline.object_store import open_store, url_of
+from pipeline.object_store import url_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -148,7 +146,7 @@ class RunDir:
 
     def artifacts(self) -> Iterator[Artifact]:
         """Yield every finished artifact, referred ones too, in the order in which it was made. Read-only."""
-        for path in self._outside_iterations():
+        for path in self.outside_iterations():
             if is_finished(path):
                 yield open_artifact(path)
         for index in self.iterations():
@@ -156,9 +154,15 @@ class RunDir:
                 if self.has(index, dataset):
                     yield self.open(index, dataset)
 
-    def _outside_iterations(self) -> list[Path]:
+    def outside_iterations(self) -> list[Path]:
+        """Return the places of the artifacts that belong to no iteration, finished or not, in order. Read-only."""
         members = sorted((self.root / "members").glob("*")) if (self.root / "members").is_dir() else []
         return [self.initial_policy, *members, self.held_out_prompts, self.place(INITIAL, "evaluations")]
+
+    def records(self) -> list[Path]:
+        """Return the files that stand beside the artifacts, as `is_record` names them. Read-only."""
+        references = sorted(self.root.glob(f"iterations/*/*{REFERENCE}"))
+        return [*references, *(self.root / name for name in RECORDS if (self.root / name).is_file())]
 
     def has(self, index: int, dataset: str) -> bool:
         """Return whether an iteration has a dataset, its own or another run's. Read-only."""
@@ -225,33 +229,6 @@ class RunDir:
     def _reference(self, index: int, dataset: str) -> Path:
         return self.iteration(index) / f"{dataset}{REFERENCE}"
 
-    def beside(self, name: str) -> Path:
-        """Return a folder beside the runs, which they share, such as that of the starters."""
-        folder = self.root.parent / name
-        if self.copy is not None:
-            from pipeline.working_copy import WorkingCopy
-
-            WorkingCopy(open_store(self.shown(folder)), is_record).sync()
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def share(self, artifact: Artifact) -> Artifact:
-        """Return an artifact from `beside` as all machines see it: on a store it is published, unless one is there."""
-        return artifact if self.copy is None else self.copy.share(artifact)
-
-    def publish(self) -> None:
-        """Bring the store up to date with what is finished here; a run in a local directory needs nothing."""
-        if self.copy is not None:
-            places = [self.place(index, dataset) for index in self.iterations() for dataset in DATASETS]
-            places = [place for place in places if place.name != "optimizer" or self._is_of_its_policy(place)]
-            references = sorted(self.root.glob(f"iterations/*/*{REFERENCE}"))
-            records = [self.root / name for name in RECORDS if (self.root / name).is_file()]
-            self.copy.publish([*self._outside_iterations(), *places], [*references, *records])
-
-    def _is_of_its_policy(self, state: Path) -> bool:
-        policy = state.with_name("policy")
-        return is_finished(policy) and state_of(open_artifact(policy)) is not None
-
     def record_config(self, toml: str, resolved: dict[str, Any]) -> None:
         """Write the config as given and as resolved. JSON because TOML has no null."""
         self.root.mkdir(parents=True, exist_ok=True)
@@ -263,33 +240,6 @@ class RunDir:
         seen = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.is_file() else []
         if not seen or seen[-1] != facts:
             write_text(self.environment, json.dumps([*seen, facts], indent=2, ensure_ascii=False) + "\n")
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for writing; the system releases it when the process ends, however it ends.
-
-        Raises:
-            UsageError: when another process is writing this run.
-        """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            file = (self.root / ".lock").open("w")
-        except OSError as error:
-            raise UsageError(f"{self.root} cannot be written ({error}): name a directory that can (--run)") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another process is writing {self.name}: wait for it, or give this run another directory"
-                ) from None
-            if self.copy is None:
-                yield
-                return
-            with self.copy.writing():
-                self.publish()  # what a killed process had finished
-                yield
-                self.publish()
 
 
 def state_of(policy: Artifact) -> Artifact | None:

@@ -1,10 +1,16 @@
-"""Runs by path or URL."""
+"""Runs: opened by path or URL, held for writing, and published where they lie on an object store."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import DATASETS
 from pipeline.errors import ArtifactMissing, UsageError
+from pipeline.files import WRITER_LOCK, locked
+from pipeline.manifest import is_finished
 from pipeline.object_store import local_path, open_store
-from pipeline.run_dir import RESOLVED_CONFIG, RunDir, is_record
+from pipeline.run_dir import RESOLVED_CONFIG, RunDir, is_record, state_of
 
 
 def run_at(where: str | Path) -> RunDir:
@@ -53,3 +59,56 @@ def open_run(where: str | Path) -> RunDir:
     if not is_run(where):
         raise ArtifactMissing(f"{where} is not a run directory (no {RESOLVED_CONFIG}): see `grpo ls`")
     return run_at(where)
+
+
+@contextmanager
+def lock(run: RunDir) -> Iterator[None]:
+    """Hold the run for writing; the system releases it when the process ends, however it ends.
+
+    Raises:
+        UsageError: when another process is writing this run.
+    """
+    with ExitStack() as held:
+        try:
+            run.root.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run.root / WRITER_LOCK, wait=False))
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is writing {run.name}: wait for it, or give this run another directory"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"{run.root} cannot be written ({error}): name a directory that can (--run)") from error
+        if run.copy is not None:
+            held.enter_context(run.copy.writing())
+            publish(run)  # what a killed process had finished
+        yield
+        publish(run)
+
+
+def publish(run: RunDir) -> None:
+    """Bring the store up to date with what is finished here; a run in a local directory needs nothing."""
+    if run.copy is not None:
+        places = [run.place(index, dataset) for index in run.iterations() for dataset in DATASETS]
+        places = [place for place in places if place.name != "optimizer" or _is_of_its_policy(place)]
+        run.copy.publish([*run.outside_iterations(), *places], run.records())
+
+
+def _is_of_its_policy(state: Path) -> bool:
+    policy = state.with_name("policy")
+    return is_finished(policy) and state_of(open_artifact(policy)) is not None
+
+
+def beside(run: RunDir, name: str) -> Path:
+    """Return a folder beside the runs, which they share, such as that of the starters."""
+    folder = run.root.parent / name
+    if run.copy is not None:
+        from pipeline.working_copy import WorkingCopy
+
+        WorkingCopy(open_store(run.shown(folder)), is_record).sync()
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def share(run: RunDir, artifact: Artifact) -> Artifact:
+    """Return an artifact from `beside` as all machines see it: on a store it is published, unless one is there."""
+    return artifact if run.copy is None else run.copy.share(artifact)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import OutOfSpace, RecipeMismatch
 from pipeline.files import explain_full_device
-from pipeline.manifest import canonical_json, is_finished, recipe_hash
+from pipeline.manifest import Recipe, canonical_json, is_finished, recipe_differences, recipe_hash
 from pipeline.provenance import environment
 from pipeline.schema import SCHEMAS
 from pipeline.writer import ArtifactWriter, remove_artifact
@@ -101,19 +101,15 @@ class StageCall(Generic[C, R]):
     """Dataset -> directory; the last is the main one, whose existence means that the stage is done."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
-    def recipe_parts(self) -> dict[str, Any]:
+    def recipe_parts(self) -> Recipe:
         """Return everything that decides the result, readable; its hash is the recipe."""
-        return {
-            "stage": self.stage.name,
-            "version": self.stage.version,
-            "config": {**self.config.model_dump(mode="json"), **self.parameters},
-            "inputs": {name: artifact.digest for name, artifact in self.inputs.items()},
-        }
+        config = {**self.config.model_dump(mode="json"), **self.parameters}
+        inputs = {name: artifact.digest for name, artifact in self.inputs.items()}
+        return Recipe(self.stage.name, self.stage.version, config, inputs)
 
     def recipe(self) -> str:
         """Return the hash of everything that decides the result."""
-        parts = self.recipe_parts()
-        return recipe_hash(parts["stage"], parts["version"], parts["config"], parts["inputs"])
+        return recipe_hash(*self.recipe_parts())
 
 
 def run_stage(call: StageCall[C, R], resources: R, progress: Progress = silent) -> StageResult:
@@ -147,7 +143,7 @@ def run_stage(call: StageCall[C, R], resources: R, progress: Progress = silent) 
             name: writer.seal(
                 stage=call.stage.name,
                 stage_version=call.stage.version,
-                config=call.recipe_parts()["config"],
+                config=dict(call.recipe_parts().config),
                 inputs=dict(call.inputs),
                 environment=environment(),
             )
@@ -186,17 +182,10 @@ def find_finished(call: StageCall[Any, Any]) -> StageResult | None:
 
 def _difference(call: StageCall[Any, Any], found: Artifact) -> str:
     """Say in which respect a finished artifact's recipe differs from the wanted one."""
-    wanted = call.recipe_parts()
-    manifest = found.manifest
-    if (manifest.stage, manifest.stage_version) != (wanted["stage"], wanted["version"]):
-        return f"stage {manifest.stage} {manifest.stage_version}, wanted {wanted['stage']} {wanted['version']}"
-    keys = sorted({*manifest.config, *wanted["config"]})
-    for key in keys:
-        was, now = manifest.config.get(key), wanted["config"].get(key)
-        if was != now:
-            return f"{call.stage.name}.{key} was {canonical_json(was)}, now {canonical_json(now)}"
-    for name in sorted({*manifest.inputs, *wanted["inputs"]}):
-        had, has = manifest.inputs.get(name, {}).get("digest"), wanted["inputs"].get(name)
-        if had != has:
-            return f"its input {name} was {str(had)[:12]}, now {str(has)[:12]}"
+    for part, name, was, now in recipe_differences(found.manifest.recipe_parts(), call.recipe_parts()):
+        if part == "stage":
+            return f"stage {was}, wanted {now}"
+        if part == "config":
+            return f"{call.stage.name}.{name} was {canonical_json(was)}, now {canonical_json(now)}"
+        return f"its input {name} was {str(was)[:12]}, now {str(now)[:12]}"
     return "its recipe cannot be read from its manifest"

@@ -9,7 +9,6 @@ Where the two differ, the store is right, but nothing whole is thrown away for s
 published again.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
-from pipeline.files import atomic_write, locked, sha256_file, write_text
+from pipeline.files import WRITER_LOCK, atomic_write, is_locked, locked, sha256_file, write_text
 from pipeline.manifest import MANIFEST, STORE_NOTE, is_finished
 from pipeline.object_store import Listed, Store, open_store, url_of
 from pipeline.store_lock import hold, owner_of
@@ -28,7 +27,6 @@ from pipeline.writer import remove_artifact
 SYNC_LOCK = ".sync.lock"
 SEEN = ".seen.json"
 """Fingerprints of the objects that were brought, so that they are not brought again; may be deleted."""
-WRITER_LOCK = ".lock"
 
 
 @dataclass(slots=True)
@@ -55,7 +53,7 @@ class WorkingCopy:
             return
         self.root.mkdir(parents=True, exist_ok=True)
         with locked(self.root / SYNC_LOCK):
-            if not _is_held(self.root / WRITER_LOCK):
+            if not is_locked(self.root / WRITER_LOCK):
                 self._sync(listed)
 
     @contextmanager
@@ -206,15 +204,3 @@ def _digest(manifest: bytes) -> str | None:
         return str(json.loads(manifest)["digest"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _is_held(path: Path) -> bool:
-    """Return whether a process holds the lock file. Read-only."""
-    if not path.is_file():
-        return False
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

@@ -93,7 +93,7 @@ def leave_a_process(completion: str) -> float:
 
 
 def be_late(completion: str) -> float:
-    """Stop the worker's keeper while the first text is late; the second one lets it go on, and do what it was told."""
+    """Stop the supervisor while the first text is late; the second one lets it go on, and do what it was told."""
     if completion == "late":
         os.kill(os.getppid(), signal.SIGSTOP)
         time.sleep(2.5)

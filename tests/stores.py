@@ -11,7 +11,7 @@ from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 from flows.session import Session
 from pipeline.object_store import open_store
 from pipeline.run_dir import RunDir
-from pipeline.runs import run_at
+from pipeline.runs import lock, run_at
 from stages.config import RunConfig, load_config
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
@@ -66,7 +66,7 @@ def start(
 ) -> RunDir:
     """Do what `grpo run` does, with scripted answers; return the run."""
     run = run_at(where)
-    with run.lock(), closing(Session(config, run, _engine=ScriptedEngine(answer))) as session:
+    with lock(run), closing(Session(config, run, _engine=ScriptedEngine(answer))) as session:
         before_work()
         run.record_config("", config.model_dump(mode="json"))
         session.initial_policy()

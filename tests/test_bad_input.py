@@ -197,8 +197,9 @@ def test_settings_of_a_run_that_are_none_are_refused(grpo: Grpo, run: Path, text
 
 def test_a_run_that_another_process_writes_is_refused(grpo: Grpo, run: Path) -> None:
     from pipeline.run_dir import RunDir
+    from pipeline.runs import lock
 
-    with RunDir(run).lock():
+    with lock(RunDir(run)):
         result = grpo(run.parent.parent, "stage", "prompts", str(run), "-i", "0")
     expect_refusal(result, "another process is writing")
 

@@ -20,7 +20,7 @@ from pipeline.manifest import STORE_NOTE, Manifest, is_finished
 from pipeline.object_store import open_store
 from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
-from pipeline.runs import open_run
+from pipeline.runs import lock, open_run
 from pipeline.stage import StageCall, run_stage
 from stages import policy
 from stages.checkpoints import copy_tokenizer
@@ -288,7 +288,7 @@ def test_a_state_of_another_policy_is_not_published(base: str, config: RunConfig
     fix_hashes(place, manifest)
     (place / STORE_NOTE).unlink()
     open_store(f"{base}/demo/iterations/000000/optimizer").remove(["manifest.json", STATE])
-    with run.lock():
+    with lock(run):
         pass
     assert [name for name in objects(f"{base}/demo") if "/optimizer/" in name] == []
 

@@ -14,7 +14,7 @@ from pipeline import object_store, store_lock
 from pipeline.errors import ArtifactMissing, StoreError, UsageError
 from pipeline.object_store import open_store
 from pipeline.run_dir import RunDir
-from pipeline.runs import open_run, run_at
+from pipeline.runs import lock, open_run, run_at
 from stages.config import RunConfig
 from stages.sources import SourceConfig, first_row
 from tests.stores import PART, ROWS, copy, digests, new_machine, objects, overwrite, small_config, start
@@ -26,18 +26,18 @@ def test_a_second_writer_on_another_machine_is_refused(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{base}/demo"
-    with run_at(url).lock():
+    with lock(run_at(url)):
         new_machine(tmp_path / "other", monkeypatch)
         message = rf"another process is writing {url} \(on .*, seen \d+ seconds ago\)"
-        with pytest.raises(UsageError, match=message), run_at(url).lock():
+        with pytest.raises(UsageError, match=message), lock(run_at(url)):
             pass
-    with run_at(url).lock():
+    with lock(run_at(url)):
         pass
 
 
 def test_a_second_writer_on_this_machine_is_refused(base: str) -> None:
     message = f"another process is writing {base}/demo:"
-    with run_at(f"{base}/demo").lock(), pytest.raises(UsageError, match=message), run_at(f"{base}/demo").lock():
+    with lock(run_at(f"{base}/demo")), pytest.raises(UsageError, match=message), lock(run_at(f"{base}/demo")):
         pass
 
 
@@ -45,18 +45,18 @@ def test_the_lock_of_a_killed_process_is_taken_over_here_at_once_and_elsewhere_w
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{base}/demo"
-    with run_at(url).lock():
+    with lock(run_at(url)):
         left = objects(url)["lock.json"]
     overwrite(url, "lock.json", left)
-    with run_at(url).lock():
+    with lock(run_at(url)):
         pass
     overwrite(url, "lock.json", left)
     new_machine(tmp_path / "other", monkeypatch)
-    with pytest.raises(UsageError), run_at(url).lock():
+    with pytest.raises(UsageError), lock(run_at(url)):
         pass
     long_ago = json.loads(left) | {"renewed_at": json.loads(left)["renewed_at"] - store_lock.LEASE_SECONDS}
     overwrite(url, "lock.json", json.dumps(long_ago).encode())
-    with run_at(url).lock():
+    with lock(run_at(url)):
         pass
     assert "lock.json" not in objects(url)
 
@@ -71,7 +71,7 @@ def test_one_who_has_lost_the_lock_publishes_nothing(base: str, config: RunConfi
 
 def test_the_lock_is_renewed_while_it_is_held(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_lock, "RENEW_SECONDS", 0.01)
-    with run_at(f"{base}/demo").lock():
+    with lock(run_at(f"{base}/demo")):
         first = objects(f"{base}/demo")["lock.json"]
         for _ in range(500):
             if objects(f"{base}/demo").get("lock.json", first) != first:

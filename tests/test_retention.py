@@ -14,6 +14,7 @@ from pipeline.artifact import PRUNED_NOTE, open_artifact, pruned_files
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
+from pipeline.runs import lock
 from stages.config import recorded_config
 from stages.engines.scripted import ScriptedEngine
 from tests.finished import answer, finished_run
@@ -137,7 +138,7 @@ def test_the_command_prints_what_went(run: RunDir, capsys: pytest.CaptureFixture
 
 
 def test_a_run_that_is_being_written_is_not_pruned(run: RunDir) -> None:
-    with run.lock(), pytest.raises(UsageError, match="another process is writing"):
+    with lock(run), pytest.raises(UsageError, match="another process is writing"):
         verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.table)
 
 

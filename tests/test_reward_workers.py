@@ -98,7 +98,7 @@ def test_a_timeout_of_the_functions_own_is_its_own_error(scorer: Scorer) -> None
 
 
 def test_what_a_function_does_to_its_arguments_is_not_seen_by_the_next_row(scorer: Scorer) -> None:
-    rows = score(scorer, "mutate", ["a"] * 80, arguments={"words": ["x"]})  # enough for parcels of several rows
+    rows = score(scorer, "mutate", ["a"] * 80, arguments={"words": ["x"]})  # enough for chunks of several rows
     assert rows["reward"].to_list() == [3.0] * 80
 
 
@@ -132,11 +132,11 @@ def test_a_process_that_a_function_left_behind_ends_with_its_worker(scorer: Scor
 def test_closing_ends_all_processes(tmp_path: Path) -> None:
     scorer = Scorer(num_workers=2)
     score(scorer, "misbehave", ["a", "b"])
-    pids = [slot.keeper.pid for pool in scorer._pools.values() for slot in pool.slots]
+    pids = [slot.supervisor.pid for pool in scorer._pools.values() for slot in pool.slots]
     assert len(pids) == 2
     children: list[int] = []
     for _ in range(100):  # the second worker may still be starting
-        children = [int(pid) for keeper in pids for pid in _children(keeper)]
+        children = [int(pid) for supervisor in pids for pid in _children(supervisor)]
         if len(children) == 2:
             break
         time.sleep(0.1)
@@ -145,7 +145,7 @@ def test_closing_ends_all_processes(tmp_path: Path) -> None:
     assert all(_ends(pid) for pid in [*pids, *children])
 
 
-def test_workers_end_when_their_supervisor_is_killed() -> None:
+def test_workers_end_when_the_process_of_their_pool_is_killed() -> None:
     code = (
         "import time\nfrom stages.rewards.functions import *\nfrom stages.rewards.pool import *\n"
         "from stages.rewards.scorer import *\nfrom tests.builders import *\n"
@@ -155,8 +155,8 @@ def test_workers_end_when_their_supervisor_is_killed() -> None:
         "def watch():\n"
         "    while True:\n"
         "        pools = [s for p in scorer._pools.values() for s in p.slots]\n"
-        "        if len(pools) == 2 and all(s.parcel for s in pools):\n"
-        "            print(*(s.keeper.pid for s in pools), flush=True)\n"
+        "        if len(pools) == 2 and all(s.worker and s.worker.chunk for s in pools):\n"
+        "            print(*(s.supervisor.pid for s in pools), flush=True)\n"
         "            return\n"
         "        time.sleep(0.05)\n"
         "threading.Thread(target=watch, daemon=True).start()\n"
@@ -164,17 +164,17 @@ def test_workers_end_when_their_supervisor_is_killed() -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    keepers = [int(pid) for pid in process.stdout.readline().split()]  # printed once both score
-    workers = [int(pid) for keeper in keepers for pid in _children(keeper)]
+    supervisors = [int(pid) for pid in process.stdout.readline().split()]  # printed once both score
+    workers = [int(pid) for supervisor in supervisors for pid in _children(supervisor)]
     assert len(workers) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert all(_ends(pid) for pid in [*keepers, *workers])
+    assert all(_ends(pid) for pid in [*supervisors, *workers])
 
 
 def test_a_note_is_never_seen_half_written() -> None:
-    """A worker writes it for every row while the supervisor reads it: zeros in between would look like an old time."""
+    """A worker writes it for every row while the pool reads it: zeros in between would look like an old time."""
     shared = os.memfd_create("note")
     os.ftruncate(shared, NOTE.size)
     note = mmap.mmap(shared, NOTE.size)

@@ -9,7 +9,7 @@ import pytest
 from pipeline.artifact import Artifact
 from pipeline.config import StrictModel
 from pipeline.errors import ArtifactDamaged, OutOfSpace, RecipeMismatch
-from pipeline.manifest import is_finished
+from pipeline.manifest import Recipe, is_finished, recipe_differences
 from pipeline.stage import Stage, StageCall, StageTask, run_stage
 from tests.builders import prompt_rows, reward_rows, write_artifact
 
@@ -144,3 +144,17 @@ def test_on_a_full_device_finished_parts_stay_and_half_a_checkpoint_makes_room(t
     with pytest.raises(OutOfSpace):
         run_stage(call, None)
     assert {p.name for p in (tmp_path / ".rewards.partial").iterdir()} == {"recipe", "part-00000.parquet"}
+
+
+def test_recipes_differ_in_stage_config_and_inputs() -> None:
+    a = Recipe("score", 1, {"kept": 1, "changed": 1, "older": None}, {"prompts": "aa", "completions": "bb"})
+    b = Recipe("score", 2, {"kept": 1, "changed": 1.0}, {"prompts": "aa", "completions": "cc", "policy": "dd"})
+    found = [
+        ("stage", "", "score 1", "score 2"),
+        ("config", "changed", 1, 1.0),
+        ("input", "completions", "bb", "cc"),
+        ("input", "policy", None, "dd"),
+    ]
+    assert list(recipe_differences(a, b)) == found
+    assert list(recipe_differences(a, a)) == []
+    assert ("config", "older", None, "(absent)") in list(recipe_differences(a, b, "(absent)"))

@@ -12,7 +12,7 @@ from pipeline.errors import ArtifactDamaged, UsageError
 from pipeline.manifest import is_finished
 from pipeline.object_store import open_store
 from pipeline.run_dir import RunDir
-from pipeline.runs import open_run, run_at
+from pipeline.runs import beside, lock, open_run, run_at, share
 from stages.config import RunConfig
 from tests.builders import reward_rows, write_artifact
 from tests.policies import EOS
@@ -201,7 +201,7 @@ def test_a_run_refers_to_its_neighbour_on_the_store_and_not_to_a_local_run(
     copy(local, f"{base}/first")
     first = open_run(f"{base}/first")
     second = run_at(f"{base}/second")
-    with second.lock():
+    with lock(second):
         second.record_config("", {})
         second.refer(0, "completions", first.open(0, "completions"))
         with pytest.raises(UsageError, match="no other machine can see: copy that run to the store"):
@@ -225,13 +225,13 @@ def test_runs_on_a_store_share_an_artifact_and_the_first_one_wins(
 ) -> None:
     """Two machines make it at the same time; their bits differ."""
     ours, run = tmp_path / "work", run_at(f"{base}/runs/demo")
-    first = write_artifact(run.beside("starters") / "abc", "rewards", reward_rows(a=[1.0]))
+    first = write_artifact(beside(run, "starters") / "abc", "rewards", reward_rows(a=[1.0]))
     new_machine(tmp_path / "other", monkeypatch)
     their_run = run_at(f"{base}/runs/demo")
-    second = write_artifact(their_run.beside("starters") / "abc", "rewards", reward_rows(a=[0.5]))
+    second = write_artifact(beside(their_run, "starters") / "abc", "rewards", reward_rows(a=[0.5]))
     new_machine(ours, monkeypatch)
-    assert run.share(first).digest == first.digest
+    assert share(run, first).digest == first.digest
     new_machine(tmp_path / "other", monkeypatch)
-    assert their_run.share(second).read()["reward"].to_list() == [1.0]
+    assert share(their_run, second).read()["reward"].to_list() == [1.0]
     new_machine(tmp_path / "third", monkeypatch)
-    assert is_finished(run_at(f"{base}/runs/demo").beside("starters") / "abc")
+    assert is_finished(beside(run_at(f"{base}/runs/demo"), "starters") / "abc")

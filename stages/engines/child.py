@@ -1,15 +1,13 @@
 """The child process of an engine: how it is started, with which environment, and how it ends."""
 
 import importlib.metadata
+import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import weakref
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -17,16 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import EngineError
+from pipeline.processes import end, has_exited, log_tail, start_python, wait_for_exit
 from stages.engines.base import EngineInfo, EngineSettings
-
-TERM_SECONDS = 2.0
-"""Time to end by itself after SIGTERM, before SIGKILL."""
 
 POLL_SECONDS = 0.5
 """How often a waiting parent looks whether the child lives; its end of the socket usually says so at once."""
-
-LOG_TAIL_LINES = 20
-LOG_TAIL_BYTES = 1 << 16
 
 FOREIGN_PREFIXES = ("VLLM_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "TORCHDYNAMO_", "TORCHINDUCTOR_")
 """Variables that would let the user's shell decide results; the child gets its own."""
@@ -90,30 +83,25 @@ class Child:
         self.log_path = log_path
         environment = child_environment(settings)
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        ours, theirs = socket.socketpair()
-        with ours, theirs, log_path.open("ab") as log:
-            self.log_offset = log.tell()
-            # vLLM leaves files behind when it is killed
-            scratch = tempfile.mkdtemp(prefix="grpo-engine-")
+        self.log_offset = log_path.stat().st_size if log_path.is_file() else 0
+        # vLLM leaves files behind when it is killed
+        scratch = tempfile.mkdtemp(prefix="grpo-engine-")
+        self.connection, theirs = multiprocessing.Pipe()
+        with theirs:
             program = f"from stages.engines.worker import main; main({theirs.fileno()}, {os.getpid()}, {scratch!r})"
-            # -P: the current directory must not shadow a module
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", program],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment | {"TMPDIR": scratch},
+            self.process = start_python(
+                ["-P", "-c", program],  # -P: the current directory must not shadow a module
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                environment=environment | {"TMPDIR": scratch},
+                log=log_path,
             )
-            self.connection = Connection(ours.detach())
         # for a caller who never closes: at the end of the program, or when nobody knows us any more
         self.end = weakref.finalize(self, _end, self.process, self.connection, scratch)
 
     def receive(self) -> Any:
         """Return the next message, or None when the child is dead."""
         while not multiprocessing.connection.wait([self.connection], timeout=POLL_SECONDS):
-            if _has_exited(self.process):
+            if has_exited(self.process):
                 return None
         try:
             return self.connection.recv()
@@ -122,42 +110,19 @@ class Child:
 
     def reap(self) -> int:
         """Give a child that is about to exit the time for it, and return its status, negative for a signal."""
-        _wait_for_exit(self.process)
+        wait_for_exit(self.process)
         status: int | None = self.end()
         assert status is not None, "the child was ended while somebody waited for it"
         return status
 
     def log_tail(self) -> str:
         """Return the last lines that this child wrote."""
-        with self.log_path.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self.log_offset, size - LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-LOG_TAIL_LINES:]) or "(it wrote nothing)"
+        return log_tail(self.log_path, self.log_offset)
 
 
 def _end(process: "subprocess.Popen[bytes]", connection: Connection, scratch: str) -> int:
-    """End the group, reap the child, remove its temporary files, and return its exit status, negative for a signal."""
+    """End the child with all that it started, remove its temporary files, and return its exit status."""
     connection.close()
-    _signal_group(process, signal.SIGTERM)
-    _wait_for_exit(process)
-    _signal_group(process, signal.SIGKILL)
-    status = process.wait()
+    status = end(process)
     shutil.rmtree(scratch, ignore_errors=True)
     return status
-
-
-def _wait_for_exit(process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + TERM_SECONDS
-    while not _has_exited(process) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def _has_exited(process: "subprocess.Popen[bytes]") -> bool:
-    """Return whether the child is dead, without reaping it: until then nobody else can get its group's number."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)

@@ -2,21 +2,18 @@
 
 import os
 import shutil
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from pipeline.errors import GrpoError
 from pipeline.functions import import_function
+from pipeline.processes import kill_group, when_parent_ends
 from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, Request, Sampling
-
-WATCH_SECONDS = 0.25
-"""How often the child looks whether its parent lives: it is gone within about a second after it."""
 
 PROGRESS_SECONDS = 0.1
 """Shortest time between two progress messages."""
@@ -74,7 +71,7 @@ def main(socket: int, parent: int, scratch: str) -> None:
 
     ``scratch`` is the directory of our temporary files, removed at the end.
     """
-    threading.Thread(target=_watch, args=(parent, scratch), daemon=True).start()
+    when_parent_ends(parent, partial(_end_group, scratch))  # the thread that started us may end
     os.set_inheritable(socket, False)
     connection = Connection(socket)
     try:
@@ -113,14 +110,7 @@ def _answer(engine: Engine, call: Load | Generate, connection: Connection) -> Re
     return engine.generate(call.requests, call.sampling, tell)
 
 
-def _watch(parent: int, scratch: str) -> None:
-    """End the group when the parent is gone; PDEATHSIG would fire when the thread that started us ends."""
-    while os.getppid() == parent:
-        time.sleep(WATCH_SECONDS)
-    _end_group(scratch)
-
-
 def _end_group(scratch: str) -> None:
     """Kill this process and all that it started: the group is ours alone, as the parent gave us a session."""
     shutil.rmtree(scratch, ignore_errors=True)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    kill_group(os.getpgrp())

@@ -10,12 +10,15 @@ import polars as pl
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import DATASETS, INITIAL
 from pipeline.lineage import open_if_there
-from pipeline.manifest import canonical_json, is_finished
+from pipeline.manifest import canonical_json, is_finished, recipe_differences
 from pipeline.run_dir import RunDir
 from stages.inspect.artifact_diff import changed_chunks, changed_files, row_name
 
 IDENTITIES = ("completion_id", "group_id", "policy_digest", "policy_iteration", "reward_recipe")
 """Columns that follow from the recipe: rows that differ in nothing else say the same."""
+
+ABSENT = "(absent)"
+"""What only the other run has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def compare_configs(a: RunDir, b: RunDir) -> Iterator[Difference]:
     """Yield every setting that differs, by its key. Read-only."""
     flat = [_flat(run.settings()) for run in (a, b)]
     for key in sorted({*flat[0], *flat[1]}):
-        values = [table.get(key, "(absent)") for table in flat]
+        values = [table.get(key, ABSENT) for table in flat]
         if canonical_json(values[0]) != canonical_json(values[1]):
             yield Difference("config", key, "setting", *values)
 
@@ -105,20 +108,8 @@ def _state(artifact: Artifact | None) -> str:
 
 def _recipes(name: str, a: Artifact, b: Artifact) -> list[Difference]:
     """Return what differs between two recipes."""
-    one, two = a.manifest, b.manifest
-    found = []
-    if (one.stage, one.stage_version) != (two.stage, two.stage_version):
-        stages = (f"{one.stage} {one.stage_version}", f"{two.stage} {two.stage_version}")
-        found.append(Difference("recipe", name, "stage", *stages))
-    for key in sorted({*one.config, *two.config}):
-        values = [manifest.config.get(key, "(absent)") for manifest in (one, two)]
-        if canonical_json(values[0]) != canonical_json(values[1]):
-            found.append(Difference("recipe", name, f"config {key}", *values))
-    for key in sorted({*one.inputs, *two.inputs}):
-        digests = [manifest.inputs.get(key, {}).get("digest", "(absent)") for manifest in (one, two)]
-        if digests[0] != digests[1]:
-            found.append(Difference("recipe", name, f"input {key}", *digests))
-    return found
+    found = recipe_differences(a.manifest.recipe_parts(), b.manifest.recipe_parts(), ABSENT)
+    return [Difference("recipe", name, f"{part} {key}".rstrip(), *values) for part, key, *values in found]
 
 
 def first_difference(name: str, a: Artifact, b: Artifact) -> list[Difference]:

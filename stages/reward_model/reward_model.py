@@ -5,7 +5,6 @@ has every preference that was offered, with the reason where it did not train. A
 model and mixes a share of its preferences into the new ones, as iterative GRPO does (arXiv:2402.03300, Algorithm 1).
 """
 
-import fcntl
 import json
 import math
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from grpo.settings import AdamWConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.config import StrictModel, apply_overrides, load_toml, validate
 from pipeline.errors import ConfigError, GrpoError, PolicyError, SourceError
-from pipeline.files import identity, sha256_text
+from pipeline.files import WRITER_LOCK, identity, locked, sha256_text
 from pipeline.manifest import canonical_json, is_finished
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
 from stages.checkpoints import context_length, copy_tokenizer, is_causal, looks_local
@@ -178,8 +177,7 @@ def train_reward_model(
     call = StageCall(STAGE, config.model_copy(update=by_digest), inputs, dict.fromkeys(OUTPUTS, root), parameters)
     material = Material(model_source(config.base), rows, new.undecided + extra.undecided, device)
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # of two processes that need the same model the second waits, and finds it
+    with locked(root / WRITER_LOCK):  # of two processes that need the same model the second waits, and finds it
         place = root / call.recipe()[:12]
         place.mkdir(exist_ok=True)
         call = replace(call, places={name: place / name for name in OUTPUTS})

@@ -1,24 +1,22 @@
-"""The process that runs a user's reward function, and the keeper that starts it again when it dies.
+"""The process that runs a user's reward function, and the supervisor that starts it again when it dies.
 
     python -m stages.rewards.worker <control descriptor> <job descriptor>
 
-The keeper imports the function's module once, forks a worker, waits for its end, says on the control socket how it
+The supervisor imports the function's module once, forks a worker, waits for its end, says on the control socket how it
 ended, and forks the next one: a worker that crashed or was killed is replaced within milliseconds, however long its
-imports took. Worker and supervisor (`stages.rewards.pool`) talk over a socket that is made anew for each worker, so
-that a message cut off by a kill harms nobody, and share 16 bytes in which the worker notes what it is doing.
+imports took. Worker and pool (`stages.rewards.pool`) talk over a connection that is made anew for each worker, so that
+a message cut off by a kill harms nobody, and share 16 bytes in which the worker notes what it is doing.
 """
 
 import asyncio
-import ctypes
 import importlib
-import io
 import json
 import mmap
+import multiprocessing
 import os
 import pickle
 import resource
 import select
-import signal
 import socket
 import struct
 import sys
@@ -26,8 +24,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
+from pipeline.processes import die_with_parent, kill_group
 from stages.rewards.results import Result, failed, no_reward_within, of_error, of_frame, of_value, result_frame
 
 NOTE = struct.Struct("=qd")
@@ -37,12 +37,11 @@ SEVERAL = -2
 """An async function has several rows under way: the note's time is then a heartbeat."""
 HEARTBEAT_SECONDS = 0.1
 FLUSH_SECONDS = 0.05
-LENGTH = struct.Struct("=q")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker is for; the keeper reads it from a file in memory."""
+    """What a worker is for; the supervisor reads it from a file in memory."""
 
     function: str
     is_frame: bool
@@ -55,17 +54,21 @@ class Job:
     concurrency: int
     """Calls of an async function under way at once."""
     search_path: list[str]
-    """Where modules are looked for, as in the supervisor."""
+    """Where modules are looked for, as in the pool's process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Completions to score: lists of equal length by fact, and what their prompts say, once for each prompt."""
+    """A chunk of completions to score."""
 
     numbers: list[int]
     prompt_ids: list[str]
     facts: dict[str, list[Any]]
+    """Lists of equal length."""
     contexts: dict[str, dict[str, Any]]
+    """What the prompts say, once for each."""
+    frame: Any = None
+    """The completions as a frame in place of all that, for a function over a frame."""
 
 
 def take_note(note: mmap.mmap, row: int, since: float) -> None:
@@ -73,49 +76,25 @@ def take_note(note: mmap.mmap, row: int, since: float) -> None:
     note[:] = NOTE.pack(row, since)
 
 
-def write_message(connection: socket.socket, message: object) -> None:
-    """Send bytes as they are, or any other value pickled."""
-    data = message if isinstance(message, bytes) else pickle.dumps(message, protocol=5)
-    connection.sendall(LENGTH.pack(len(data)))
-    connection.sendall(data)
-
-
-def read_message(connection: socket.socket) -> bytes | None:
-    """Return the next message, or None when the other side has gone."""
-    head = _receive(connection, LENGTH.size)
-    return None if head is None else _receive(connection, LENGTH.unpack(head)[0])
-
-
-def _receive(connection: socket.socket, size: int) -> bytes | None:
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        got = connection.recv_into(view[done:])
-        if not got:
-            return None
-        done += got
-    return bytes(data)
-
-
-def keep(control: socket.socket, job_descriptor: int) -> None:
-    """Fork workers until the supervisor has gone."""
+def supervise(control: socket.socket, job_descriptor: int) -> None:
+    """Fork workers until the pool has gone."""
     with os.fdopen(job_descriptor, "rb") as file:
         job: Job = pickle.load(file)
     sys.path[:] = job.search_path
     if not job.is_frame:  # polars' threads, which a module might start, do not survive a fork
         importlib.import_module(job.function.partition(":")[0])
     while True:
-        ours, theirs = socket.socketpair()
+        ours, theirs = multiprocessing.Pipe()
         note = os.memfd_create("note")
         os.ftruncate(note, NOTE.size)
-        keeper = os.getpid()
+        supervisor = os.getpid()
         pid = os.fork()
         if pid == 0:
             control.close()
             theirs.close()
             status = 1
             try:
-                _become_worker(job, keeper)
+                _become_worker(job, supervisor)
                 work(job, ours, mmap.mmap(note, NOTE.size))
                 status = 0
             finally:
@@ -129,14 +108,14 @@ def keep(control: socket.socket, job_descriptor: int) -> None:
             if ended is None:
                 return
             control.send(f"ended {ended}".encode())
-        except OSError:  # the supervisor has gone
+        except OSError:  # the pool has gone
             return
         finally:
-            _end_group(pid)
+            kill_group(pid)  # what it left behind
 
 
 def _wait(control: socket.socket, pid: int) -> int | None:
-    """Return the exit code of the worker once it has ended; end it when the supervisor says so or has gone (None)."""
+    """Return the exit code of the worker once it has ended; end it when the pool says so or has gone (None)."""
     descriptor = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -148,52 +127,43 @@ def _wait(control: socket.socket, pid: int) -> int | None:
                 return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if not control.recv(16):
                 return None
-            _end_group(pid)
+            kill_group(pid)
     finally:
         os.close(descriptor)
 
 
-def _end_group(pid: int) -> None:
-    """End what a worker left behind."""
-    with suppress(OSError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _become_worker(job: Job, keeper: int) -> None:
+def _become_worker(job: Job, supervisor: int) -> None:
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != keeper:
-        os._exit(1)
+    die_with_parent(supervisor)
     if job.memory_limit is not None:
         # private memory: an address space limit would count what libraries merely reserve
         resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, job.memory_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def work(job: Job, connection: socket.socket, note: mmap.mmap) -> None:
-    """Score what arrives until the supervisor closes the connection."""
+def work(job: Job, connection: Connection, note: mmap.mmap) -> None:
+    """Score what arrives until the pool closes the connection."""
     module, _, name = job.function.partition(":")
     call = getattr(importlib.import_module(module), name)
     take_note(note, IDLE, time.monotonic())
-    write_message(connection, "ready")
-    with asyncio.Runner() as runner:  # one loop for the worker's life: functions keep connections open
-        while (data := read_message(connection)) is not None:
+    connection.send("ready")
+    with asyncio.Runner() as runner, suppress(EOFError):  # one loop for life: functions keep connections open
+        while True:
+            rows: Rows = connection.recv()
             if job.is_frame:
                 take_note(note, SEVERAL, time.monotonic())
-                write_message(connection, frame_bytes(call_on_frame(call, job.arguments, read_frame(data))))
+                connection.send(call_on_frame(call, job.arguments, rows.frame))
+            elif job.is_async and len(rows.numbers) > 1:
+                runner.run(_score_together(job, call, rows, note, _Outbox(connection)))
             else:
-                rows: Rows = pickle.loads(data)
-                if job.is_async and len(rows.numbers) > 1:
-                    runner.run(_score_together(job, call, rows, note, _Outbox(connection)))
-                else:
-                    _score_one_by_one(job, call, rows, note, _Outbox(connection), runner)
+                _score_one_by_one(job, call, rows, note, _Outbox(connection), runner)
             take_note(note, IDLE, time.monotonic())
 
 
 class _Outbox:
-    """Sends results in small parcels, so that a crash loses little."""
+    """Sends a few results at a time, so that a crash loses little."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.numbers: list[int] = []
         self.results: list[tuple[Any, ...]] = []
@@ -208,7 +178,7 @@ class _Outbox:
     def flush(self, now: float) -> None:
         if not self.numbers:
             return
-        write_message(self.connection, (self.numbers, self.results))
+        self.connection.send((self.numbers, self.results))
         self.numbers, self.results, self.sent = [], [], now
 
 
@@ -297,20 +267,5 @@ def call_on_frame(call: Callable[..., Any], arguments: Mapping[str, Any], comple
         return result_frame([of_error(error)] * len(completions))
 
 
-def frame_bytes(frame: Any) -> bytes:
-    """Return a frame as Arrow IPC."""
-    buffer = io.BytesIO()
-    frame.write_ipc(buffer)
-    return buffer.getvalue()
-
-
-def read_frame(data: bytes) -> Any:
-    """Return the frame of `frame_bytes`."""
-    import polars as pl
-
-    return pl.read_ipc(io.BytesIO(data))
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor ends its workers itself
-    keep(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+    supervise(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

@@ -4,7 +4,6 @@ It takes a minute where no model can be downloaded, and starts GRPO where it has
 with the teacher's mistakes in it.
 """
 
-import fcntl
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -14,6 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.errors import ConfigError, SourceError
+from pipeline.files import WRITER_LOCK, locked
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
 from stages.prompts import tokenize
 from stages.sources import SourceConfig, draw, source_identity
@@ -184,6 +184,5 @@ def make_starter(
     }
     call = StageCall(STAGE, config, {}, {"policy": root}, parameters)
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # of two runs that need the same starter the second waits, and finds it
+    with locked(root / WRITER_LOCK):  # of two runs that need the same starter the second waits, and finds it
         return run_stage(replace(call, places={"policy": root / call.recipe()[:12]}), None, progress)

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from pipeline.artifact import PRUNED_NOTE, Artifact, open_artifact, pruned_files
 from pipeline.chain import DATASETS, INITIAL, known_schemas
 from pipeline.errors import ArtifactError, ArtifactMissing, SchemaError
-from pipeline.files import sha256_file
-from pipeline.manifest import MANIFEST
+from pipeline.manifest import MANIFEST, WrongBytes, wrong_bytes
 from pipeline.run_dir import REFERENCE, RunDir
 from stages.inspect.verify.ledger import Ledger, Where, shorten
 
 UPDATE_DATASETS = ("training_records", "optimizer_steps", "policy")
 """Outputs of one stage: where one is, the others must be."""
+GONE = WrongBytes("file", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ def check_files(ledger: Ledger, located: Iterable[Located]) -> set[Path]:
     listed = list({item.artifact.path: item for item in located}.values())
     sound: set[Path] = set()
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
-        for item, hashes in zip(listed, pool.map(_hashes, listed), strict=True):
+        for item, wrong in zip(listed, pool.map(_wrong_files, listed), strict=True):
             before = len(ledger.problems)
-            _check_bytes(ledger, item, hashes)
+            _check_bytes(ledger, item, wrong)
             if len(ledger.problems) == before:
                 _check_counts(ledger, item)
             if not any(p.check in ("files", "schema") for p in ledger.problems[before:]):
@@ -112,31 +112,32 @@ def check_files(ledger: Ledger, located: Iterable[Located]) -> set[Path]:
     return sound
 
 
-def _hashes(item: Located) -> dict[str, tuple[int, str] | None]:
-    """Return size and SHA-256 of each file that the manifest lists, None for those that are gone."""
-    found: dict[str, tuple[int, str] | None] = {}
-    for name in item.artifact.manifest.files:
-        path = item.artifact.path / name
-        found[name] = (path.stat().st_size, sha256_file(path)) if path.is_file() else None
-    return found
+def _wrong_files(item: Located) -> dict[str, WrongBytes]:
+    """Return in what each file differs from the manifest; those that are as it says are left out."""
+    paths = {name: item.artifact.path / name for name in item.artifact.manifest.files}
+    found = {
+        name: wrong_bytes(path, item.artifact.manifest.files[name]) if path.is_file() else GONE
+        for name, path in paths.items()
+    }
+    return {name: wrong for name, wrong in found.items() if wrong is not None}
 
 
-def _check_bytes(ledger: Ledger, item: Located, hashes: Mapping[str, tuple[int, str] | None]) -> None:
+def _check_bytes(ledger: Ledger, item: Located, wrong_files: Mapping[str, WrongBytes]) -> None:
     artifact, where = item.artifact, item.where
     pruned = pruned_files(artifact)
     for name, facts in artifact.manifest.files.items():
         ledger.checked("files")
-        found = hashes[name]
-        if found is None and name in pruned:
+        wrong = wrong_files.get(name)
+        if wrong == GONE and name in pruned:
             ledger.tallies["files"].pruned += 1
             ledger.pruned.append((where, name))
-        elif found is None:
+        elif wrong == GONE:
             ledger.wrong("files", where, "the file is gone", part=name)
-        elif found[0] != facts.get("bytes"):
-            text = f"the file has {found[0]:,} bytes, the manifest says {shorten(facts.get('bytes'))}"
+        elif wrong and wrong.fact == "bytes":
+            text = f"the file has {wrong.found:,} bytes, the manifest says {shorten(facts.get('bytes'))}"
             ledger.wrong("files", where, text, part=name)
-        elif found[1] != facts["sha256"]:
-            text = f"the file has SHA-256 {found[1][:16]}..., the manifest says {facts['sha256'][:16]}..."
+        elif wrong:
+            text = f"the file has SHA-256 {wrong.found[:16]}..., the manifest says {facts['sha256'][:16]}..."
             ledger.wrong("files", where, text, part=name)
     known = {*artifact.manifest.files, MANIFEST, PRUNED_NOTE}
     for path in sorted(p for p in artifact.path.rglob("*") if p.is_file()):

@@ -1,0 +1,31 @@
+"""Files: who holds the lock of one, and what it holds."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import is_locked, locked
+
+
+def test_a_lock_is_refused_to_a_second_one_who_does_not_wait(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path):
+        assert is_locked(path)
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+    with locked(path, wait=False):
+        pass
+    assert not is_locked(path)
+
+
+def test_locking_keeps_what_the_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "note"
+    path.write_text("a note")
+    with locked(path):
+        assert path.read_text() == "a note"
+    assert path.read_text() == "a note"
+
+
+def test_asking_for_a_lock_makes_no_file(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / "lock")
+    assert list(tmp_path.iterdir()) == []
