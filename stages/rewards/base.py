@@ -81,3 +81,9 @@ def deciding_arguments(
     bound = Signature(parameters).bind(**{name: value for name, value in given.items() if name not in without})
     bound.apply_defaults()
     return bound.arguments
+
+
+def name_arguments(function: Callable[..., Any], config: Callable[..., Any]) -> None:
+    """Let the signature of a function over a frame with ``**arguments`` name the fields of the config it reads."""
+    own = [p for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = Signature([*own, *signature(config).parameters.values()])  # type: ignore[attr-defined]
