@@ -40,16 +40,17 @@ def read_cases() -> list[dict[str, Any]]:
     return [case for path in sorted(CASES.glob("*.json")) for case in json.loads(path.read_text(encoding="utf-8"))]
 
 
-MACHINERY = {"base", "functions", "scorer", "pool", "worker", "results"}
+MACHINERY = {"base", "functions", "scorer", "pool", "worker", "results", "frames"}
 """What finds and runs reward functions; none of them is one."""
 
 
 def reward_functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Return name and definition of each reward function of the library, read from the source, not imported."""
-    for path in sorted(path for path in MODULES.glob("*.py") if path.stem not in MACHINERY):
+    for path in sorted(path for path in MODULES.rglob("*.py") if path.stem not in MACHINERY):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _is_reward(node):
-                yield f"stages.rewards.{path.stem}:{node.name}", node
+                yield f"{module}:{node.name}", node
 
 
 def _is_reward(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

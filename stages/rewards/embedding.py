@@ -8,7 +8,8 @@ import polars as pl
 from pipeline.errors import RewardError
 from stages.checkpoints import looks_local
 from stages.rewards.base import Score
-from stages.rewards.frozen_models import MODELS_KEPT, Unscored, first_line, limited_threads, reward_frame
+from stages.rewards.frames import Unscored, reward_frame
+from stages.rewards.frozen_models import MODELS_KEPT, first_line, limited_threads
 from stages.rewards.model_identity import identity_by_model, model_source
 
 Against = Literal["prompt", "reference"]

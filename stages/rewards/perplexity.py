@@ -10,14 +10,8 @@ import polars as pl
 from pipeline.errors import RewardError
 from stages.checkpoints import context_length, looks_local
 from stages.rewards.base import Score
-from stages.rewards.frozen_models import (
-    MODELS_KEPT,
-    Unscored,
-    batches_by_length,
-    first_line,
-    limited_threads,
-    reward_frame,
-)
+from stages.rewards.frames import Unscored, reward_frame
+from stages.rewards.frozen_models import MODELS_KEPT, batches_by_length, first_line, limited_threads
 from stages.rewards.model_identity import identity_by_model, model_source
 
 Given = Literal["messages", "prompt", "nothing"]
