@@ -1,11 +1,13 @@
 """Write docs/reward_table.md: its hand-written head, then what the reward functions say and their worked cases."""
 
 import ast
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.functions import import_function
 from stages.rewards.base import FACTS
 
 ROOT = Path(__file__).parent.parent
@@ -38,16 +40,17 @@ def read_cases() -> list[dict[str, Any]]:
     return [case for path in sorted(CASES.glob("*.json")) for case in json.loads(path.read_text(encoding="utf-8"))]
 
 
-MACHINERY = {"base", "functions", "scorer", "pool", "worker", "results"}
+MACHINERY = {"base", "functions", "scorer", "pool", "worker", "results", "frames"}
 """What finds and runs reward functions; none of them is one."""
 
 
 def reward_functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Return name and definition of each reward function of the library, read from the source, not imported."""
-    for path in sorted(path for path in MODULES.glob("*.py") if path.stem not in MACHINERY):
+    for path in sorted(path for path in MODULES.rglob("*.py") if path.stem not in MACHINERY):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _is_reward(node):
-                yield f"stages.rewards.{path.stem}:{node.name}", node
+                yield f"{module}:{node.name}", node
 
 
 def _is_reward(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -67,7 +70,7 @@ def reward_table() -> str:
     for name, node in reward_functions():
         own = [case for case in cases if case["function"] == name]
         summary = (ast.get_docstring(node) or "").partition("\n")[0]
-        sections.append(f"## {name}\n\n{summary}\n\n{_arguments(node)}{_table(own)}")
+        sections.append(f"## {name}\n\n{summary}\n\n{_arguments(name)}{_table(own)}")
     return "\n".join(sections)
 
 
@@ -81,14 +84,12 @@ def _placeholders() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    positional = node.args.args
-    defaults: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults)) + list(node.args.defaults)
-    pairs = [*zip(positional, defaults, strict=True), *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+def _arguments(name: str) -> str:
+    function, _ = import_function(name)
     texts = [
-        argument.arg + (f" = {ast.unparse(default)}" if default else "")
-        for argument, default in pairs
-        if argument.arg not in FACTS and argument.arg != "completions"
+        parameter.name + ("" if parameter.default is parameter.empty else f" = {parameter.default!r}")
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name not in FACTS and parameter.name != "completions"
     ]
     return f"Arguments and metadata keys: {', '.join(f'`{text}`' for text in texts)}\n\n" if texts else ""
 

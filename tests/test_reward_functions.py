@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RewardError
+from stages.rewards.base import deciding_arguments
 from stages.rewards.functions import RewardConfig, RewardFunction, Shape, check_sources, find_reward
 
 
@@ -114,3 +115,17 @@ def test_an_identity_that_cannot_be_determined_says_why(module: Path) -> None:
     )
     with pytest.raises(RewardError, match=r"identity of the reward 'r' .* FileNotFoundError"):
         recipe(file="absent")
+
+
+def test_the_arguments_that_decide_have_their_defaults_and_lack_what_the_row_fills() -> None:
+    def f(completion: str, city: str, factor: float, file: str = "a", cache: str = "b", task: str = "c") -> float:
+        return 1.0
+
+    assert deciding_arguments(f, {"factor": 2.0, "cache": "x"}, without=["city", "cache"]) == {
+        "factor": 2.0,
+        "file": "a",
+    }
+    with pytest.raises(TypeError, match="missing a required argument: 'factor'"):
+        deciding_arguments(f, {}, without=["city"])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fac'"):
+        deciding_arguments(f, {"factor": 2.0, "fac": 1.0}, without=["city"])

@@ -8,8 +8,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from pipeline.errors import RewardError
+from pipeline.errors import ConfigError, RewardError
+from stages.rewards.functions import RewardConfig, find_reward
 from stages.rewards.judge import judge, judge_identity
+from stages.rewards.judge_config import Endpoint, JudgeConfig
 from tests.judge_server import BARE, Reply, always, ask, be_calm, echo, fails, kept, rows, says, serve
 
 KEY = "sk-very-secret-0123456789"
@@ -219,7 +221,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
         found = ask(server, rows("good", "bad"), api_key_env="JUDGE_KEY", **BARE)
     assert [headers["Authorization"] for headers in server.headers] == [f"Bearer {KEY}"] * 2
     assert found["error"].to_list() == [None, "HTTP 400: Bearer <API key> is odd"]
-    identity = json.dumps(judge_identity(server.base_url, "m", api_key_env="JUDGE_KEY"))
+    identity = json.dumps(judge_identity(base_url=server.base_url, model="m", api_key_env="JUDGE_KEY"))
     printed = capfd.readouterr()
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 1
@@ -234,21 +236,31 @@ def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch)
     assert "sk-" not in str(caught.value)
 
 
-def test_the_identity_takes_the_same_arguments() -> None:
-    taken = list(inspect.signature(judge).parameters.values())
-    assert taken[0].name == "completions"
-    assert list(inspect.signature(judge_identity).parameters.values()) == taken[1:]
+def test_the_signature_names_every_argument() -> None:
+    assert list(inspect.signature(judge).parameters) == ["completions", *JudgeConfig.model_fields]
+    misspelt = RewardConfig(name="r", function="stages.rewards.judge:judge", arguments={"temprature": 1.0})
+    with pytest.raises(RewardError, match=r"has no parameters \['temprature'\]; it has \['completions', 'base_url'"):
+        find_reward(misspelt)
 
 
-def test_the_identity_refuses_an_address_that_cannot_be_used() -> None:
-    with pytest.raises(RewardError, match="give one such as"):
-        judge_identity("localhost:8000", "m")
+def test_an_argument_that_is_missing_is_named_before_anything_is_asked() -> None:
+    incomplete = RewardConfig(name="r", function="stages.rewards.judge:judge", arguments={"base_url": "http://a/v1"})
+    with pytest.raises(RewardError, match="the arguments of the judge:\n  model: missing; add it"):
+        find_reward(incomplete)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "ftp://host/v1"])
+def test_the_identity_refuses_an_address_that_cannot_be_used(url: str) -> None:
+    with pytest.raises(ConfigError, match="give one such as"):
+        judge_identity(base_url=url, model="m")
 
 
 def test_the_identity_leaves_out_what_decides_nothing() -> None:
-    one = judge_identity("http://a/v1", "m", concurrency=1, timeout=1, cache="a", api_key_env="A", max_retries=1)
-    two = judge_identity("http://b/v1", "m", requests_per_minute=5, cache="b", scale=[1.0, 10.0])
-    assert json.dumps(one) == json.dumps(two)
+    pace = {"concurrency": 1, "timeout": 1, "max_retries": 1, "requests_per_minute": 5}
+    one = judge_identity(base_url="http://a/v1", model="m", cache="a", api_key_env="A", **pace)
+    two = judge_identity(base_url="http://b/v1", model="m", scale=[1.0, 10.0])
+    assert one == two
+    assert set(Endpoint.model_fields) == {"base_url", "cache", "api_key_env", *pace}
 
 
 @pytest.mark.parametrize(
@@ -269,5 +281,6 @@ def test_the_identity_leaves_out_what_decides_nothing() -> None:
     ],
 )
 def test_the_identity_has_all_that_decides(change: dict[str, Any]) -> None:
-    assert json.dumps(judge_identity("http://a/v1", "m")) != json.dumps(judge_identity("http://a/v1", "m", **change))
-    assert judge_identity("http://a/v1", "m")["model"] == "m"
+    plain = {"base_url": "http://a/v1", "model": "m"}
+    assert judge_identity(**plain) != judge_identity(**plain, **change)
+    assert judge_identity(**plain)["model"] == "m"

@@ -101,7 +101,10 @@ from stages.rewards.judge import judge
 judge_cache.SAVE_SECONDS = 0.05
 url, cache, first, last = sys.argv[1:]
 frame = pl.DataFrame({"completion": [str(i) for i in range(int(first), int(last))]})
-print(judge(frame, url, "m", "{completion}", scale=[0, 100], concurrency=2, cache=cache)["reward"].sum())
+found = judge(
+    frame, base_url=url, model="m", prompt_template="{completion}", scale=[0, 100], concurrency=2, cache=cache
+)
+print(found["reward"].sum())
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import RewardError
+from pipeline.errors import ConfigError, RewardError
 from tests.judge_server import BARE, Reply, always, ask, be_calm, echo, fails, rows, says, serve
 
 
@@ -148,8 +148,11 @@ def test_when_every_request_is_refused_the_rest_is_not_sent() -> None:
     [
         ({"base_url": "localhost:8000"}, "give one such as http://localhost:8000/v1"),
         ({"base_url": "http://me:pw@host/v1"}, "base_url holds a user or password"),
-        ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, which is not set"),
-        ({"concurrency": 0}, r"\['concurrency'\] cannot be"),
+        ({"base_url": "http://host:port/v1"}, "Port could not be cast"),
+        ({"concurrency": 0}, "concurrency: Input should be greater than or equal to 1, found 0"),
+        ({"timeout": float("inf")}, "timeout: Input should be a finite number"),
+        ({"leave_out": "seed"}, "leave_out: 'str' instances are not allowed"),
+        ({"concurrency": 0, "temprature": 1}, "(?s)concurrency: .* did you mean temperature?"),
         ({"prompt_template": "nonsense"}, r"which has no \{completion\}"),
         ({"verdict": "score"}, "a pattern with 0 groups"),
         ({"verdict": "(("}, "no regular expression"),
@@ -162,10 +165,17 @@ def test_when_every_request_is_refused_the_rest_is_not_sent() -> None:
         ({"extra": {"stream": True}}, r"extra holds \['stream'\]"),
         ({"extra": {"top_p": float("nan")}}, "cannot be sent as JSON"),
         ({"ask_again": 1, "leave_out": ["seed"]}, "another seed"),
-        ({"max_tokens": 0}, "max_tokens 0"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1, found 0"),
+        ({"scale": [True, 3]}, "scale"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with serve(echo) as server, pytest.raises(RewardError, match=message):
+    with serve(echo) as server, pytest.raises(ConfigError, match=message):
         ask(server, rows("x"), **arguments)
+    assert server.bodies == []
+
+
+def test_a_key_that_is_not_there_is_named() -> None:
+    with serve(echo) as server, pytest.raises(RewardError, match="NO_SUCH_KEY, which is not set"):
+        ask(server, rows("x"), api_key_env="NO_SUCH_KEY")
     assert server.bodies == []

@@ -108,14 +108,14 @@ def test_a_model_that_cannot_be_pinned_is_refused(model: str, said: str) -> None
 
 def test_identities_hold_the_digest_instead_of_the_path_and_every_other_argument(nli: str) -> None:
     digest = model_identity(nli)
-    assert preference_score_identity(nli, squash=True) == {
+    assert preference_score_identity(model=nli, squash=True) == {
         **digest,
         "squash": True,
         "batch_size": 8,
         "device": "cpu",
         "num_threads": 2,
     }
-    for identity in (relevance_identity(nli), fluency_identity(nli), grounding_identity(nli)):
+    for identity in (relevance_identity(model=nli), fluency_identity(model=nli), grounding_identity(model=nli)):
         assert nli not in json.dumps(identity)
         assert identity["model_sha256"] == digest["model_sha256"]
 
@@ -195,7 +195,7 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="cannot be loaded by sentence-transformers"):
         relevance(answer_rows({}), str(tmp_path / "empty"))
     with pytest.raises(RewardError, match="expected prompt or reference"):
-        relevance_identity(str(tmp_path / "empty"), against="question")  # type: ignore[arg-type]
+        relevance_identity(model=str(tmp_path / "empty"), against="question")
 
 
 # fluency
@@ -257,9 +257,9 @@ def test_fluency_refuses_what_is_no_language_model_and_senseless_arguments(nli: 
     with pytest.raises(RewardError, match="causal language model"):
         fluency(answer_rows({}), nli)
     with pytest.raises(RewardError, match="1 <= best < worst"):
-        fluency_identity(uniform, best=5.0, worst=5.0)
+        fluency_identity(model=uniform, best=5.0, worst=5.0)
     with pytest.raises(RewardError, match="expected one of messages, prompt, nothing"):
-        fluency_identity(uniform, given="all")  # type: ignore[arg-type]
+        fluency_identity(model=uniform, given="all")
 
 
 # grounding

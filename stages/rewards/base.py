@@ -30,10 +30,13 @@ A function whose result depends on more than its source and arguments (a file, a
 module, a function ``<name>_identity`` that takes the same arguments and returns what decides the result, as JSON-like
 values: digests of the files, the hash of a judge's prompt. What it returns takes the arguments' place in the reward's
 identity, so that arguments that decide nothing (where a file lies, how many requests at once) can be left out.
+`deciding_arguments` spares it to repeat the signature.
 """
 
 import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from inspect import Signature, signature
 from typing import Any
 
 from pipeline.errors import RewardError
@@ -74,3 +77,27 @@ def check_range(name: str, value: float, least: float, most: float = math.inf) -
     if not least <= value <= most:
         expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
         raise RewardError(f"{name} is {value}; expected {expected}: correct it in the reward's arguments")
+
+
+def deciding_arguments(
+    function: Callable[..., Any], given: Mapping[str, Any], without: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the arguments that decide a reward, by name, with the defaults of those that are not given.
+
+    These are the function's parameters but for the facts and ``without``: what decides nothing, and what the metadata
+    fills.
+
+    Raises:
+        TypeError: when one without default is not given, or the function has no parameter of a given name.
+    """
+    no_arguments = {*FACTS, "completions", *without}
+    parameters = [p for name, p in signature(function).parameters.items() if name not in no_arguments]
+    bound = Signature(parameters).bind(**{name: value for name, value in given.items() if name not in without})
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def name_arguments(function: Callable[..., Any], config: Callable[..., Any]) -> None:
+    """Let the signature of a function over a frame with ``**arguments`` name the fields of the config it reads."""
+    own = [p for p in signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = Signature([*own, *signature(config).parameters.values()])  # type: ignore[attr-defined]

@@ -8,8 +8,9 @@ import polars as pl
 from pipeline.errors import RewardError
 from stages.checkpoints import looks_local
 from stages.rewards.base import Score
-from stages.rewards.frozen_models import MODELS_KEPT, Unscored, first_line, limited_threads, reward_frame
-from stages.rewards.model_identity import model_identity, model_source
+from stages.rewards.frames import Unscored, reward_frame
+from stages.rewards.frozen_models import MODELS_KEPT, first_line, limited_threads
+from stages.rewards.model_identity import identity_by_model, model_source
 
 Against = Literal["prompt", "reference"]
 
@@ -64,29 +65,11 @@ def relevance(
     return reward_frame([result for result in results if result is not None])
 
 
-def relevance_identity(
-    model: str,
-    revision: str | None = None,
-    against: Against = "prompt",
-    answer_prefix: str = "",
-    against_prefix: str = "",
-    empty: float = 0.0,
-    batch_size: int = 32,
-    device: str = "cpu",
-    num_threads: int = 2,
-) -> dict[str, Any]:
+def relevance_identity(**arguments: Any) -> dict[str, Any]:
     """Return the model's digest and the other arguments; batches, threads, device decide the last bits. Read-only."""
-    _column(against)
-    return {
-        **model_identity(model, revision),
-        "against": against,
-        "answer_prefix": answer_prefix,
-        "against_prefix": against_prefix,
-        "empty": empty,
-        "batch_size": batch_size,
-        "device": device,
-        "num_threads": num_threads,
-    }
+    identity = identity_by_model(relevance, arguments)
+    _column(identity["against"])
+    return identity
 
 
 @lru_cache(maxsize=MODELS_KEPT)

@@ -9,15 +9,9 @@ import polars as pl
 
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
-from stages.rewards.frozen_models import (
-    Classifier,
-    Unscored,
-    classify,
-    limited_threads,
-    load_frozen_classifier,
-    reward_frame,
-)
-from stages.rewards.model_identity import model_identity
+from stages.rewards.frames import Unscored, reward_frame
+from stages.rewards.frozen_models import Classifier, classify, limited_threads, load_frozen_classifier
+from stages.rewards.model_identity import identity_by_model
 from stages.rewards.words import sentences as split_sentences
 
 Combine = Literal["mean", "min"]
@@ -90,32 +84,12 @@ def grounding(
     return reward_frame([result for result in results if result is not None])
 
 
-def grounding_identity(
-    model: str,
-    revision: str | None = None,
-    context_key: str = "context",
-    labels: Mapping[str, int] | None = None,
-    contradiction_weight: float = 0.0,
-    combine: Combine = "mean",
-    empty: float = 0.0,
-    batch_size: int = 16,
-    device: str = "cpu",
-    num_threads: int = 2,
-) -> dict[str, Any]:
+def grounding_identity(**arguments: Any) -> dict[str, Any]:
     """Return the model's digest and the other arguments; batches, threads, device decide the last bits. Read-only."""
-    if combine not in ("mean", "min"):
-        raise RewardError(f"combine is {combine!r}: expected mean or min; correct the argument")
-    return {
-        **model_identity(model, revision),
-        "context_key": context_key,
-        "labels": None if labels is None else dict(labels),
-        "contradiction_weight": contradiction_weight,
-        "combine": combine,
-        "empty": empty,
-        "batch_size": batch_size,
-        "device": device,
-        "num_threads": num_threads,
-    }
+    identity = identity_by_model(grounding, arguments)
+    if identity["combine"] not in ("mean", "min"):
+        raise RewardError(f"combine is {identity['combine']!r}: expected mean or min; correct the argument")
+    return identity
 
 
 def label_roles(

@@ -1,4 +1,4 @@
-"""What rewards by a model share: classifiers loaded once per process, batches by length, results in row order."""
+"""What rewards by a model share: classifiers loaded once per process, batches by length."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,23 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import polars as pl
-
 from pipeline.errors import RewardError
-from pipeline.manifest import canonical_json
 from stages.checkpoints import context_length, looks_local
-from stages.rewards.base import Score
 from stages.rewards.model_identity import model_source
 
 MODELS_KEPT = 2
 """Models that stay loaded in a process; a reward needs one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unscored:
-    """Why a row gets no reward."""
-
-    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +22,6 @@ class Classifier:
     tokenizer: Any
     max_tokens: int
     """Longest input that it reads; 0 = it does not say."""
-
-
-def reward_frame(results: Sequence[Score | Unscored]) -> pl.DataFrame:
-    """Return the columns reward, detail (JSON) and error, one row per result."""
-    scores = [result if isinstance(result, Score) else Score(None) for result in results]
-    return pl.DataFrame(
-        {
-            "reward": [score.reward for score in scores],
-            "detail": [None if score.detail is None else canonical_json(score.detail) for score in scores],
-            "error": [result.error if isinstance(result, Unscored) else None for result in results],
-        },
-        schema={"reward": pl.Float64, "detail": pl.String, "error": pl.String},
-    )
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

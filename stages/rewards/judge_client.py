@@ -26,6 +26,7 @@ import httpx
 
 from pipeline.errors import RewardError
 from stages.rewards.judge_cache import Answer
+from stages.rewards.judge_config import Endpoint
 
 BACKOFF_SECONDS = 1.0
 """Longest wait before the first repetition; it doubles each time."""
@@ -41,59 +42,6 @@ REFUSED_AT_FIRST = 100
 SHOWN_CHARACTERS = 300
 
 Body = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where and how fast to ask; decides no answer."""
-
-    base_url: str
-    concurrency: int
-    requests_per_minute: float
-    """0 = as many as come."""
-    timeout: float
-    """Seconds for one answer, from the first byte sent to the last received."""
-    max_retries: int
-    api_key_env: str
-    """Name of the environment variable with the key; "" = none is sent."""
-
-    def check(self) -> None:
-        """Raise RewardError unless every setting can be used."""
-        url = httpx.URL(self.base_url) if "://" in self.base_url else None
-        if url is None or url.scheme not in ("http", "https") or not url.host:
-            raise RewardError(f"base_url is {self.base_url!r}: give one such as http://localhost:8000/v1")
-        if url.userinfo:
-            raise RewardError("base_url holds a user or password: leave it out, and name a variable in api_key_env")
-        wrong = [
-            name
-            for name, is_fine in (
-                ("concurrency", self.concurrency >= 1),
-                ("requests_per_minute", 0 <= self.requests_per_minute < math.inf),
-                ("timeout", 0 < self.timeout < math.inf),
-                ("max_retries", self.max_retries >= 0),
-            )
-            if not is_fine
-        ]
-        if wrong:
-            raise RewardError(
-                f"{wrong} cannot be: give positive numbers (0 is fine for retries and requests_per_minute)"
-            )
-
-    def api_key(self) -> str:
-        """Return the key, "" for none.
-
-        Raises:
-            RewardError: when the variable is not set.
-        """
-        key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
-        if self.api_key_env and not key.strip():
-            raise RewardError(f"api_key_env names {self.api_key_env}, which is not set: export it, or leave it out")
-        key = key.strip()
-        if not key.isascii() or not key.isprintable() or " " in key:  # refused here, where no message shows it
-            raise RewardError(
-                f"{self.api_key_env} holds what no API key can: more than one line, or special characters"
-            )
-        return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +70,7 @@ async def ask_all(
     Raises:
         ExceptionGroup: of one RewardError, when there is no point in going on.
     """
-    headers = {"Authorization": f"Bearer {key}"} if (key := endpoint.api_key()) else {}
+    headers = {"Authorization": f"Bearer {key}"} if (key := api_key(endpoint.api_key_env)) else {}
     limits = httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
     errors: dict[str, str] = {}
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None, verify=_tls()) as http:
@@ -133,6 +81,20 @@ async def ask_all(
             for _ in range(min(endpoint.concurrency, len(bodies))):
                 group.create_task(asker.work(waiting, keep, errors))
     return errors
+
+
+def api_key(variable: str) -> str:
+    """Return the key in an environment variable; "" when no variable is named.
+
+    Raises:
+        RewardError: when the variable is not set, or holds what no key can.
+    """
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if variable and not key:
+        raise RewardError(f"api_key_env names {variable}, which is not set: export it, or leave it out")
+    if not key.isascii() or not key.isprintable() or " " in key:  # refused here, where no message shows it
+        raise RewardError(f"{variable} holds what no API key can: more than one line, or special characters")
+    return key
 
 
 @cache

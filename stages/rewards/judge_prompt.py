@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import RewardError
 from pipeline.manifest import canonical_json
+from stages.rewards.judge_verdict import Scale
 
 PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 
@@ -91,6 +92,21 @@ def choose_template(text: str, *, has_criteria: bool) -> str:
             "criteria and a prompt_template with {criteria} belong together: the config has only one of them"
         )
     return template
+
+
+def criteria_texts(criteria: Mapping[str, str] | None, scale: Scale) -> dict[str, str]:
+    """Return the texts for {criteria} and {verdicts}, which are the same for each row; none without criteria."""
+    if not criteria:
+        return {}
+    if isinstance(scale, Mapping):
+        verdict = "one of " + ", ".join(f'"{word}"' for word in scale)
+    else:
+        verdict = f"a number from {scale[0]:g} (worst) to {scale[1]:g} (best)"
+    return {
+        "criteria": "\n".join(f"- {name}: {text}" for name, text in criteria.items()),
+        "verdicts": "{" + ", ".join(f"{json.dumps(name, ensure_ascii=False)}: ..." for name in criteria) + "}, each "
+        f"being {verdict}.",
+    }
 
 
 def names(template: str) -> list[str]:

@@ -4,7 +4,6 @@ A verdict that is not there, or not on the scale, is an error; it is never clamp
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ JSON_PREFIX = "json:"
 SCORE_LINE = r"(?i)\bscore[\s*:]{1,6}(-?\d+(?:\.\d+)?)(?![\d,.]*\d)"
 """The default verdict: the number after the word score, a few asterisks of markup allowed, decimal commas not."""
 
-Scale = Sequence[float] | Mapping[str, float]
+Scale = Sequence[int | float] | Mapping[str, int | float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +76,9 @@ def make_rule(
 def _check_scale(scale: Scale) -> None:
     if isinstance(scale, Mapping):
         folded = {word.strip().casefold() for word in scale}
-        if len(folded) < len(scale) or not scale or not all(_is_number(value) for value in scale.values()):
-            raise RewardError(f"scale is {dict(scale)}: give each word, written once, a finite number")
-    elif len(scale) != 2 or not all(_is_number(end) for end in scale) or scale[0] == scale[1]:
+        if len(folded) < len(scale) or not scale:
+            raise RewardError(f"scale is {dict(scale)}: give each word, written once, a number")
+    elif len(scale) != 2 or scale[0] == scale[1]:
         raise RewardError(f"scale is {list(scale)}: give [worst, best], two different numbers, or a table of words")
 
 
@@ -88,13 +87,9 @@ def _weights(criteria: Mapping[str, str], weights: Mapping[str, float] | None) -
     if unknown:
         raise RewardError(f"weights names {unknown}, criteria has {list(criteria)}: correct the names")
     result = {name: (weights or {}).get(name, 1.0) for name in criteria}
-    if not all(_is_number(w) and w >= 0 for w in result.values()) or sum(result.values()) <= 0:
+    if not all(weight >= 0 for weight in result.values()) or sum(result.values()) <= 0:
         raise RewardError(f"weights are {result}: give numbers of at least 0, some of them positive")
     return result
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_verdict(rule: Rule, answer: str) -> Verdict:

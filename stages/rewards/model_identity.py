@@ -1,12 +1,15 @@
 """What makes a model the same model: the bytes of a local directory, the commit of a hub name."""
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file, sha256_text
 from pipeline.manifest import MANIFEST
 from stages.checkpoints import looks_local
+from stages.rewards.base import deciding_arguments
 
 BESIDE_THE_MODEL = (MANIFEST, "optimizer", "README.md")
 """What may lie in a checkpoint's directory and no inference reads; the manifest has clock times in it."""
@@ -29,6 +32,16 @@ def model_identity(model: str, revision: str | None = None) -> dict[str, str]:
             "or the weights could change under the rewards: add it, or give the path of a local model"
         )
     return {"model": model, "revision": revision}
+
+
+def identity_by_model(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that decide a reward, with what decides the weights in place of ``model`` and ``revision``.
+
+    Raises:
+        RewardError: as `model_identity` does.
+    """
+    arguments = deciding_arguments(function, given)
+    return {**model_identity(arguments.pop("model"), arguments.pop("revision")), **arguments}
 
 
 def model_path(model: str) -> Path:

@@ -10,15 +10,9 @@ import polars as pl
 from pipeline.errors import RewardError
 from stages.checkpoints import context_length, looks_local
 from stages.rewards.base import Score
-from stages.rewards.frozen_models import (
-    MODELS_KEPT,
-    Unscored,
-    batches_by_length,
-    first_line,
-    limited_threads,
-    reward_frame,
-)
-from stages.rewards.model_identity import model_identity, model_source
+from stages.rewards.frames import Unscored, reward_frame
+from stages.rewards.frozen_models import MODELS_KEPT, batches_by_length, first_line, limited_threads
+from stages.rewards.model_identity import identity_by_model, model_source
 
 Given = Literal["messages", "prompt", "nothing"]
 CHOICES = ("messages", "prompt", "nothing")
@@ -83,31 +77,11 @@ def fluency(
     return reward_frame([result for result in results if result is not None])
 
 
-def fluency_identity(
-    model: str,
-    revision: str | None = None,
-    given: Given = "prompt",
-    separator: str = "\n",
-    best: float = 1.0,
-    worst: float = 100.0,
-    empty: float = 0.0,
-    batch_size: int = 8,
-    device: str = "cpu",
-    num_threads: int = 2,
-) -> dict[str, Any]:
+def fluency_identity(**arguments: Any) -> dict[str, Any]:
     """Return the model's digest and the other arguments; batches, threads, device decide the last bits. Read-only."""
-    check_arguments(given, best, worst)
-    return {
-        **model_identity(model, revision),
-        "given": given,
-        "separator": separator,
-        "best": best,
-        "worst": worst,
-        "empty": empty,
-        "batch_size": batch_size,
-        "device": device,
-        "num_threads": num_threads,
-    }
+    identity = identity_by_model(fluency, arguments)
+    check_arguments(identity["given"], identity["best"], identity["worst"])
+    return identity
 
 
 def check_arguments(given: str, best: float, worst: float) -> None:

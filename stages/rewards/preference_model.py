@@ -7,8 +7,9 @@ import polars as pl
 
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
-from stages.rewards.frozen_models import Unscored, classify, limited_threads, load_frozen_classifier, reward_frame
-from stages.rewards.model_identity import model_identity
+from stages.rewards.frames import Unscored, reward_frame
+from stages.rewards.frozen_models import classify, limited_threads, load_frozen_classifier
+from stages.rewards.model_identity import identity_by_model
 
 
 def preference_score(
@@ -46,22 +47,9 @@ def preference_score(
     return reward_frame([_result(scored.get(i), length, limit, squash) for i, length in enumerate(lengths)])
 
 
-def preference_score_identity(
-    model: str,
-    revision: str | None = None,
-    squash: bool = False,
-    batch_size: int = 8,
-    device: str = "cpu",
-    num_threads: int = 2,
-) -> dict[str, Any]:
+def preference_score_identity(**arguments: Any) -> dict[str, Any]:
     """Return the model's digest and the other arguments; batches, threads, device decide the last bits. Read-only."""
-    return {
-        **model_identity(model, revision),
-        "squash": squash,
-        "batch_size": batch_size,
-        "device": device,
-        "num_threads": num_threads,
-    }
+    return identity_by_model(preference_score, arguments)
 
 
 def encode_answer(tokenizer: Any, messages: list[dict[str, str]], prompt: str, answer: str) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ import polars as pl
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file
 from stages.rewards.base import Score
-from stages.rewards.frozen_models import Unscored, reward_frame
+from stages.rewards.frames import Unscored, reward_frame
 from stages.tables import read_table, require_columns
 
 Method = Literal["win_rate", "bradley_terry"]
