@@ -1,0 +1,179 @@
+"""`grpo rescore`: new rewards and advantages over completions that exist."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.options import Config, NewRun, Output, Overrides, Run, named_after, start_working
+from flows.printing import Format, print_rows
+from pipeline.errors import ArtifactMissing, UsageError
+from pipeline.run_dir import RunDir
+from pipeline.runs import open_run, run_at
+
+if TYPE_CHECKING:
+    from flows.session import Reporter
+    from stages.config import RunConfig
+
+WRITES = True
+
+
+def rescore(
+    run: Run,
+    config: Config,
+    new: NewRun = None,
+    iterations: Annotated[
+        str | None, typer.Option("--iterations", "-i", help="Which, e.g. 0-9 or 3,5; default: all stored ones.")
+    ] = None,
+    overrides: Overrides = None,
+    format_: Output = Format.table,
+) -> None:
+    """Give stored completions new rewards and advantages, in a new run that refers to them. Generates nothing.
+
+    CONFIG has the tables that replace those of RUN: [score], [normalize]. The same command continues.
+
+    Example: grpo rescore runs/demo configs/terse.toml --iterations 0-9
+    """
+    from flows.progress import TerminalReporter
+
+    source = open_run(run)
+    directory = new or named_after(run, config.stem)
+    start_working()
+    reporter = TerminalReporter()
+    with reporter.shown():
+        chosen = parse_iterations(iterations)
+        done = rescore_run(source, config, run_at(directory), chosen, overrides or [], reporter)
+    print_rows(summary(source, done), format_, columns=("reward_name", "completions", "mean", "std", "failed"))
+    if format_ is Format.table:
+        print(f"{done.num_completions:,} completions of {len(done.iterations)} iterations in {done.seconds:.1f} s")
+        print(
+            f"{directory}\ncompare: grpo diff {run} {directory} --rewards; train on it: grpo fork {run} {config} --at N"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """What a re-scoring did."""
+
+    run: RunDir
+    iterations: Sequence[int]
+    num_completions: int
+    seconds: float
+
+
+def rescore_run(
+    source: RunDir,
+    config: Path,
+    run: RunDir,
+    iterations: Sequence[int] | None,
+    overrides: list[str],
+    reporter: "Reporter",
+) -> Rescored:
+    """Score stored completions anew, into a run that refers to them by path and digest. The same call continues.
+
+    Raises:
+        GrpoError: of the kind that fits, before anything is written when it can be known by then.
+    """
+    import tomli_w
+
+    from flows.session import open_session
+    from pipeline.config import validate, without_nulls
+    from pipeline.provenance import environment
+    from stages.config import RunConfig, check_unchanged, derive_tables
+
+    chosen = choose_iterations(source, iterations)
+    tables = derive_tables(source, config, overrides)
+    settings = validate(RunConfig, tables, str(config))
+    check_unchanged(run, settings)
+    _check_rewards(source, chosen[0], settings)
+    started, count = time.monotonic(), 0
+    with open_session(settings, run, reporter) as session:
+        run.record_config(tomli_w.dumps(without_nulls(tables)), settings.model_dump(mode="json"))
+        run.record_environment(environment())
+        for iteration in chosen:
+            for dataset in ("prompts", "completions"):
+                run.refer(iteration, dataset, source.open(iteration, dataset))
+            count += run.open(iteration, "completions").manifest.rows or 0
+            session.score(iteration)
+            session.normalize(iteration)
+    return Rescored(run, chosen, count, time.monotonic() - started)
+
+
+def choose_iterations(source: RunDir, wanted: Sequence[int] | None) -> list[int]:
+    """Return the wanted iterations of a run, or all that have completions.
+
+    Raises:
+        ArtifactMissing: when a wanted one has no completions, or none has.
+    """
+    stored = [index for index in source.iterations() if source.has(index, "completions")]
+    if not stored:
+        raise ArtifactMissing(f"{source.name} has no finished completions: run it, or name another run")
+    missing = sorted(set(wanted or []) - set(stored))
+    if missing:
+        raise ArtifactMissing(
+            f"{source.name} has no completions of the iterations {missing}, it has {stored[0]} to {stored[-1]}: choose "
+            "among those"
+        )
+    return sorted(set(wanted)) if wanted else stored
+
+
+def parse_iterations(text: str | None) -> list[int] | None:
+    """Return the numbers of ``3``, ``0-9`` or ``0,4,8-10``; None for None.
+
+    Raises:
+        UsageError: when the text is nothing of that kind.
+    """
+    if text is None:
+        return None
+    try:
+        numbers: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            numbers += range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise UsageError(f"{text!r} names no iterations: give for example 3, 0-9 or 0,4,8-10")
+    return numbers
+
+
+def _check_rewards(source: RunDir, iteration: int, settings: "RunConfig") -> None:
+    """Check the reward functions against the metadata of a stored prompt, before anything is written."""
+    import json
+
+    from stages.score import check_rewards
+
+    first = source.open(iteration, "prompts").scan().select("metadata").head(1).collect()
+    check_rewards(settings.score, json.loads(first["metadata"][0]) if len(first) else {})
+
+
+def summary(source: RunDir, rescored: Rescored) -> list[dict[str, object]]:
+    """Return a row per reward: completions, mean, failures; and the combined reward before and after. Read-only."""
+    import polars as pl
+
+    rewards = pl.concat([rescored.run.open(i, "rewards").scan() for i in rescored.iterations])
+    rows = (
+        rewards.group_by("reward_name", maintain_order=True)
+        .agg(
+            pl.len().alias("completions"),
+            pl.col("reward").mean().alias("mean"),
+            pl.col("reward").std().alias("std"),
+            pl.col("reward").is_null().sum().alias("failed"),
+        )
+        .collect()
+        .to_dicts()
+    )
+    for label, run in (("combined, before", source), ("combined, now", rescored.run)):
+        if all(run.has(i, "advantages") for i in rescored.iterations):
+            reward = pl.concat([run.open(i, "advantages").scan().select("reward") for i in rescored.iterations])
+            found = reward.select(
+                pl.len().alias("completions"),
+                pl.col("reward").mean().alias("mean"),
+                pl.col("reward").std().alias("std"),
+                pl.col("reward").is_null().sum().alias("failed"),
+            ).collect()
+            rows.append({"reward_name": label, **found.row(0, named=True)})
+    return rows
