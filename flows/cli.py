@@ -1,13 +1,42 @@
-"""The command line: `grpo`."""
+"""The command line: `grpo`. It imports the module of the command that is asked for, and no other."""
 
 import signal
 import sys
+from collections.abc import Iterable
+from importlib import import_module
+from keyword import iskeyword
+from types import ModuleType
 
-from flows.commands import auditing, looking, rewards, training  # noqa: F401 (each adds its commands)
-from flows.commands.common import app
+import typer
+
 from pipeline.errors import GrpoError
 
-WRITING = ("run", "fork", "stage", "starter", "rescore", "import", "reward-model", "prune", "replay", "report")
+COMMANDS = (
+    "verify",
+    "lineage",
+    "tokens",
+    "prune",
+    "replay",
+    "audit",
+    "report",
+    "ls",
+    "rows",
+    "show",
+    "groups",
+    "metrics",
+    "schema",
+    "rescore",
+    "import",
+    "reward-model",
+    "whatif",
+    "diff",
+    "run",
+    "fork",
+    "stage",
+    "starter",
+    "reward",
+)
+"""In the order of `grpo --help`."""
 INTERRUPTED = 130
 """Exit code of Ctrl-C and SIGTERM."""
 
@@ -15,10 +44,11 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command line. Exit codes: 0 fine, 1 the answer is no, 2 wrong usage or unusable data."""
     sys.path.insert(0, "")  # reward functions are found in the current directory
-    if sys.argv[1:2] and sys.argv[1] not in WRITING:
+    asked = [name for name in sys.argv[1:2] if name in COMMANDS]
+    if sys.argv[1:2] and not any(module_of(name).WRITES for name in asked):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a looking command, and is no answer
     try:
-        app()
+        build_app(asked or COMMANDS)()
     except GrpoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -26,6 +56,31 @@ def main() -> None:
         if end.code == INTERRUPTED:
             print("stopped; the same command continues", file=sys.stderr)
         raise
+
+
+def build_app(names: Iterable[str]) -> typer.Typer:
+    """Return the application with these commands. Help, and what to say to an unknown name, take all of them."""
+    app = typer.Typer(
+        help="Train language models with GRPO, with every step of it a dataset.",
+        callback=lambda: None,  # else a single command would be the application itself
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for name in names:
+        module = module_of(name)
+        command = getattr(module, module.__name__.rpartition(".")[2])
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
+
+
+def module_of(name: str) -> ModuleType:
+    """Return the module of a command. It has a function, or an application of several, that is named like itself."""
+    return import_module(f"flows.commands.{name.replace('-', '_')}{'_' * iskeyword(name)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Printing rows: tables for people, JSON lines and CSV for programs. Shared by every command that only looks."""
+"""Printing: rows as tables for people, as JSON lines and CSV for programs; numbers, paths and digests."""
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+from pipeline.artifact import Artifact
 
 
 class Format(StrEnum):
@@ -86,6 +90,21 @@ def console() -> Any:
     if sys.stdout.isatty():
         return Console(highlight=False)
     return Console(highlight=False, width=160, color_system=None)
+
+
+def number(value: float | None, spec: str = ".4g") -> str:
+    """Return a number as a sentence has it; null is unknown."""
+    return "unknown" if value is None else format(value, spec)
+
+
+def path_below(artifact: Artifact, root: Path) -> str:
+    """Return the path of an artifact as a reader of the run in ``root`` knows it."""
+    return Path(os.path.relpath(artifact.path.resolve(), root.resolve())).as_posix()
+
+
+def digest_in(artifact: Artifact, format_: Format) -> str:
+    """Return the digest of an artifact, for the eye only its beginning."""
+    return artifact.digest[:16] if format_ is Format.table else artifact.digest
 
 
 def _short(value: Any) -> str:

@@ -40,6 +40,17 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
+def without_nulls(tables: dict[str, object]) -> dict[str, object]:
+    """Return the tables without nulls, which TOML cannot say: a key that is absent has its default."""
+
+    def clean(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return {key: clean(value) for key, value in tables.items() if value is not None}
+
+
 def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return the tables with ``key.path=value`` applied; a value is read as TOML, and as text where it is none.
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.look import schema_markdown
+from flows.commands.schema import schema_markdown
 
 TARGET = Path(__file__).parent.parent / "docs" / "datasets.md"
 MARK = "<!-- generated below by `make docs` from pipeline/schema.py -->"

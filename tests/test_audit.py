@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flows.audit_findings import audit_run
+from flows.commands.audit import audit_run
 from flows.printing import Format
 from pipeline.errors import ArtifactMissing, ConfigError
 from pipeline.run_dir import RunDir
@@ -228,6 +228,6 @@ def test_every_check_is_documented_and_names_itself(clean: RunDir) -> None:
 
 def test_the_audit_imports_nothing_heavy() -> None:
     heavy: Any = ("torch", "vllm", "prefect", "transformers")
-    code = f"import sys, flows.audit_findings; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, flows.commands.audit; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

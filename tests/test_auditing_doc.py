@@ -16,8 +16,8 @@ import polars as pl
 import pytest
 
 from flows import cli
+from flows.commands.replay import print_replay
 from flows.printing import Format
-from flows.replay import print_replay
 from pipeline.run_dir import RunDir
 from stages.config import recorded_config
 from stages.inspect.metrics import append_metrics, iteration_metrics

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flows.commands.replay import print_replay
 from flows.printing import Format
-from flows.replay import print_replay
 from pipeline.run_dir import RunDir
 from stages.inspect import artifact_diff
 from stages.inspect.artifact_diff import column_deviations, machine_changes, tensor_deviations

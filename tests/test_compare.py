@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from flows import verification
+from flows.commands.diff import print_diff
 from flows.printing import Format
 from pipeline.artifact import open_artifact
 from pipeline.run_dir import RunDir
@@ -95,8 +95,8 @@ def test_policies_differ_in_files(folder: Path) -> None:
 
 
 def test_the_command_says_whether_runs_are_equal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verification.print_diff(folder / "one", folder / "one", Format.table)
+    assert print_diff(folder / "one", folder / "one", Format.table)
     assert "are equal" in capsys.readouterr().out
-    assert not verification.print_diff(folder / "one", folder / "two", Format.jsonl)
+    assert not print_diff(folder / "one", folder / "two", Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert pl.DataFrame(rows)["kind"].to_list() == ["config", "recipe", "rows"]

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 
-from flows import verification
+from flows.commands.verify import print_verification
 from flows.printing import Format
 from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
@@ -187,7 +187,7 @@ def test_damaged_completions_are_a_finding(run: RunDir) -> None:
 
 
 def test_the_table_has_a_line_for_each_iteration(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verification.print_verification(original, 20, Format.table, deep=DeepSettings(rows=2))
+    assert print_verification(original, 20, Format.table, deep=DeepSettings(rows=2))
     output = capsys.readouterr().out
     assert "engine mismatch" in output
     assert "log probabilities, trainer against sampler, in nats per token:" in output
@@ -196,7 +196,7 @@ def test_the_table_has_a_line_for_each_iteration(original: Path, capsys: pytest.
 
 def test_jsonl_has_the_figures_and_the_wrong_rows(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     forge(run, run.place(1, "completions"), shift(0, 0.5))
-    assert not verification.print_verification(run.root, 20, Format.jsonl, deep=ALL)
+    assert not print_verification(run.root, 20, Format.jsonl, deep=ALL)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["kind"], r["iteration"], r["rows"], r["beyond"]) for r in rows[:2]] == [
         ("mismatch", 0, 16, 0), ("mismatch", 1, 16, 1),
@@ -208,7 +208,7 @@ def test_jsonl_has_the_figures_and_the_wrong_rows(run: RunDir, capsys: pytest.Ca
 
 
 def test_torch_is_imported_only_for_a_deep_audit() -> None:
-    code = "import sys, flows.commands.auditing, flows.verification, stages.inspect.verify.logprobs, flows.tokens; "
+    code = "import sys, flows.commands.verify, stages.inspect.verify.logprobs, flows.commands.tokens; "
     code += "import stages.inspect.artifact_diff; "
     code += "print([m for m in ('torch', 'vllm', 'prefect', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,5 +1,6 @@
 """The tree: package names, lazy imports, documentation that keeps up with the code."""
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -7,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from flows.look import schema_markdown
+from flows.cli import COMMANDS, build_app, module_of
+from flows.commands.schema import schema_markdown
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "vllm", "prefect", "transformers")
+DOCUMENTED = ("flows", "flows/commands", "flows/report")
+"""Packages whose __init__ names their files."""
 
 
 @pytest.mark.parametrize("name", ["pipeline", "grpo", "stages", "flows"])
@@ -25,10 +30,8 @@ def test_the_generic_package_names_resolve_inside_the_repository(name: str) -> N
 @pytest.mark.parametrize(
     "module",
     [
-        "flows.cli",
-        "flows.look",
+        "flows.replayer",
         "flows.report.render",
-        "flows.verification",
         "pipeline.run_dir",
         "pipeline.schema",
         "stages.wiring",
@@ -46,22 +49,54 @@ def test_every_column_of_every_dataset_is_documented() -> None:
     assert schema_markdown().strip() in text, "run `make docs`"
 
 
+def test_the_commands_import_nothing_heavy_before_they_are_called() -> None:
+    code = "import sys; from flows.cli import COMMANDS, build_app; build_app(COMMANDS)(standalone_mode=False); "
+    code += f"print([m for m in {(*HEAVY, 'polars', 'pydantic', 'rich')} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_command_imports_no_other_one() -> None:
+    code = "import sys; from flows.cli import main\ntry:\n    main()\nexcept SystemExit:\n    "
+    code += "print(sorted(m for m in sys.modules if m.startswith('flows.commands.')))"
+    command = [sys.executable, "-c", code, "show", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "['flows.commands.options', 'flows.commands.show']"
+
+
+def test_every_file_of_commands_is_a_command_and_says_whether_it_writes() -> None:
+    files = {path.stem for path in (ROOT / "flows" / "commands").glob("*.py")} - {"__init__", "options"}
+    modules = [module_of(name) for name in COMMANDS]
+    assert sorted(module.__name__ for module in modules) == sorted(f"flows.commands.{name}" for name in files)
+    assert [module.__name__ for module in modules if type(module.WRITES) is not bool] == []
+
+
+def test_an_unknown_command_is_met_with_those_of_a_like_name() -> None:
+    command = [sys.executable, "-m", "flows.cli", "runn"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "Error: No such command 'runn'. Did you mean 'run', 'prune'?"
+
+
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    files = sorted((ROOT / "flows" / "commands").glob("*.py"))
-    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    found = re.findall(r"@(\w+)\.command\((?:\"([\w-]+)\")?\)\ndef (\w+)", source)
-    groups = {"app": "", "reward_app": "reward "}
-    commands = [groups[app] + (name or function.replace("_", "-")) for app, name, function in found]
-    assert len(commands) >= 14
-    assert [name for name in commands if f"grpo {name}" not in readme] == []
+    names = []
+    for name, command in typer.main.get_command(build_app(COMMANDS)).commands.items():  # type: ignore[attr-defined]
+        names += [f"{name} {inner}" for inner in getattr(command, "commands", {})] or [name]
+    assert len(names) == len(COMMANDS)
+    assert [name for name in names if f"grpo {name}" not in readme] == []
 
 
-def test_every_module_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    modules = [p for package in ("pipeline", "grpo", "stages", "flows") for p in (ROOT / package).rglob("*.py")]
-    names = [p.stem for p in modules if p.stem != "__init__"]
-    assert [name for name in names if not re.search(rf"\b{name}\b", readme)] == []
+@pytest.mark.parametrize("package", DOCUMENTED)
+def test_a_package_says_what_each_of_its_files_is(package: str) -> None:
+    folder = ROOT / package
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    described = re.findall(r"^(\w+(?:\.py|/)) +\S+ \S+", text, re.MULTILINE)
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    packages = [f"{path.parent.name}/" for path in folder.glob("*/__init__.py")]
+    assert sorted(described) == sorted([*files, *packages])
 
 
 def test_no_file_grew_out_of_one_sitting() -> None:

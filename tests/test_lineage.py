@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from flows import verification
+from flows.commands.lineage import lineage
 from flows.printing import Format
 from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
@@ -131,11 +131,11 @@ def test_a_missing_input_is_refused(run: RunDir, tmp_path: Path) -> None:
 
 
 def test_the_command_prints_tree_and_updates(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    verification.print_lineage(run.policy_before(2), None, None, Format.table)
+    lineage(run.policy_before(2), None, None, Format.table)
     output = capsys.readouterr().out
     assert "    iterations/000001/completions" in output
     assert "updated from" in output
-    verification.print_lineage(run.policy_before(2), None, 1, Format.jsonl)
+    lineage(run.policy_before(2), None, 1, Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["depth"], r["input"], len(r["digest"])) for r in rows] == [
         (0, "", 64), (1, "batches", 64), (1, "policy", 64),
@@ -143,7 +143,7 @@ def test_the_command_prints_tree_and_updates(run: RunDir, capsys: pytest.Capture
 
 
 def test_the_command_follows_a_completion(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    verification.print_lineage(run.root, completion_of(run, 0, is_kept=True), None, Format.jsonl)
+    lineage(run.root, completion_of(run, 0, is_kept=True), None, Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["artifact"] for r in rows if r["what"] == "trained"] == [
         "iterations/000000/policy", "iterations/000001/policy",
@@ -152,4 +152,4 @@ def test_the_command_follows_a_completion(run: RunDir, capsys: pytest.CaptureFix
 
 def test_something_that_is_no_artifact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no finished artifact"):
-        verification.print_lineage(tmp_path, None, None, Format.table)
+        lineage(tmp_path, None, None, Format.table)

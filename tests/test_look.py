@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from flows import look
+from flows.commands.groups import groups
+from flows.commands.ls import ls
+from flows.commands.metrics import metrics
+from flows.commands.rows import rows
+from flows.commands.schema import schema
+from flows.commands.show import show
 from flows.printing import Format, print_rows
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
@@ -32,22 +37,22 @@ def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
 
 
 def test_ls_lists_runs_and_then_the_artifacts_of_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look.list_runs(run.parent, Format.jsonl)
+    ls(run.parent, Format.jsonl)
     assert [(r["iterations"], r["finished"]) for r in rows_of(capsys)] == [(1, 1)]
-    look.list_runs(run, Format.jsonl)
+    ls(run, Format.jsonl)
     listed = {r["artifact"]: (r["rows"], r["dropped"]) for r in rows_of(capsys)}
     assert listed["iterations/000000/completions"] == (4, None)
     assert listed["iterations/000000/batches"] == (4, "zero_variance:2")
 
 
 def test_groups_has_a_row_for_each_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look.print_groups(run, None, "-mean", 0, Format.jsonl)
+    groups(run, None, "-mean", 0, Format.jsonl)
     found = [(r["members"], r["mean"], r["best"], r["drop_reason"]) for r in rows_of(capsys)]
     assert found == [(2, 0.5, 1.0, None), (2, 0.0, 0.0, "zero_variance")]
 
 
 def test_show_prints_the_best_member_first_and_text_as_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look.show_group(run, 0, None, Format.table)
+    show(run, 0, None, Format.table)
     output = capsys.readouterr().out
     lines = [line.split() for line in output.splitlines()]
     members = [line[:4] for line in lines if line and line[0] in {"0.5", "-0.5"}]
@@ -57,24 +62,24 @@ def test_show_prints_the_best_member_first_and_text_as_text(run: Path, capsys: p
 
 
 def test_markup_in_a_prompt_is_shown_and_not_obeyed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look.print_groups(run, 0, None, 0, Format.table)
+    groups(run, 0, None, 0, Format.table)
     assert "[red]0 + 2 =" in capsys.readouterr().out
 
 
 def test_rows_takes_columns_a_condition_and_a_limit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look.print_dataset(run, "completions", 0, "completion,finish_reason", "completion = '3'", 2, Format.jsonl)
+    rows(run, "completions", 0, "completion,finish_reason", "completion = '3'", 2, Format.jsonl)
     assert rows_of(capsys) == [{"completion": "3", "finish_reason": "stop"}] * 2
 
 
 def test_csv_can_be_read_back(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look.print_dataset(run, "completions", 0, "completion_id,completion_token_ids", None, 0, Format.csv)
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert len(rows) == 4
-    assert json.loads(rows[0]["completion_token_ids"]) == [DIGIT_0 + 2, EOS]
+    rows(run, "completions", 0, "completion_id,completion_token_ids", None, 0, Format.csv)
+    printed = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(printed) == 4
+    assert json.loads(printed[0]["completion_token_ids"]) == [DIGIT_0 + 2, EOS]
 
 
 def test_metrics_are_those_of_the_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    look.print_metrics(run, Format.jsonl)
+    metrics(run, Format.jsonl)
     row = rows_of(capsys)[0]
     expected = {
         "reward_mean": 0.25,
@@ -126,5 +131,5 @@ def test_a_reader_that_stops_early_ends_a_looking_command_without_a_word() -> No
 
 @pytest.mark.parametrize("dataset", [None, "completions"])
 def test_schema_explains_datasets_and_columns(dataset: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    look.print_schema(dataset, Format.jsonl)
+    schema(dataset, format_=Format.jsonl)
     assert all(row["doc"] for row in rows_of(capsys))

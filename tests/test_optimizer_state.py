@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from flows.rescore import fork_tables
+from flows.commands.fork import fork_tables
 from flows.session import Session
 from grpo.settings import UpdateConfig
 from pipeline.artifact import Artifact, open_artifact

@@ -187,7 +187,7 @@ def test_the_command_line_takes_urls(local: RunDir, tmp_path: Path) -> None:
 
 def test_local_work_imports_no_storage_client() -> None:
     code = (
-        "import sys, pathlib, flows.cli, flows.look, stages.wiring; from pipeline.runs import run_at; "
+        "import sys, pathlib, flows.cli, flows.commands.show, stages.wiring; from pipeline.runs import run_at; "
         "run_at(pathlib.Path('x')); print([m for m in ('fsspec', 's3fs', 'pipeline.working_copy') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

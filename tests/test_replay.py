@@ -7,8 +7,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from flows.commands.replay import print_replay
 from flows.printing import Format
-from flows.replay import STAGES, print_replay
+from flows.replayer import STAGES
 from pipeline.errors import UsageError
 from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir

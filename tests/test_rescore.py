@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from flows.commands.diff import diff_rewards
+from flows.commands.fork import fork_tables
+from flows.commands.rescore import choose_iterations, parse_iterations, rescore_run
+from flows.commands.reward import try_
+from flows.commands.verify import print_verification
+from flows.commands.whatif import whatif
 from flows.printing import Format
-from flows.rescore import choose_iterations, fork_tables, parse_iterations, rescore
-from flows.reward_diff import diff_rewards, what_if
 from flows.session import Session, SilentReporter
-from flows.try_reward import try_reward
-from flows.verification import print_verification
 from pipeline.config import validate
 from pipeline.errors import (
     ArtifactDamaged,
@@ -54,7 +56,7 @@ def config(run: Path, text: str, name: str = "new.toml") -> Path:
 
 
 def rescored(run: Path, text: str, new: Path, iterations: list[int] | None = None) -> RunDir:
-    rescore(open_run(run), config(run, text), RunDir(new), iterations, [], SilentReporter())
+    rescore_run(open_run(run), config(run, text), RunDir(new), iterations, [], SilentReporter())
     return open_run(new)
 
 
@@ -186,7 +188,7 @@ def test_runs_without_common_completions_cannot_be_compared(run: Path, tmp_path:
 
 def test_what_if_shows_what_another_normalization_would_change(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run)
-    what_if(run, ["normalize.baseline=none"], Format.jsonl)
+    whatif(run, ["normalize.baseline=none"], Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     # without baseline the right answer keeps its 1 and the wrong one its 0, so that one advantage changes its sign
     assert [(r["iteration"], r["completions"], r["sign_changes"], r["opposite_signs"]) for r in rows] == [
@@ -198,15 +200,15 @@ def test_what_if_shows_what_another_normalization_would_change(run: Path, capsys
 
 def test_what_if_of_another_table_is_refused(run: Path) -> None:
     with pytest.raises(UsageError, match=r"give settings of \[normalize\]"):
-        what_if(run, ["update.learning_rate=1.0"], Format.table)
+        whatif(run, ["update.learning_rate=1.0"], Format.table)
 
 
 def test_a_reward_can_be_tried_on_stored_completions(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run)
-    try_reward("tests.rewards:misbehave", run, [], 0, 3, None, Format.jsonl)
+    try_("tests.rewards:misbehave", run, [], 0, 3, None, Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["completion"], row["reward"]) for row in rows] == [("2", 1.0), ("3", 1.0), ("3", 1.0)]
-    try_reward("tests.rewards:seven_with_detail", run, ["word='2'"], 0, 8, None, Format.table)
+    try_("tests.rewards:seven_with_detail", run, ["word='2'"], 0, 8, None, Format.table)
     output = capsys.readouterr().out
     assert 'detail     {"completion":"2","task":' in output
     assert "[red]0 + 2 =" in output
@@ -308,7 +310,7 @@ def test_stored_completions_of_another_tokenizer_are_refused(run: Path, tiny_pol
 
 
 def test_looking_commands_follow_references(run: Path, tmp_path: Path) -> None:
-    from flows.look import group_table
+    from flows.commands.groups import group_table
 
     new = rescored(run, REWARDS, tmp_path / "new", [1])
     table = group_table(new, 1)

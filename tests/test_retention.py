@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import verification
+from flows.commands import prune as command
 from flows.printing import Format
 from flows.session import Session
 from pipeline.artifact import PRUNED_NOTE, open_artifact, pruned_files
@@ -118,19 +118,19 @@ def test_policies_of_coming_groups_are_kept_by_the_command(run: RunDir, capsys: 
     ]
     config["generate"]["group_size"] = None
     run.resolved_config.write_text(json.dumps(config))
-    verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
+    command.prune(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
     assert capsys.readouterr().out == ""
 
 
 def test_a_dry_run_drops_nothing(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(run)
-    verification.prune_run(run.root, 1, initial=False, dry_run=True, format_=Format.table)
+    command.prune(run.root, 1, initial=False, dry_run=True, format_=Format.table)
     assert "bytes of 2 checkpoints would be dropped" in capsys.readouterr().out
     assert files(run) - {".lock"} == before - {".lock"}
 
 
 def test_the_command_prints_what_went(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
+    command.prune(run.root, 1, initial=False, dry_run=False, format_=Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["checkpoint"] for row in rows] == ["iterations/000000/optimizer", "iterations/000000/policy"]
     assert [(row["updates"], row["files"]) for row in rows] == [(1, 1), (1, 1)]
@@ -139,7 +139,7 @@ def test_the_command_prints_what_went(run: RunDir, capsys: pytest.CaptureFixture
 
 def test_a_run_that_is_being_written_is_not_pruned(run: RunDir) -> None:
     with lock(run), pytest.raises(UsageError, match="another process is writing"):
-        verification.prune_run(run.root, 1, initial=False, dry_run=False, format_=Format.table)
+        command.prune(run.root, 1, initial=False, dry_run=False, format_=Format.table)
 
 
 def test_a_pruned_run_goes_on(tmp_path: Path, tiny_policy: Path) -> None:

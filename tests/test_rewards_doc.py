@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 import typer
 
-from flows.cli import app
+from flows.cli import COMMANDS, build_app
 from pipeline.config import validate
 from pipeline.errors import RewardError
 from stages.normalize import NormalizeConfig
@@ -150,7 +150,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_the_commands_of_the_page_can_be_called_like_that(line: str) -> None:
     words = shlex.split(line)
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(build_app(COMMANDS))
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
     command.make_context(line, words)

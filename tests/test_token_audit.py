@@ -11,8 +11,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from flows.commands.tokens import COLUMNS, tell, token_rows, tokens
 from flows.printing import Format
-from flows.tokens import COLUMNS, print_tokens, tell, token_rows
 from grpo.optimizer import make_optimizer
 from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TOKEN_RECORD_SCHEMA
 from grpo.settings import UpdateConfig
@@ -200,7 +200,7 @@ def test_a_run_with_tokens_passes_the_audit_and_has_the_weights_of_one_without(r
 
 def test_each_token_of_a_completion_is_a_line(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     completion = trained_id(run)
-    print_tokens(run.root, 0, completion, Format.jsonl)
+    tokens(run.root, completion, 0, Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [tuple(row) for row in rows] == [COLUMNS] * 2
     assert {row["completion_id"] for row in rows} == {completion}
@@ -215,7 +215,7 @@ def test_each_token_of_a_completion_is_a_line(run: RunDir, capsys: pytest.Captur
 
 
 def test_the_table_tells_reasons_and_numbers(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    print_tokens(run.root, None, trained_id(run, 1), Format.table)
+    tokens(run.root, trained_id(run, 1), None, Format.table)
     output = capsys.readouterr().out
     assert output.startswith("iteration 1, completion ")
     assert '"<eos>"' in output
@@ -227,7 +227,7 @@ def test_without_recorded_tokens_the_stored_numbers_are_shown_with_a_note(
     bare: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     completion = trained_id(bare)
-    print_tokens(bare.root, 0, completion, Format.table)
+    tokens(bare.root, completion, 0, Format.table)
     assert "the update recorded no tokens: set update.record_tokens = true" in capsys.readouterr().out
     rows = list(token_rows(bare, tell(bare, 0, completion)))
     assert [(row["sampling_logprob"], row["trainer_logprob"]) for row in rows] == [(-1.0, None)] * 2
@@ -240,11 +240,11 @@ def test_a_dropped_row_is_shown_with_its_reason(
 ) -> None:
     small = RunDir(make_small_run(tmp_path, tiny_policy))
     dropped = small.open(0, "batches").read().filter(pl.col("drop_reason").is_not_null())["completion_id"][0]
-    print_tokens(small.root, None, dropped, Format.table)
+    tokens(small.root, dropped, None, Format.table)
     assert "the row did not train: zero_variance" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prefix", ["nothing", ""])
 def test_an_id_that_names_none_or_several_is_refused(run: RunDir, prefix: str) -> None:
     with pytest.raises(UsageError, match=r"completions whose id begins with .*expected one: see `grpo rows"):
-        print_tokens(run.root, 0, prefix, Format.table)
+        tokens(run.root, prefix, 0, Format.table)

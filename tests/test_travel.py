@@ -210,9 +210,9 @@ def test_the_five_rewards_together_put_the_kinds_of_answers_in_their_order() -> 
 
 
 def test_the_imported_example_can_be_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.commands.verify import print_verification
     from flows.printing import Format
     from flows.session import Session
-    from flows.verification import print_verification
     from pipeline.run_dir import RunDir
     from stages.config import load_config
     from stages.importing import import_completions

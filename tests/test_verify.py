@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from flows import verification
+from flows.commands.verify import print_verification
 from flows.printing import Format
 from pipeline.conformance import conform
 from pipeline.manifest import MANIFEST
@@ -344,20 +344,20 @@ def test_rows_of_a_newer_stage_are_not_passed_over(run: RunDir) -> None:
 
 
 def test_the_table_has_every_check_and_the_verdict(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verification.print_verification(run.root, 20, Format.table)
+    assert print_verification(run.root, 20, Format.table)
     output = capsys.readouterr().out
     assert [name for name in CHECKS if name not in output] == []
     assert "nothing is wrong" in output
     forge(run, run.place(1, "rewards"), lambda f: f[1:])
-    assert not verification.print_verification(run.root, 20, Format.table)
+    assert not print_verification(run.root, 20, Format.table)
     assert "rewards: iterations/000001/rewards" in capsys.readouterr().out
 
 
 def test_jsonl_has_a_line_for_each_wrong_row(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verification.print_verification(run.root, 20, Format.jsonl)
+    assert print_verification(run.root, 20, Format.jsonl)
     assert capsys.readouterr().out == ""
     (run.place(0, "rewards") / "part-00000.parquet").unlink()
-    assert not verification.print_verification(run.root, 20, Format.jsonl)
+    assert not print_verification(run.root, 20, Format.jsonl)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["check"], r["iteration"], r["part"]) for r in rows] == [("files", 0, "part-00000.parquet")]
 
@@ -395,8 +395,7 @@ def test_a_ledger_of_nothing_is_fine() -> None:
 
 def test_the_audit_imports_nothing_heavy() -> None:
     heavy = "('torch', 'vllm', 'prefect')"
-    code = (
-        f"import sys, flows.verification, stages.inspect.verify.verify; print([m for m in {heavy} if m in sys.modules])"
-    )
+    code = "import sys, flows.commands.verify, stages.inspect.verify.verify; "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

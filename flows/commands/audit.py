@@ -1,15 +1,32 @@
-"""`grpo audit`: print what a run's rows say about reward hacking. It never writes, and answers without torch."""
+"""`grpo audit`: what a run's rows say about reward hacking. It never writes, and answers without torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from flows.commands.options import Output, Run
 from flows.printing import Format, console, print_rows
 from pipeline.runs import open_run
-from stages.inspect.audit.audit import audit, load_audit_config
-from stages.inspect.audit.findings import AuditReport, Finding, RowRef
 
+if TYPE_CHECKING:
+    from stages.inspect.audit.findings import AuditReport, Finding, RowRef
+
+WRITES = False
 COLUMNS = ("check", "severity", "message", "value", "threshold", "rows")
 ROWS_SHOWN = 3
+
+
+def audit(
+    run: Run,
+    config: Annotated[Path | None, typer.Option("--config", help="Thresholds; default: configs/audit.toml's.")] = None,
+    format_: Output = Format.table,
+) -> None:
+    """Look for reward hacking, leaks and broken training; exit code 1 when there is a warning. Read-only.
+
+    Example: grpo audit runs/demo
+    """
+    raise typer.Exit(audit_run(run, config, format_))
 
 
 def audit_run(path: str | Path, config_path: Path | None, format_: Format) -> int:
@@ -17,7 +34,9 @@ def audit_run(path: str | Path, config_path: Path | None, format_: Format) -> in
 
     A table also tells which checks found nothing and which lack their data; jsonl and csv give findings only.
     """
-    report = audit(open_run(path), load_audit_config(config_path))
+    from stages.inspect.audit import audit as checks
+
+    report = checks.audit(open_run(path), checks.load_audit_config(config_path))
     if format_ is Format.table:
         _print_report(report, path)
     else:
@@ -26,7 +45,7 @@ def audit_run(path: str | Path, config_path: Path | None, format_: Format) -> in
     return 1 if report.has_warnings else 0
 
 
-def _print_report(report: AuditReport, path: str | Path) -> None:
+def _print_report(report: "AuditReport", path: str | Path) -> None:
     screen = console()
     warnings = sum(finding.severity == "warning" for finding in report.findings)
     screen.print(
@@ -55,15 +74,15 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _style(finding: Finding) -> str:
+def _style(finding: "Finding") -> str:
     return "bold yellow" if finding.severity == "warning" else "bold"
 
 
-def _see(row: RowRef, path: str | Path) -> str:
+def _see(row: "RowRef", path: str | Path) -> str:
     if row.group_id is None:
         return f"iteration {row.iteration}: grpo groups {path} -i {row.iteration}"
     return f"{_name(row)}: grpo show {path} -i {row.iteration} -g {row.group_id}"
 
 
-def _name(row: RowRef) -> str:
+def _name(row: "RowRef") -> str:
     return f"iteration {row.iteration}" + ("" if row.group_id is None else f" {row.completion_id or row.group_id}")

@@ -1,4 +1,4 @@
-"""What the commands share: the application, the types of their arguments, signals."""
+"""What the commands share: the types of their arguments, what these stand for, signals, the exit code of no."""
 
 import signal
 from pathlib import Path
@@ -7,14 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from flows.printing import Format
-
-app = typer.Typer(
-    help="Train language models with GRPO, with every step of it a dataset.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+from pipeline.errors import ArtifactMissing
+from pipeline.run_dir import RunDir
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, for example configs/demo.toml.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory or URL: runs/demo, s3://bucket/runs/demo.")]
@@ -27,6 +21,20 @@ Overrides = Annotated[
 Iteration = Annotated[int | None, typer.Option("--iteration", "-i", help="Which iteration; default: the last one.")]
 Output = Annotated[Format, typer.Option("--format", "-f", help="How to print.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="Rows at most; 0 = all.")]
+
+
+def last_iteration(run: RunDir, dataset: str) -> int:
+    """Return the last iteration that has this dataset. Read-only.
+
+    Raises:
+        ArtifactMissing: when none has.
+    """
+    for iteration in reversed(run.iterations()):
+        if run.has(iteration, dataset):
+            return iteration
+    raise ArtifactMissing(
+        f"{run.name} has no finished {dataset} yet: run it, or look at another dataset with `grpo ls`"
+    )
 
 
 def start_working() -> None:

@@ -1,44 +1,54 @@
-"""`grpo reward try`: the loop in which a reward function is written. Writes nothing."""
+"""`grpo reward try`: the loop in which a reward function is written."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import polars as pl
+import typer
 
-from flows.look import last_iteration
+from flows.commands.options import Iteration, Output, Run, last_iteration
 from flows.printing import Format, console, print_rows
-from pipeline.config import apply_overrides
 from pipeline.errors import UsageError
 from pipeline.runs import open_run
-from stages.rewards.functions import RewardConfig, check_parameters, find_reward
-from stages.rewards.scorer import completion_columns, needs_prompts, open_scorer, prompt_facts
+
+if TYPE_CHECKING:
+    import polars as pl
+
+WRITES = False
+
+reward = typer.Typer(help="Write and try reward functions.", no_args_is_help=True, rich_markup_mode=None)
 
 
-def try_reward(
-    function: str,
-    path: str | Path,
-    arguments: list[str],
-    iteration: int | None,
-    limit: int,
-    group: str | None,
-    format_: Format,
+@reward.command("try")
+def try_(
+    function: Annotated[str, typer.Argument(metavar="FUNCTION", help="module:function.")],
+    run: Run,
+    arguments: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="Argument of the function, as TOML.")
+    ] = None,
+    iteration: Iteration = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Completions to score.")] = 8,
+    group: Annotated[str | None, typer.Option("--group", "-g", help="Only this group: its id or beginning.")] = None,
+    format_: Output = Format.table,
 ) -> None:
-    """Print the rewards, errors and details that a function gives a handful of stored completions. Read-only.
+    """Score a handful of stored completions with a function and print what it says. Writes nothing.
 
-    They are spread over the iteration, unless a group is named: first of one group, then of the next.
+    Example: grpo reward try my_rewards:is_short runs/demo --arg most=4
     """
     import json
 
-    run = open_run(path)
-    index = last_iteration(run, "completions") if iteration is None else iteration
-    tables = apply_overrides({}, arguments)
-    reward = find_reward(RewardConfig(name="tried", function=function, arguments=tables))
-    prompts = run.open(index, "prompts").read()
-    check_parameters(reward, json.loads(prompts["metadata"][0]) if len(prompts) else {})
-    completions = _choose(run.open(index, "completions").scan(), limit, group)
-    shown = completions.select(completion_columns([reward]))
+    from pipeline.config import apply_overrides
+    from stages.rewards.functions import RewardConfig, check_parameters, find_reward
+    from stages.rewards.scorer import completion_columns, needs_prompts, open_scorer, prompt_facts
+
+    run_dir = open_run(run)
+    index = last_iteration(run_dir, "completions") if iteration is None else iteration
+    tables = apply_overrides({}, arguments or [])
+    tried = find_reward(RewardConfig(name="tried", function=function, arguments=tables))
+    prompts = run_dir.open(index, "prompts").read()
+    check_parameters(tried, json.loads(prompts["metadata"][0]) if len(prompts) else {})
+    completions = _choose(run_dir.open(index, "completions").scan(), limit, group)
+    shown = completions.select(completion_columns([tried]))
     with open_scorer(num_workers=1) as scorer:
-        rewards = scorer.score(shown, prompts if needs_prompts([reward]) else None, [reward])
+        rewards = scorer.score(shown, prompts if needs_prompts([tried]) else None, [tried])
     rows = (
         completions.select("completion_id", "prompt_id", "completion")
         .hstack(rewards.select("reward", "error", "detail"))
@@ -51,7 +61,10 @@ def try_reward(
     _print(rows.to_dicts())
 
 
-def _choose(completions: pl.LazyFrame, limit: int, group: str | None) -> pl.DataFrame:
+def _choose(completions: "pl.LazyFrame", limit: int, group: str | None) -> "pl.DataFrame":
+    """Return a handful spread over the iteration; of a group its first. First of one group, then of the next."""
+    import polars as pl
+
     if group is not None:
         found = completions.filter(pl.col("group_id").str.starts_with(group)).head(limit).collect()
         if not len(found):

@@ -1,4 +1,4 @@
-"""replay: compute stored artifacts again from their stored inputs, into a scratch folder, and compare them.
+"""Computing stored artifacts again from their stored inputs, into a scratch folder, and comparing them.
 
 On the same kind of machine they are equal to the bit. On another one sums are taken in another order: then every tensor
 and column of floats must lie within a tolerance, and all else must be equal.
@@ -7,21 +7,17 @@ What `grpo verify` must take on trust is what only a model or a reward function 
 and log probabilities from the engine, scores from the functions, weights from the update. The run is only read.
 """
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flows.printing import Format, console, print_rows
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, When
-from pipeline.errors import GrpoError, UsageError
+from pipeline.errors import UsageError
 from pipeline.manifest import canonical_json, is_finished, recipe_differences
 from pipeline.run_dir import RunDir
-from pipeline.runs import open_run
 from pipeline.stage import run_stage
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
@@ -188,7 +184,8 @@ def _relative(odd: Deviation) -> str:
     return "what no tolerance covers" if odd.relative is None else f"{odd.relative:.2g}"
 
 
-def _not_computed(iteration: int, stage: str, error: str) -> Replayed:
+def not_computed(iteration: int, stage: str, error: str) -> Replayed:
+    """Return what stands for an artifact that could not be computed."""
     return Replayed(iteration, stage, DATASET_OF[stage], "not computed", "", None, error, 0.0)
 
 
@@ -204,115 +201,3 @@ def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:
         return ["evaluate"] if stage in (None, "evaluate") and is_finished(run.place(INITIAL, "evaluations")) else []
     stored = [name for name, dataset in DATASET_OF.items() if is_finished(run.place(iteration, dataset))]
     return [name for name in stored if stage in (None, name)]
-
-
-def print_replay(
-    path: str | Path,
-    iterations: Sequence[int] | None,
-    stage: str | None,
-    format_: Format,
-    *,
-    scratch: Path | None = None,
-    engine: Engine | None = None,
-    tolerance: float = TOLERANCE,
-) -> bool:
-    """Compute stages again, print a row for each artifact, and return whether all are equal or close. The run is only
-    read.
-
-    Args:
-        path: the run.
-        iterations: which ones; None = all.
-        stage: one stage; None = all whose results are stored.
-        format_: how to print.
-        scratch: folder that keeps what is computed; None = a temporary one.
-        engine: a running engine; None = one of the run's settings is started when it is needed.
-        tolerance: largest difference of floats, of the largest magnitude in their tensor or column.
-    """
-    run = open_run(path)
-    folder = Path(tempfile.mkdtemp(prefix="grpo-replay-")) if scratch is None else scratch
-    replayer = Replayer(run, folder, engine, tolerance)
-    rows: list[Replayed] = []
-    try:
-        for iteration in [INITIAL, *run.iterations()] if iterations is None else iterations:
-            for name in wanted_stages(run, iteration, stage):
-                try:
-                    rows += replayer.replay(name, iteration)
-                except GrpoError as error:  # what was computed so far shall not be lost
-                    rows.append(_not_computed(iteration, name, str(error)))
-            if scratch is None:
-                shutil.rmtree(folder / f"{iteration:06d}", ignore_errors=True)
-    finally:
-        replayer.close()
-        if scratch is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    if not rows:
-        raise UsageError(
-            f"{run.name} has no stored results of {stage or 'any stage'} in the iterations asked for: see `grpo ls`"
-        )
-    _print(rows, format_, tolerance)
-    return all(row.is_fine for row in rows)
-
-
-COLUMNS = ("iteration", "stage", "dataset", "result", "stored", "computed", "seconds", "found")
-MOST_DEVIATIONS = 20
-"""Columns and tensors that the table shows, the largest differences first; jsonl and csv have all."""
-
-
-def _print(rows: Sequence[Replayed], format_: Format, tolerance: float) -> None:
-    is_table = format_ is Format.table
-    listed = [
-        {
-            **{name: getattr(row, name) for name in COLUMNS},
-            "stored": row.stored[:16] if is_table else row.stored,
-            "computed": row.computed and (row.computed[:16] if is_table else row.computed),
-            "tolerance": tolerance,
-            "deviations": [_plain(odd) for odd in row.deviations],
-            "machine": list(row.machine),
-        }
-        for row in rows
-    ]
-    if not is_table:
-        print_rows(listed, format_, columns=(*COLUMNS, "tolerance", "deviations", "machine"))
-        return
-    print_rows(listed, format_, columns=[name for name in COLUMNS if name != "found"])
-    screen = console()
-    for row in rows:
-        if row.found:
-            text = f"iteration {row.iteration} {row.dataset} ({row.result}): {row.found}"
-            screen.print(text, markup=False, soft_wrap=True)
-    odd = [{"iteration": r.iteration, "dataset": r.dataset, **_plain(d)} for r in rows for d in r.deviations]
-    odd.sort(key=lambda d: (d["is_close"], -(float("inf") if d["relative"] is None else d["relative"])))
-    if odd:
-        columns = ("iteration", "dataset", "part", "name", "relative", "is_close", "where")
-        print_rows(odd[:MOST_DEVIATIONS], format_, columns=columns)
-    if len(odd) > MOST_DEVIATIONS:
-        screen.print(f"and {len(odd) - MOST_DEVIATIONS} more: see --format jsonl", markup=False)
-    for line in _verdict(rows, tolerance):
-        screen.print(line, markup=False, soft_wrap=True)
-
-
-def _plain(odd: Deviation) -> dict[str, Any]:
-    return {name: getattr(odd, name) for name in ("part", "name", "relative", "is_close", "where")}
-
-
-def _verdict(rows: Sequence[Replayed], tolerance: float) -> Iterator[str]:
-    """Yield what the results mean, for a person."""
-    words = {
-        "equal": "equal to the bit",
-        "close": "close",
-        "differs": "different",
-        "other recipe": "of another recipe",
-        "not computed": "not computed",
-    }
-    counts = {word: sum(row.result == word for row in rows) for word in words}
-    told = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
-    yield f"{len(rows)} artifacts: {told or 'nothing to compute'}"
-    if counts["close"] or counts["differs"]:
-        yield (
-            f"close = every float within {tolerance:g} of the largest magnitude in its tensor or column, all else equal"
-        )
-        changes = dict.fromkeys(text for row in rows for text in row.machine)
-        if changes:
-            yield f"the machine is of another kind, so bits may differ: {'; '.join(changes)}"
-        else:
-            yield "the machine is of the same kind: equal bits were to be expected"

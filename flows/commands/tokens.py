@@ -1,4 +1,4 @@
-"""tokens: what an update made of one completion, a line per token. Read-only; imports neither torch, vllm nor prefect.
+"""`grpo tokens`: what an update made of one completion, a line per token. Imports neither torch, vllm nor prefect.
 
 Texts, token ids and the sampler's log probabilities are stored for every completion. What the trainer said of a token
 is there where the run has ``update.record_tokens``.
@@ -7,14 +7,17 @@ is there where the run has ``update.record_tokens``.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from flows.printing import Format, console, print_rows
+import typer
+
+from flows.commands.options import Output, Run
+from flows.printing import Format, console, number, print_rows
 from pipeline.errors import ArtifactDamaged
-from pipeline.lineage import find_completion
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
+
+WRITES = False
 
 COLUMNS = (
     "completion_id",
@@ -59,18 +62,19 @@ class Told:
     """One for each optimizer step that trained on it."""
 
 
-def print_tokens(path: str | Path, iteration: int | None, completion_id: str, format_: Format) -> None:
-    """Print one line per token of a completion, for each optimizer step that trained on it. Read-only.
+def tokens(
+    run: Run,
+    completion: Annotated[str, typer.Option("--completion", "-c", help="completion_id or its beginning.")],
+    iteration: Annotated[int | None, typer.Option("--iteration", "-i", help="The completion's; default: all.")] = None,
+    format_: Output = Format.table,
+) -> None:
+    """Print what the update made of each token of a completion (update.record_tokens). Read-only.
 
-    Args:
-        path: the run.
-        iteration: the completion's; None = it is looked for in all.
-        completion_id: or its beginning.
-        format_: how to print.
+    Example: grpo tokens runs/demo -i 3 -c 71a6b5940d428f02-000
     """
-    run = open_run(path)
-    told = tell(run, iteration, completion_id)
-    rows = list(token_rows(run, told))
+    run_dir = open_run(run)
+    told = tell(run_dir, iteration, completion)
+    rows = list(token_rows(run_dir, told))
     if format_ is not Format.table:
         print_rows(rows, format_, columns=COLUMNS)
         return
@@ -93,6 +97,8 @@ def tell(run: RunDir, iteration: int | None, completion_id: str) -> Told:
         UsageError: when no completion has an id that begins so, or several have.
     """
     import polars as pl
+
+    from pipeline.lineage import find_completion
 
     index, full_id = find_completion(run, completion_id, iteration)
     is_it = pl.col("completion_id") == full_id
@@ -172,7 +178,7 @@ def _headline(told: Told) -> str:
     return (
         f"iteration {told.iteration}, completion {row['completion_id']}, written by {row['policy_name']} "
         f"{row['policy_digest'][:8]}, {len(row['completion_token_ids'])} tokens, finish {row['finish_reason']}, "
-        f"advantage {_number(advantage)}"
+        f"advantage {number(advantage)}"
     )
 
 
@@ -180,7 +186,7 @@ def _summary(record: dict[str, Any]) -> str:
     return (
         f"{record['num_tokens']} tokens trained, {record['masked_tokens']} masked, "
         f"{record['clipped_low_tokens'] + record['clipped_high_tokens']} clipped, "
-        f"mean ratio {_number(record['importance_ratio_mean'])}, share of the loss {_number(record['loss'])}"
+        f"mean ratio {number(record['importance_ratio_mean'])}, share of the loss {number(record['loss'])}"
     )
 
 
@@ -192,7 +198,3 @@ def _notes(told: Told) -> Iterator[str]:
         yield "no update has trained on the row yet"
     elif told.records[0]["trainer_logprobs"] is None:
         yield "the update recorded no tokens: set update.record_tokens = true in a new run, or in a fork of this one"
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"

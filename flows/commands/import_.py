@@ -1,0 +1,52 @@
+"""`grpo import`: completions written elsewhere become a run, and are scored."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.options import Config, Overrides, start_working
+
+WRITES = True
+
+
+def import_(
+    config: Config,
+    completions: Annotated[
+        Path, typer.Argument(metavar="COMPLETIONS", help=".jsonl, .csv or .parquet: question or prompt_id, completion.")
+    ],
+    new: Annotated[
+        str | None, typer.Option("--run", help="New run directory or URL; default: runs/<name of the config>.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Directory of a tokenizer, for token ids and lengths.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Take completions that were written elsewhere into a new run, and score them. They cannot train.
+
+    Their questions are those of the config's [prompts]. Other rewards afterwards: grpo rescore.
+
+    Example: grpo import configs/travel.toml configs/travel/completions.jsonl
+    """
+    from flows.progress import TerminalReporter
+    from flows.session import open_session
+    from pipeline.runs import run_at
+    from stages.config import check_unchanged, load_config
+    from stages.importing import import_completions
+    from stages.score import check_rewards
+    from stages.sources import first_row
+
+    settings = load_config(config, overrides)
+    check_rewards(settings.score, first_row(settings.prompts).metadata)
+    run = run_at(new or f"runs/{config.stem}")
+    check_unchanged(run, settings)
+    start_working()
+    reporter = TerminalReporter()
+    with reporter.shown(), open_session(settings, run, reporter) as session:
+        progress = reporter.stage("import")
+        import_completions(settings.prompts, completions, run, tokenizer=tokenizer, progress=progress)
+        run.record_config(config.read_text(encoding="utf-8"), settings.model_dump(mode="json"))
+        session.perform("score", 0)
+        session.perform("normalize", 0)
+    print(f"{run.name}\nlook at it: grpo groups {run.name}; grpo show {run.name}")

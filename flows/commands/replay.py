@@ -1,0 +1,160 @@
+"""`grpo replay`: compute stored artifacts again, and print how they compare. The run is only read."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.options import Iteration, Output, Run, answer, last_iteration, start_working
+from flows.printing import Format, console, print_rows
+from pipeline.chain import INITIAL
+from pipeline.errors import GrpoError, UsageError
+from pipeline.runs import open_run
+
+if TYPE_CHECKING:
+    from flows.replayer import Replayed
+    from stages.engines.base import Engine
+    from stages.inspect.artifact_diff import Deviation
+
+WRITES = True  # into a scratch folder
+COLUMNS = ("iteration", "stage", "dataset", "result", "stored", "computed", "seconds", "found")
+MOST_DEVIATIONS = 20
+"""Columns and tensors that the table shows, the largest differences first; jsonl and csv have all."""
+
+
+def replay(
+    run: Run,
+    iteration: Iteration = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="One stage; default: all that are stored.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every iteration.")] = False,
+    scratch: Annotated[Path | None, typer.Option("--scratch", help="Keep what is computed in this folder.")] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="Of floats, relative to the largest in their tensor or column.")
+    ] = 1e-5,
+    format_: Output = Format.table,
+) -> None:
+    """Compute stored artifacts again: equal to the bit, close, or different (exit code 1)? The run is only read.
+
+    Example: grpo replay runs/demo --iteration 3
+    """
+    from flows.replayer import DATASET_OF
+
+    if all_ and iteration is not None:
+        raise UsageError("--all and --iteration exclude each other: give one")
+    last = last_iteration(open_run(run), DATASET_OF.get(stage or "", "completions")) if iteration is None else iteration
+    start_working()
+    answer(print_replay(run, None if all_ else [last], stage, format_, scratch=scratch, tolerance=tolerance))
+
+
+def print_replay(
+    path: str | Path,
+    iterations: Sequence[int] | None,
+    stage: str | None,
+    format_: Format,
+    *,
+    scratch: Path | None = None,
+    engine: "Engine | None" = None,
+    tolerance: float | None = None,
+) -> bool:
+    """Compute stages again, print a row for each artifact, and return whether all are equal or close. The run is only
+    read.
+
+    Args:
+        path: the run.
+        iterations: which ones; None = all.
+        stage: one stage; None = all whose results are stored.
+        format_: how to print.
+        scratch: folder that keeps what is computed; None = a temporary one.
+        engine: a running engine; None = one of the run's settings is started when it is needed.
+        tolerance: largest difference of floats, of the largest magnitude in their tensor or column; None = TOLERANCE.
+    """
+    from flows.replayer import Replayer, not_computed, wanted_stages
+    from stages.inspect.artifact_diff import TOLERANCE
+
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    run = open_run(path)
+    folder = Path(tempfile.mkdtemp(prefix="grpo-replay-")) if scratch is None else scratch
+    replayer = Replayer(run, folder, engine, tolerance)
+    rows: list[Replayed] = []
+    try:
+        for iteration in [INITIAL, *run.iterations()] if iterations is None else iterations:
+            for name in wanted_stages(run, iteration, stage):
+                try:
+                    rows += replayer.replay(name, iteration)
+                except GrpoError as error:  # what was computed so far shall not be lost
+                    rows.append(not_computed(iteration, name, str(error)))
+            if scratch is None:
+                shutil.rmtree(folder / f"{iteration:06d}", ignore_errors=True)
+    finally:
+        replayer.close()
+        if scratch is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if not rows:
+        raise UsageError(
+            f"{run.name} has no stored results of {stage or 'any stage'} in the iterations asked for: see `grpo ls`"
+        )
+    _print(rows, format_, tolerance)
+    return all(row.is_fine for row in rows)
+
+
+def _print(rows: "Sequence[Replayed]", format_: Format, tolerance: float) -> None:
+    is_table = format_ is Format.table
+    listed = [
+        {
+            **{name: getattr(row, name) for name in COLUMNS},
+            "stored": row.stored[:16] if is_table else row.stored,
+            "computed": row.computed and (row.computed[:16] if is_table else row.computed),
+            "tolerance": tolerance,
+            "deviations": [_plain(odd) for odd in row.deviations],
+            "machine": list(row.machine),
+        }
+        for row in rows
+    ]
+    if not is_table:
+        print_rows(listed, format_, columns=(*COLUMNS, "tolerance", "deviations", "machine"))
+        return
+    print_rows(listed, format_, columns=[name for name in COLUMNS if name != "found"])
+    screen = console()
+    for row in rows:
+        if row.found:
+            text = f"iteration {row.iteration} {row.dataset} ({row.result}): {row.found}"
+            screen.print(text, markup=False, soft_wrap=True)
+    odd = [{"iteration": r.iteration, "dataset": r.dataset, **_plain(d)} for r in rows for d in r.deviations]
+    odd.sort(key=lambda d: (d["is_close"], -(float("inf") if d["relative"] is None else d["relative"])))
+    if odd:
+        columns = ("iteration", "dataset", "part", "name", "relative", "is_close", "where")
+        print_rows(odd[:MOST_DEVIATIONS], format_, columns=columns)
+    if len(odd) > MOST_DEVIATIONS:
+        screen.print(f"and {len(odd) - MOST_DEVIATIONS} more: see --format jsonl", markup=False)
+    for line in _verdict(rows, tolerance):
+        screen.print(line, markup=False, soft_wrap=True)
+
+
+def _plain(odd: "Deviation") -> dict[str, Any]:
+    return {name: getattr(odd, name) for name in ("part", "name", "relative", "is_close", "where")}
+
+
+def _verdict(rows: "Sequence[Replayed]", tolerance: float) -> Iterator[str]:
+    """Yield what the results mean, for a person."""
+    words = {
+        "equal": "equal to the bit",
+        "close": "close",
+        "differs": "different",
+        "other recipe": "of another recipe",
+        "not computed": "not computed",
+    }
+    counts = {word: sum(row.result == word for row in rows) for word in words}
+    told = ", ".join(f"{counts[word]} {text}" for word, text in words.items() if counts[word])
+    yield f"{len(rows)} artifacts: {told or 'nothing to compute'}"
+    if counts["close"] or counts["differs"]:
+        yield (
+            f"close = every float within {tolerance:g} of the largest magnitude in its tensor or column, all else equal"
+        )
+        changes = dict.fromkeys(text for row in rows for text in row.machine)
+        if changes:
+            yield f"the machine is of another kind, so bits may differ: {'; '.join(changes)}"
+        else:
+            yield "the machine is of the same kind: equal bits were to be expected"

@@ -1,0 +1,46 @@
+"""`grpo run`: train."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.options import Config, Overrides, start_working
+
+if TYPE_CHECKING:
+    from flows.prepare import Prepared
+
+WRITES = True
+
+
+def run(
+    config: Config,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Run directory or URL; default: runs/<name of the config>.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train. The same command again continues where the last one stopped.
+
+    Example: grpo run configs/demo.toml --run runs/demo --set seed=1
+    """
+    from flows.environment import prepare_environment
+
+    prepare_environment()
+    from flows.prepare import prepare
+
+    train_run(prepare(config, run or f"runs/{config.stem}", overrides), config, overrides)
+
+
+def train_run(prepared: "Prepared", config: Path, overrides: list[str] | None) -> None:
+    """Train, shown on the terminal."""
+    start_working()
+    from flows.progress import TerminalReporter
+    from flows.train import train_prepared
+
+    run, reporter = prepared.run, TerminalReporter()
+    reporter.note(f"{config} -> {run.name}")
+    with reporter.shown():
+        policy = train_prepared(replace(prepared, reporter=reporter), config, overrides)
+    print(f"last policy: {run.shown(Path(policy))}\nlook at it: grpo metrics {run.name}; grpo show {run.name}")

@@ -1,0 +1,42 @@
+"""`grpo stage`: one stage of one iteration."""
+
+from typing import Annotated
+
+import typer
+
+from flows.commands.options import Run, start_working
+from pipeline.chain import STEPS
+from pipeline.errors import UsageError
+
+WRITES = True
+
+
+def stage(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help=f"{', '.join(list(STEPS)[:-1])} or {list(STEPS)[-1]}."),
+    ],
+    run: Run,
+    iteration: Annotated[int, typer.Option("--iteration", "-i", min=0, help="Which iteration.")],
+) -> None:
+    """Run one stage of one iteration with the run's own config; a finished one is found, not made again.
+
+    Example: grpo stage score runs/demo --iteration 3
+    """
+    from flows.progress import TerminalReporter
+    from flows.session import open_session
+    from pipeline.manifest import is_finished
+    from pipeline.runs import open_run
+    from stages.config import recorded_config
+
+    if name not in STEPS:
+        raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(STEPS)}")
+    run_dir = open_run(run)
+    start_working()
+    reporter = TerminalReporter()
+    with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
+        is_new = name == "update" and not is_finished(run_dir.place(iteration, "policy"))
+        made = session.perform(name, iteration)
+        if is_new:
+            session.perform("optimizer", iteration)  # else the next update would have to train on these rows once more
+    print(run_dir.shown(made.path))

@@ -1,0 +1,133 @@
+"""`grpo verify`: is a run what it says it is? Only `--deep` imports torch."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.options import Output, Run, answer
+from flows.printing import Format, console, print_rows
+from pipeline.runs import open_run
+
+if TYPE_CHECKING:
+    from stages.inspect.verify.logprobs import DeepSettings
+
+WRITES = False
+PROBLEM_COLUMNS = ("check", "artifact", "dataset", "iteration", "part", "row", "rows", "found")
+FIGURE_COLUMNS = ("of_rows", "tokens", "difference_mean", "difference_max", "kl_to_sampler", "beyond")
+
+
+def verify(
+    run: Run,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="Wrong rows named of each check.")] = 20,
+    deep: Annotated[bool, typer.Option("--deep", help="Compute the sampler's logprobs with the trainer's model.")] = (
+        False
+    ),
+    deep_rows: Annotated[int, typer.Option("--deep-rows", min=0, help="Rows of each iteration; 0 = all.")] = 64,
+    deep_threshold: Annotated[
+        float, typer.Option("--deep-threshold", min=0, help="Largest |trainer - sampler| of a token, nats.")
+    ] = 0.1,
+    deep_seed: Annotated[int, typer.Option("--deep-seed", help="Chooses the rows.")] = 0,
+    format_: Output = Format.table,
+) -> None:
+    """Audit a run: files, chain and meaning; exit code 1 when something is wrong. Read-only.
+
+    Example: grpo verify runs/demo --deep
+    """
+    settings = None
+    if deep:
+        from stages.inspect.verify.logprobs import DeepSettings
+
+        settings = DeepSettings(deep_rows, deep_seed, deep_threshold)
+    answer(print_verification(run, limit, format_, deep=settings))
+
+
+def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "DeepSettings | None" = None) -> bool:
+    """Audit a run; print the table of checks and what is wrong; return whether nothing is. Read-only.
+
+    A table goes on with the wrong rows; jsonl and csv print the wrong rows alone, and nothing when all is fine. With
+    ``deep`` the sampler's log probabilities are computed again, and the mismatch of each iteration is printed too: in
+    jsonl and csv as rows whose ``kind`` is mismatch.
+    """
+    from stages.inspect.verify.ledger import CHECKS
+    from stages.inspect.verify.verify import verify_run
+
+    run = open_run(path)
+    is_shown = sys.stderr.isatty()
+    findings = verify_run(run, limit=limit, progress=_show if is_shown else _ignore)
+    checks = dict(CHECKS)
+    figures: list[dict[str, Any]] = []
+    if deep is not None:
+        from stages.inspect.verify.logprobs import CHECK, PROVES, check_logprobs
+
+        checks[CHECK] = PROVES
+        figures = [asdict(found) for found in check_logprobs(run, findings, deep, _show if is_shown else _ignore)]
+    if is_shown:
+        _show("")
+    problems = [
+        {
+            "check": problem.check,
+            "artifact": problem.where.path,
+            "dataset": problem.where.dataset,
+            "iteration": problem.where.iteration,
+            "part": problem.part,
+            "row": problem.row,
+            "rows": problem.num_rows,
+            "found": problem.found,
+        }
+        for problem in findings.problems
+    ]
+    if format_ is not Format.table:
+        _print_machine_readable(problems, figures, format_, is_deep=deep is not None)
+        return findings.is_fine
+    tallies = [{"check": name, **_tally(findings.tallies[name]), "proves": checks[name]} for name in checks]
+    print_rows(tallies, format_)
+    screen = console()
+    if figures:
+        screen.print("log probabilities, trainer against sampler, in nats per token:", markup=False)
+        print_rows(figures, format_)
+    for (check, reason), count in findings.notes.items():
+        screen.print(f"not checked: {check} of {count} artifacts: {reason}", markup=False)
+    if findings.pruned:
+        places = len({where.path for where, _ in findings.pruned})
+        screen.print(f"pruned: {len(findings.pruned)} files of {places} checkpoints, dropped on purpose", markup=False)
+    for problem in problems:
+        place = " ".join(str(problem[key]) for key in ("artifact", "part", "row") if problem[key] is not None)
+        screen.print(f"{problem['check']}: {place}: {problem['found']}", markup=False, soft_wrap=True)
+    verdict = "nothing is wrong" if findings.is_fine else f"{_count_wrong(findings.tallies)} things are wrong"
+    screen.print(f"{run.root}: {verdict}", markup=False)
+    return findings.is_fine
+
+
+def _print_machine_readable(
+    problems: list[dict[str, Any]], figures: list[dict[str, Any]], format_: Format, *, is_deep: bool
+) -> None:
+    if not is_deep:
+        print_rows(problems, format_, columns=PROBLEM_COLUMNS)
+        return
+    columns = ("kind", *PROBLEM_COLUMNS, *FIGURE_COLUMNS)
+    blank = dict.fromkeys(columns)
+    rows = [{**blank, "kind": "mismatch", **figure} for figure in figures]
+    print_rows([*rows, *({**blank, "kind": "problem", **problem} for problem in problems)], format_, columns=columns)
+
+
+def _tally(tally: Any) -> dict[str, Any]:
+    return {
+        "checked": tally.checked,
+        "wrong": tally.wrong,
+        "pruned": tally.pruned or None,
+        "skipped": tally.skipped or None,
+    }
+
+
+def _count_wrong(tallies: dict[str, Any]) -> int:
+    return sum(tally.wrong for tally in tallies.values())
+
+
+def _show(text: str) -> None:
+    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _ignore(_: str) -> None: ...
