@@ -22,29 +22,29 @@ def schema(
 
     Example: grpo schema completions
     """
-    from pipeline.schema import SCHEMAS
+    from pipeline.chain import known_schemas
 
     if markdown:
         print(schema_markdown(), end="")
         return
     if dataset is None:
-        print_rows([{"dataset": name, "doc": _doc(schema)} for name, schema in SCHEMAS.items()], format_)
+        print_rows([{"dataset": name, "doc": _doc(schema)} for name, schema in known_schemas().items()], format_)
         return
-    if dataset not in SCHEMAS:
-        raise UsageError(f"there is no dataset {dataset!r}: choose one of {', '.join(SCHEMAS)}")
+    if dataset not in known_schemas():
+        raise UsageError(f"there is no dataset {dataset!r}: choose one of {', '.join(known_schemas())}")
     rows = [
         {"column": field.name, "type": _type(field.type), "nullable": field.nullable, "doc": _doc(field)}
-        for field in SCHEMAS[dataset]
+        for field in known_schemas()[dataset]
     ]
     print_rows(rows, format_)
 
 
 def schema_markdown() -> str:
     """Return `docs/datasets.md`'s tables: every dataset and column with its documentation. Read-only."""
-    from pipeline.schema import SCHEMAS
+    from pipeline.chain import known_schemas
 
     lines: list[str] = []
-    for name, schema in SCHEMAS.items():
+    for name, schema in known_schemas().items():
         lines += [f"## {name}", "", _doc(schema), "", "| column | type | null | meaning |", "| --- | --- | --- | --- |"]
         lines += [
             f"| {field.name} | {_type(field.type)} | {'yes' if field.nullable else ''} | {_markdown(_doc(field))} |"
