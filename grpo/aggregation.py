@@ -1,16 +1,65 @@
-"""The denominators: what the summed token losses of a row are divided by. No torch: they are data, long before a loss.
+"""The means over tokens, as denominators: what the summed token losses of each row are divided by. No torch: they are
+data, long before a loss.
 
 The loss of an optimizer step is the sum over its tokens of ``weight * loss / denominator`` (`weigh_tokens`), so a
-denominator belongs to the whole step, not to a microbatch.
+denominator belongs to the whole step, not to a microbatch. Rows without a token that trains are no rows here.
+
+Shapes: `B` rows of an optimizer step.
 """
 
-import polars as pl
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo.groups import Floats, Integers
 
 
-def token_mean(tokens: pl.Series, extra_tokens: float) -> pl.Series:
-    """Return for each row of a step the trainable tokens of the step: every token has the same weight (DAPO).
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of an optimizer step, and what else counts in a mean over them.
 
-    ``tokens`` has each row's trainable tokens; ``extra_tokens`` count too, though they are in no row.
+    That is the step's share of the rows that tell nothing, where they are kept in the denominator: they have no
+    gradient and stand in no step. Fractions, since they are shared evenly among the steps.
     """
-    total = float(tokens.sum()) + extra_tokens
-    return pl.Series("loss_denominator", [total] * len(tokens), dtype=pl.Float64)
+
+    tokens_B: Integers
+    """Tokens that train."""
+    prompt_B: Integers
+    """Number of the row's prompt; members of a group share it."""
+    constant: int | None = None
+    """Tokens by which `constant_length` divides."""
+    extra_tokens: float = 0.0
+    extra_rows: float = 0.0
+    extra_prompts: float = 0.0
+
+
+def token_mean(rows: StepRows) -> Floats:
+    """Return the step's tokens: each token has the same weight (what frameworks call DAPO, arXiv:2503.14476)."""
+    return np.full(len(rows.tokens_B), float(rows.tokens_B.sum()) + rows.extra_tokens)
+
+
+def row_mean(rows: StepRows) -> Floats:
+    """Return rows x tokens of the row: the mean over rows of their token means (GRPO, arXiv:2402.03300)."""
+    return rows.tokens_B.astype(np.float64) * (len(rows.tokens_B) + rows.extra_rows)
+
+
+def constant_length(rows: StepRows) -> Floats:
+    """Return rows x constant: the mean over rows of their token sums by a constant (Dr. GRPO, arXiv:2503.20783)."""
+    if rows.constant is None:
+        raise ValueError("constant_length has no constant: expected the tokens to divide by; set it")
+    return np.full(len(rows.tokens_B), (len(rows.tokens_B) + rows.extra_rows) * rows.constant)
+
+
+def prompt_mean(rows: StepRows) -> Floats:
+    """Return prompts x tokens of the prompt: the mean over prompts of their token means (DAPO as its paper has it)."""
+    tokens_of: Floats = np.bincount(rows.prompt_B, rows.tokens_B).astype(np.float64)
+    return tokens_of[rows.prompt_B] * (len(np.unique(rows.prompt_B)) + rows.extra_prompts)
+
+
+AGGREGATIONS: dict[str, Callable[[StepRows], Floats]] = {
+    "token_mean": token_mean,
+    "row_mean": row_mean,
+    "constant_length": constant_length,
+    "prompt_mean": prompt_mean,
+}

@@ -183,7 +183,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             column(
                 "loss_denominator",
                 pa.float64(),
-                "tokens that the loss of this optimizer step is divided by; null = dropped",
+                "what the summed token losses of the row are divided by; null = dropped",
                 nullable=True,
             ),
             DROP_REASON,

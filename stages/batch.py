@@ -4,13 +4,14 @@ After this stage the trainer has no choice left: every kept row says in which op
 and what its loss is divided by.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import polars as pl
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from grpo.aggregation import token_mean
+from grpo.aggregation import AGGREGATIONS, StepRows
 from grpo.batching import cut_microbatches, full_vocabulary_logprobs, loss_tokens
+from grpo.groups import group_numbers
 from pipeline.config import StrictModel
 from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
@@ -41,11 +42,26 @@ class BatchConfig(StrictModel):
     """Rows of more prompt and answer tokens are dropped as ``too_long``; null = none are."""
     drop_truncated: bool = False
     """Drop answers that were cut at max_tokens (DAPO's overlong filtering); their rewards stay in the group's mean."""
+    aggregation: Literal["token_mean", "row_mean", "constant_length", "prompt_mean"] = "token_mean"
+    """Mean of the token losses of an optimizer step: over tokens; over rows, of their token means; over rows, of their
+    token sums by aggregation_tokens; or over prompts, of their token means. See grpo/aggregation.py."""
+    aggregation_tokens: int | None = Field(None, ge=1)
+    """For constant_length: tokens that every row's sum is divided by."""
     zero_variance: Literal["drop", "keep_in_denominator"] = "drop"
-    """What happens to groups that tell nothing: out of the loss, or their tokens count in its denominator."""
+    """What happens to groups that tell nothing: out of the loss, or they count in its mean as if they were 0."""
     max_policy_age: int | None = Field(None, ge=0)
     """Rows written by a policy more than this many updates old, or from outside the run, are dropped as ``stale``; null
     = none are. Does not apply to offline iterations."""
+
+    @model_validator(mode="after")
+    def _constant_where_it_is_used(self) -> Self:
+        if (self.aggregation == "constant_length") != (self.aggregation_tokens is not None):
+            raise ValueError(
+                f"aggregation is {self.aggregation}, aggregation_tokens {self.aggregation_tokens}: constant_length "
+                "wants a number of tokens, for example generate.max_tokens, and no other mean takes one; set or "
+                "remove aggregation_tokens"
+            )
+        return self
 
 
 NEEDED = (
@@ -96,9 +112,8 @@ def batch_rows(
         for epoch in range(config.epochs)
         for index, part in enumerate(_deal(kept, config.optimizer_steps, seed, iteration, epoch))
     ]
-    uninformative = rows.filter(pl.col("drop_reason") == "zero_variance")["loss_tokens"].sum() * config.epochs
-    extra = float(uninformative / max(len(steps), 1)) if config.zero_variance == "keep_in_denominator" else 0.0
-    ordered = [step.with_columns(loss_denominator=token_mean(step["loss_tokens"], extra)) for step in steps]
+    silent = rows.filter(pl.col("drop_reason") == "zero_variance") if config.zero_variance != "drop" else rows.clear()
+    ordered = [step.with_columns(loss_denominator=_denominators(step, silent, len(steps), config)) for step in steps]
     dropped = rows.filter(pl.col("drop_reason").is_not_null()).sort("completion_id").with_columns(**NO_PLACE)
     return pl.concat([*ordered, dropped], how="diagonal").select(
         "optimizer_step",
@@ -116,6 +131,23 @@ def batch_rows(
         "loss_denominator",
         "drop_reason",
     )
+
+
+def _denominators(step: pl.DataFrame, silent: pl.DataFrame, num_steps: int, config: BatchConfig) -> pl.Series:
+    """Return what each row's summed token losses are divided by; each step's mean counts its share of silent rows."""
+
+    def share(count: int) -> float:
+        return count * config.epochs / num_steps
+
+    rows = StepRows(
+        tokens_B=step["loss_tokens"].cast(pl.Int64).to_numpy(),
+        prompt_B=group_numbers(step),
+        constant=config.aggregation_tokens,
+        extra_tokens=share(int(silent["loss_tokens"].sum())),
+        extra_rows=share(silent.height),
+        extra_prompts=share(silent["group_id"].n_unique()),
+    )
+    return pl.Series(AGGREGATIONS[config.aggregation](rows), dtype=pl.Float64)
 
 
 def _drop_reason(config: BatchConfig, iteration: int | None) -> pl.Expr:

@@ -130,3 +130,33 @@ def test_the_denominator_is_shared_by_the_steps_that_exist() -> None:
     flat = {"advantage": 0.0, "drop_reason": "zero_variance"}
     frame = make([{}, {"group_id": "h"}], [{}, flat], zero_variance="keep_in_denominator", optimizer_steps=4)
     assert frame["loss_denominator"].to_list() == [4.0, None]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"aggregation": "token_mean"}, [9.0, 9.0, 9.0]),  # 2 + 4 + 3 tokens
+        ({"aggregation": "row_mean"}, [6.0, 12.0, 9.0]),  # 3 rows
+        ({"aggregation": "constant_length", "aggregation_tokens": 8}, [24.0, 24.0, 24.0]),
+        ({"aggregation": "prompt_mean"}, [12.0, 12.0, 6.0]),  # 2 prompts, of 6 and 3 tokens
+    ],
+)
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_the_mean_that_the_config_names_decides_the_denominators(
+    config: dict[str, Any], expected: list[float], is_kept: bool
+) -> None:
+    lengths, groups = [2, 4, 3, 5, 5, 5], ["g", "g", "h", "flat", "flat", "flat"]
+    rows = [{"completion_token_ids": tokens(n), "group_id": g} for n, g in zip(lengths, groups, strict=True)]
+    flat = {"advantage": 0.0, "drop_reason": "zero_variance"}
+    zero_variance = "keep_in_denominator" if is_kept else "drop"
+    frame = make(rows, [{}, {}, {}, flat, flat, flat], **config, zero_variance=zero_variance)
+    # kept, the flat group adds its 15 tokens, 3 rows or 1 prompt to the 9, 3 or 2
+    factor = {"token_mean": 24 / 9, "prompt_mean": 3 / 2}.get(config["aggregation"], 2.0) if is_kept else 1.0
+    found = frame.filter(pl.col("drop_reason").is_null()).sort("completion_id")["loss_denominator"]
+    assert found.to_list() == pytest.approx([value * factor for value in expected])
+
+
+@pytest.mark.parametrize("config", [{"aggregation": "constant_length"}, {"aggregation_tokens": 8}])
+def test_a_constant_that_is_missing_or_not_used_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="constant_length wants a number of tokens"):
+        BatchConfig(**config)
