@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo.losses.base import LOG_RATIO_LIMIT, LossInputs
-from grpo.settings import CorrectionKind, UpdateConfig
+from grpo.settings import CorrectionConfig, CorrectionKind
 
 
 @dataclass(frozen=True)
@@ -58,51 +58,51 @@ class SamplerRatios:
         return self.row_sum(x_N) / self.row_sum(self.is_known_N.to(x_N.dtype)).clamp(min=1)
 
 
-def none(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def none(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return 1."""
     return torch.ones_like(ratios.w_N)
 
 
-def token_truncate(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def token_truncate(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return ``min(w, high)`` (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL")."""
-    return ratios.w_N.clamp(max=config.correction_high)
+    return ratios.w_N.clamp(max=config.high)
 
 
-def token_clip(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def token_clip(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return w, moved into [low, high]."""
-    return ratios.w_N.clamp(config.correction_low, config.correction_high)
+    return ratios.w_N.clamp(config.low, config.high)
 
 
-def token_mask(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def token_mask(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return w inside [low, high], else 0 (IcePop, arXiv:2510.18855)."""
     return torch.where(_is_inside(ratios.w_N, config), ratios.w_N, 0.0)
 
 
-def sequence_truncate(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def sequence_truncate(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return ``min(W, high)``, with W the product over the row."""
-    return ratios.product_B.clamp(max=config.correction_high)[ratios.row_N]
+    return ratios.product_B.clamp(max=config.high)[ratios.row_N]
 
 
-def sequence_mask(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def sequence_mask(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return W, the product over the row, inside [low, high], else 0."""
     product_B = ratios.product_B
     return torch.where(_is_inside(product_B, config), product_B, 0.0)[ratios.row_N]
 
 
-def geometric_mask(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def geometric_mask(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return ``min(w, token_cap)`` where the geometric mean of w over the row is inside [low, high], else 0."""
     keep_B = _is_inside(_bounded_exp(ratios.row_mean(ratios.log_w_N)), config)
     return _capped_rows(ratios, keep_B, config)
 
 
-def k3_mask(ratios: SamplerRatios, config: UpdateConfig) -> Tensor:
+def k3_mask(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
     """Return ``min(w, token_cap)`` where the mean of w - 1 - log w over the row is at most high, else 0."""
     bounded_N = ratios.log_w_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    keep_B = ratios.row_mean(bounded_N.expm1() - bounded_N) <= config.correction_high
+    keep_B = ratios.row_mean(bounded_N.expm1() - bounded_N) <= config.high
     return _capped_rows(ratios, keep_B, config)
 
 
-KINDS: dict[CorrectionKind, Callable[[SamplerRatios, UpdateConfig], Tensor]] = {
+KINDS: dict[CorrectionKind, Callable[[SamplerRatios, CorrectionConfig], Tensor]] = {
     "none": none,
     "token_truncate": token_truncate,
     "token_clip": token_clip,
@@ -116,7 +116,7 @@ KINDS: dict[CorrectionKind, Callable[[SamplerRatios, UpdateConfig], Tensor]] = {
 
 
 @torch.no_grad()
-def correct(inputs: LossInputs, config: UpdateConfig) -> TokenWeights:
+def correct(inputs: LossInputs, config: CorrectionConfig) -> TokenWeights:
     """Return the weight of each token.
 
     A sampling logprob that is not finite is unknown: such a token takes no part in the products, means and vetoes of
@@ -128,23 +128,23 @@ def correct(inputs: LossInputs, config: UpdateConfig) -> TokenWeights:
     # The difference itself is replaced: arithmetic on an unknown value would spread its NaN over the row's sums.
     log_w_N = torch.where(is_known_N, inputs.proximal_logprobs_N - inputs.sampling_logprobs_N, 0.0)
     ratios = SamplerRatios(log_w_N, is_known_N, inputs.row_N, inputs.num_rows)
-    weight_N = KINDS[config.correction](ratios, config)
+    weight_N = KINDS[config.kind](ratios, config)
     is_vetoed_B = ratios.row_sum(_is_extreme(log_w_N, config).to(log_w_N.dtype)) > 0
     reasons = {"veto": is_vetoed_B[inputs.row_N], "unknown_sampler": ~is_known_N, "correction": weight_N == 0}
     return TokenWeights(torch.where(reasons["veto"] | ~is_known_N, 0.0, weight_N), reasons)
 
 
-def _is_inside(x: Tensor, config: UpdateConfig) -> Tensor:
+def _is_inside(x: Tensor, config: CorrectionConfig) -> Tensor:
     """Return where the value lies inside [low, high]; elementwise."""
-    return (x >= config.correction_low) & (x <= config.correction_high)
+    return (x >= config.low) & (x <= config.high)
 
 
-def _capped_rows(ratios: SamplerRatios, keep_B: Tensor, config: UpdateConfig) -> Tensor:
+def _capped_rows(ratios: SamplerRatios, keep_B: Tensor, config: CorrectionConfig) -> Tensor:
     """Return the capped ratio of each token of the rows that are kept, else 0, shape [N]."""
-    return torch.where(keep_B[ratios.row_N], ratios.w_N.clamp(max=config.correction_token_cap), 0.0)
+    return torch.where(keep_B[ratios.row_N], ratios.w_N.clamp(max=config.token_cap), 0.0)
 
 
-def _is_extreme(log_w_N: Tensor, config: UpdateConfig) -> Tensor:
+def _is_extreme(log_w_N: Tensor, config: CorrectionConfig) -> Tensor:
     """Return which tokens veto their row, shape [N]."""
     lowest = -math.inf if config.veto_low is None else math.log(config.veto_low)
     highest = math.inf if config.veto_high is None else math.log(config.veto_high)

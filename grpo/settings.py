@@ -5,7 +5,10 @@ Imports neither torch nor transformers: a config is read long before there is a 
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from grpo.losses.options import LossConfig, PpoClip
+from grpo.strict import StrictModel
 
 CorrectionKind = Literal[
     "none",
@@ -17,14 +20,6 @@ CorrectionKind = Literal[
     "geometric_mask",
     "k3_mask",
 ]
-
-
-class StrictModel(BaseModel):
-    """Base of every table: as strict as the one of `pipeline.config`, which this package does not import."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class AdamWConfig(StrictModel):
@@ -57,25 +52,37 @@ class AdamWConfig(StrictModel):
         return self
 
 
+class CorrectionConfig(StrictModel):
+    """The table [update.correction]: the weight for what lies between the proximal policy and the sampler.
+
+    ``w`` is the ratio proximal / sampler of a token.
+    """
+
+    kind: CorrectionKind = "token_truncate"
+    """A function of grpo/correction.py; it says what the bounds mean."""
+    low: float = Field(0.0, ge=0)
+    high: float = Field(2.0, gt=0)
+    token_cap: float = Field(2.0, gt=0)
+    """For geometric_mask and k3_mask: bound on the weights of the rows that they keep."""
+    veto_low: float | None = Field(1e-4, gt=0)
+    """A row with a token of a smaller w gets weight 0; null = no such rule."""
+    veto_high: float | None = Field(1e2, gt=0)
+    """A row with a token of a larger w gets weight 0; null = no such rule."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low}, high {self.high}: swap or change them")
+        return self
+
+
 class UpdateConfig(AdamWConfig):
     """Config of the update stage."""
 
-    clip_low: float | None = Field(0.2, gt=0, lt=1)
-    """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low; null = never."""
-    clip_high: float | None = Field(0.28, gt=0)
-    """No gradient for A > 0 once the ratio is over 1 + clip_high; null = never."""
-    dual_clip: float | None = Field(4.0, gt=1)
-    """Bound on the ratio where A < 0, which the clip leaves open; null = unbounded."""
-    correction: CorrectionKind = "token_truncate"
-    """Weight for what lies between the proximal policy and the sampler; see grpo/correction.py."""
-    correction_low: float = Field(0.0, ge=0)
-    correction_high: float = Field(2.0, gt=0)
-    correction_token_cap: float = Field(2.0, gt=0)
-    """For geometric_mask and k3_mask: bound on the weights of the rows that they keep."""
-    veto_low: float | None = Field(1e-4, gt=0)
-    """A row with a token of a smaller proximal / sampler ratio gets weight 0; null = no such rule."""
-    veto_high: float | None = Field(1e2, gt=0)
-    """A row with a token of a larger ratio gets weight 0; null = no such rule."""
+    loss: LossConfig = PpoClip()
+    """What a token's loss is, without the correction's weight."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """What a token's loss is multiplied by."""
     head_chunk_tokens: int = Field(1024, ge=1)
     """Positions whose logits exist at the same time."""
     gradient_checkpointing: bool = False
@@ -86,17 +93,3 @@ class UpdateConfig(AdamWConfig):
     """Keep lists in training_records with what became of each token: `grpo tokens` prints them. Changes no weight."""
     num_threads: int = Field(2, ge=1)
     """CPU threads; they change the bits of the result."""
-
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> Self:
-        if self.correction_low > self.correction_high:
-            raise ValueError(
-                f"correction_low is {self.correction_low}, correction_high {self.correction_high}: swap or change them"
-            )
-        highest = 1 + (self.clip_high or 0)
-        if self.dual_clip is not None and self.dual_clip <= highest:
-            raise ValueError(
-                f"dual_clip is {self.dual_clip}, inside of the clip at 1 + clip_high = {highest}: raise it, "
-                "or leave dual clipping off with null"
-            )
-        return self

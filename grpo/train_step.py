@@ -20,7 +20,7 @@ from grpo.correction import correct
 from grpo.kl import kl_to_sampler
 from grpo.logprobs import token_logprobs
 from grpo.losses.base import LossInputs, weigh_tokens
-from grpo.losses.chosen import LOSSES
+from grpo.losses.chosen import token_losses
 from grpo.optimizer import Optimizer, learning_rate_at
 from grpo.records import RECORD_SCHEMA, TOKEN_RECORD_SCHEMA, TokenFacts, completion_records
 from grpo.settings import UpdateConfig
@@ -100,8 +100,8 @@ def _accumulate_gradient(
     sampling_N = batch.sampling_logprobs_N
     advantage_N = batch.advantage_B[batch.row_N]
     inputs = LossInputs(trainer_N, proximal_N, sampling_N, advantage_N, batch.row_N, len(batch.advantage_B))
-    weights = correct(inputs, config)
-    token = LOSSES["ppo_clip"](inputs, config)
+    weights = correct(inputs, config.correction)
+    token = token_losses(inputs, config.loss)
     loss_N = weigh_tokens(token.loss_N, weights.weight_N, batch.loss_denominator_B, batch.row_N)
     torch.autograd.backward(loss_N.sum())
     return TokenFacts(

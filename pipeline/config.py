@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from pipeline.errors import ConfigError
 
@@ -86,10 +86,10 @@ def validate(model: type[Model], tables: Mapping[str, Any], source: str) -> Mode
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+    location, table = _without_tags(model, problem["loc"])
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
+        known = sorted(table.model_fields) if table else []
         close = difflib.get_close_matches(location[-1], known, n=1)
         return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}")
     if problem["type"] == "missing":
@@ -100,18 +100,36 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     return f"{key}: {message}, found {problem['input']!r}"
 
 
-def _fields_at(model: Any, location: Sequence[str]) -> list[str]:
-    """Return the known keys of the table at ``location``."""
+def _without_tags(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], type[BaseModel] | None]:
+    """Return the keys that lead to a problem, and the class of the table that the last one is a key of.
+
+    Where a table is of one of several classes, pydantic puts the tag of the class behind the table's key.
+    """
+    keys: list[str] = []
+    inside: type[BaseModel] | None = model
+    tables = {"": model}
     for part in location:
-        if part.isdigit():
+        if len(tables) > 1 and part in tables:
+            tables = {"": tables[part]}
             continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
-    return sorted(model.model_fields)
+        inside = next(iter(tables.values()), None)
+        keys.append(str(part))
+        if inside is not None and part in inside.model_fields:
+            tables = _tables(inside.model_fields[part].annotation)
+        elif not isinstance(part, int):
+            tables = {}
+    return keys, inside
+
+
+def _tables(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Return the classes that a field's tables can be of, by their tags."""
+    found: dict[str, type[BaseModel]] = {}
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        tags = [str(data.tag) for data in getattr(candidate, "__metadata__", ()) if isinstance(data, Tag)]
+        bare = getattr(candidate, "__origin__", candidate) if tags else candidate
+        if isinstance(bare, type) and issubclass(bare, BaseModel):
+            found.setdefault(tags[0] if tags else "", bare)
+    return found
 
 
 def _value(text: str) -> Any:

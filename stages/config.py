@@ -90,14 +90,14 @@ class RunConfig(StrictModel):
         unknown = sorted(set(self.normalize.weights) - set(names))
         if unknown:
             raise ValueError(f"normalize.weights names {unknown}, score.rewards has {names}: correct the names")
-        if all(member.policy != CURRENT for member in self.generate.plan()) and self.update.correction == "none":
+        if all(member.policy != CURRENT for member in self.generate.plan()) and self.update.correction.kind == "none":
             raise ValueError(
-                "no group member is written by the current policy, and update.correction is none: set it to "
+                "no group member is written by the current policy, and update.correction.kind is none: set it to "
                 "token_truncate, or add a member with policy = current"
             )
-        if self.offline and self.update.correction == "none":
+        if self.offline and self.update.correction.kind == "none":
             raise ValueError(
-                "[[offline]] trains on answers of other policies, and update.correction is none, so nothing would "
+                "[[offline]] trains on answers of other policies, and update.correction.kind is none, so nothing would "
                 "weigh what they are worth to this one: set it to token_truncate"
             )
         return self

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-import grpo.settings
-from grpo.settings import UpdateConfig
+import grpo.strict
+from grpo.losses.options import PpoClip
 from pipeline.config import StrictModel, apply_overrides, load_toml
 from pipeline.errors import ConfigError, RecipeMismatch
 from pipeline.run_dir import RunDir
@@ -40,7 +40,7 @@ def test_every_config_in_the_repository_loads(path: Path) -> None:
 
 def test_a_minimal_config_has_every_default(tmp_path: Path) -> None:
     config = load(tmp_path)
-    assert (config.generate.size, config.normalize.scale, config.update.clip_high) == (8, "none", 0.28)
+    assert (config.generate.size, config.normalize.scale, config.update.loss.clip_high) == (8, "none", 0.28)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_a_minimal_config_has_every_default(tmp_path: Path) -> None:
         (['iterations="3"'], r"iterations: Input should be a valid integer.*found '3'"),
         (["generate.group_size=1"], r"generate: group_size is 1.*set generate\.group_size to 2 or more"),
         (["generate.top_p=0.9"], r"generate: top_p=0\.9.*importance ratios would be wrong"),
-        (["update.clip_high=4.0"], r"update: dual_clip is 4\.0, inside of the clip"),
-        (["update.correction_low=3.0"], r"update: correction_low is 3\.0, correction_high 2\.0"),
+        (["update.loss.clip_high=4.0"], r"update\.loss: dual_clip is 4\.0, inside of the clip"),
+        (["update.correction.low=3.0"], r"update\.correction: low is 3\.0, high 2\.0"),
         (["update.schedule=linear", "update.total_steps=5", "update.warmup_steps=5"], "must end after the warm-up"),
         (["update.max_grad_norm=inf"], r"update\.max_grad_norm: Input should be a finite number"),
         (["update.schedule=cosine"], r"update: schedule cosine falls to 0 at total_steps: set update\.total_steps"),
@@ -131,5 +131,5 @@ def test_the_starter_follows_the_seed_of_the_run_unless_it_has_its_own() -> None
 
 
 def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:
-    assert grpo.settings.StrictModel.model_config == StrictModel.model_config
-    assert UpdateConfig.model_fields["clip_low"].description is not None
+    assert grpo.strict.StrictModel.model_config == StrictModel.model_config
+    assert PpoClip.model_fields["clip_low"].description is not None

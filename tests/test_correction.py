@@ -11,7 +11,8 @@ from torch import Tensor
 from grpo.correction import KINDS, TokenWeights, correct
 from grpo.losses.base import LossInputs, weigh_tokens
 from grpo.losses.clip import ppo_clip
-from grpo.settings import CorrectionKind, UpdateConfig
+from grpo.losses.options import PpoClip
+from grpo.settings import CorrectionConfig, CorrectionKind
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 GOLDEN: dict[str, Any] = VECTORS["off_policy"]["weights"]
@@ -20,13 +21,12 @@ MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
 ROW = MASK.nonzero()[:, 0]
 
 
-def correction(kind: CorrectionKind, **bounds: float) -> UpdateConfig:
+def correction(kind: CorrectionKind, **bounds: float) -> CorrectionConfig:
     """Return the config of a correction; there is no veto unless one is given."""
-    named = {name if name.startswith("veto") else f"correction_{name}": bound for name, bound in bounds.items()}
-    return UpdateConfig(**{"veto_low": None, "veto_high": None, "correction": kind, "dual_clip": None, **named})
+    return CorrectionConfig(**{"kind": kind, "veto_low": None, "veto_high": None, **bounds})
 
 
-CORRECTIONS: dict[str, UpdateConfig] = {
+CORRECTIONS: dict[str, CorrectionConfig] = {
     "none": correction("none"),
     "token_truncate_2": correction("token_truncate", high=2.0),
     "token_clip_0.5_2": correction("token_clip", low=0.5, high=2.0),
@@ -45,12 +45,12 @@ def tokens(values: Any) -> Tensor:
 OLD, SAMPLER = tokens(FIXTURE["logp_old"]), tokens(FIXTURE["logp_sampler"])
 
 
-def corrected(proximal: Tensor, sampler: Tensor, row: Tensor, num_rows: int, config: UpdateConfig) -> TokenWeights:
+def corrected(proximal: Tensor, sampler: Tensor, row: Tensor, num_rows: int, config: CorrectionConfig) -> TokenWeights:
     """Return what a correction makes of tokens; the current policy is the proximal one."""
     return correct(LossInputs(proximal, proximal, sampler, torch.ones_like(proximal), row, num_rows), config)
 
 
-def weights_of(w: list[float], rows: list[int], config: UpdateConfig) -> list[float]:
+def weights_of(w: list[float], rows: list[int], config: CorrectionConfig) -> list[float]:
     """Return the weights of tokens with these ratios proximal / sampler; NaN is an unknown sampler."""
     sampler = -torch.tensor(w, dtype=torch.float64).log()
     proximal = torch.zeros(len(w), dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_corrected_loss_keeps_the_denominator(case: str) -> None:
     advantage = torch.tensor(FIXTURE["advantage"], dtype=torch.float64)[ROW]
     inputs = LossInputs(new, OLD, SAMPLER, advantage, ROW, 4)
     weight = correct(inputs, CORRECTIONS[case]).weight_N
-    surrogate = ppo_clip(inputs, CORRECTIONS[case]).loss_N
+    surrogate = ppo_clip(inputs, PpoClip(dual_clip=None)).loss_N
     loss = weigh_tokens(surrogate, weight, torch.full((4,), 10.0, dtype=torch.float64), ROW).sum()
     (gradient,) = torch.autograd.grad(loss, new)
     golden = GOLDEN[case]
@@ -149,8 +149,8 @@ def test_a_row_has_the_same_weights_alone_and_among_others(kind: CorrectionKind)
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"low": 3.0, "high": 2.0}, "correction_low is 3.0"),
-        ({"low": -1.0}, "correction_low"),
+        ({"low": 3.0, "high": 2.0}, "low is 3.0"),
+        ({"low": -1.0}, "low"),
         ({"veto_low": 0.0}, "veto_low"),
     ],
 )

@@ -2,23 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from grpo.losses.base import LossInputs, TokenLosses, importance_ratio, weigh_tokens
+from grpo.losses.chosen import LOSSES
 from grpo.losses.clip import ppo_clip
-from grpo.settings import UpdateConfig
+from grpo.losses.options import CustomLoss, LossConfig, PpoClip
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
-LOSSES: dict[str, Any] = VECTORS["losses"]
-FIXTURE: dict[str, Any] = LOSSES["fixture"]
+GOLDEN: dict[str, Any] = VECTORS["losses"]
+FIXTURE: dict[str, Any] = GOLDEN["fixture"]
 MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
 ROW = MASK.nonzero()[:, 0]
 ROW_TOKENS = MASK.sum(1).double()
-NUM_TOKENS = float(LOSSES["active_tokens"])
+NUM_TOKENS = float(GOLDEN["active_tokens"])
 
 BOUNDS: dict[str, dict[str, Any]] = {
     "ppo_clip_sym": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
@@ -42,7 +43,7 @@ ONE_WEIGHT = torch.ones_like(ADVANTAGE)
 def clipped(new: Tensor, old: Tensor, advantage: Tensor, **bounds: float | None) -> TokenLosses:
     """Return what the clip makes of tokens; all stand in one row, which no clip looks at."""
     row = torch.zeros(len(new), dtype=torch.int64)
-    return ppo_clip(LossInputs(new, old, torch.full_like(old, float("nan")), advantage, row, 1), UpdateConfig(**bounds))
+    return ppo_clip(LossInputs(new, old, torch.full_like(old, float("nan")), advantage, row, 1), PpoClip(**bounds))
 
 
 def clipped_ratios(ratio: list[float], advantage: list[float], **bounds: float | None) -> TokenLosses:
@@ -68,7 +69,7 @@ def loss_and_gradient(bounds: dict[str, Any], denominator_B: Tensor) -> tuple[Te
 @pytest.mark.parametrize("variant", BOUNDS)
 def test_token_losses_equal_the_golden_values(variant: str) -> None:
     found = clipped(NEW, OLD, ADVANTAGE, **BOUNDS[variant])
-    assert_close(found.loss_N, tokens(LOSSES["variants"][variant]["per_token_loss_valid_else_0"]))
+    assert_close(found.loss_N, tokens(GOLDEN["variants"][variant]["per_token_loss_valid_else_0"]))
 
 
 @pytest.mark.parametrize("variant", BOUNDS)
@@ -79,7 +80,7 @@ def test_loss_and_gradient_equal_the_golden_values(variant: str, mode: str) -> N
         "seq_mean_token_mean_active": 3 * ROW_TOKENS,
     }[mode]
     loss, gradient = loss_and_gradient(BOUNDS[variant], denominator)
-    golden = LOSSES["variants"][variant]
+    golden = GOLDEN["variants"][variant]
     assert loss.item() == pytest.approx(golden["scalar"][mode], rel=1e-10)
     assert_close(gradient, tokens(golden["grad_logp_new"][mode]))
 
@@ -96,7 +97,7 @@ def test_loss_and_gradient_equal_the_golden_values(variant: str, mode: str) -> N
 )
 def test_a_denominator_per_row_gives_every_other_mean(mode: str, denominator: Tensor) -> None:
     loss, _ = loss_and_gradient(BOUNDS["ppo_clip_higher"], denominator.double())
-    assert loss.item() == pytest.approx(LOSSES["variants"]["ppo_clip_higher"]["scalar"][mode], rel=1e-10)
+    assert loss.item() == pytest.approx(GOLDEN["variants"]["ppo_clip_higher"]["scalar"][mode], rel=1e-10)
 
 
 def test_on_policy_every_token_has_the_gradient_of_its_advantage() -> None:
@@ -177,4 +178,11 @@ def test_partial_sums_over_the_global_denominator_add_up_to_the_token_mean() -> 
 )
 def test_a_bound_that_cannot_be_meant_is_refused(bounds: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        UpdateConfig(**bounds)
+        PpoClip(**bounds)
+
+
+def test_every_loss_that_a_config_can_name_has_a_function() -> None:
+    """Its options say how it is called."""
+    options = [loss for loss in get_args(get_args(LossConfig)[0]) if get_args(loss)[0] is not CustomLoss]
+    assert [get_args(loss)[1].tag for loss in options] == list(LOSSES)
+    assert [get_args(loss)[0]().name for loss in options] == list(LOSSES)

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from grpo.losses.options import PpoClip
 from grpo.optimizer import deterministic, learning_rate_at, load_optimizer, make_optimizer, save_optimizer
 from grpo.policy import load_policy, save_policy
 from grpo.records import RECORD_SCHEMA
-from grpo.settings import UpdateConfig
+from grpo.settings import AdamWConfig, CorrectionConfig, UpdateConfig
 from grpo.train_step import STEP_SCHEMA, train_on_batches
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
@@ -119,7 +120,7 @@ def reference_loss(model: PreTrainedModel, frame: pl.DataFrame, settings: Update
                 continue
             logprob = logprobs[len(prompt) + place - 1, token]
             sampling = row["sampling_logprobs"][place]
-            weight = min(math.exp(logprob.item() - sampling), settings.correction_high)
+            weight = min(math.exp(logprob.item() - sampling), settings.correction.high)
             total = total - weight * (logprob - logprob.detach()).exp() * row["advantage"] / row["loss_denominator"]
     return total
 
@@ -373,12 +374,12 @@ def test_settings_reach_the_correction_and_the_clip() -> None:
     frame = batch_rows()
     loss, _ = gradients(frame)
     for changed in (
-        frozen(correction="none"),
-        frozen(correction="token_mask", correction_low=0.8, correction_high=1.2),
+        frozen(correction=CorrectionConfig(kind="none")),
+        frozen(correction=CorrectionConfig(kind="token_mask", low=0.8, high=1.2)),
     ):
         assert gradients(frame, changed)[0] != pytest.approx(loss, rel=1e-3)
 
-    model, clipped = tiny_policy(), UpdateConfig(learning_rate=1e-2, clip_low=1e-3, clip_high=1e-3)
+    model, clipped = tiny_policy(), UpdateConfig(learning_rate=1e-2, loss=PpoClip(clip_low=1e-3, clip_high=1e-3))
     records, _ = train_on_batches(model, make_optimizer(model, clipped), batch_rows(num_steps=2), clipped)
     counts = records.group_by("optimizer_step").agg(pl.col("clipped_low_tokens", "clipped_high_tokens").sum())
     assert counts.sort("optimizer_step").rows()[0] == (0, 0, 0)
@@ -387,12 +388,35 @@ def test_settings_reach_the_correction_and_the_clip() -> None:
     # A bound on the loss of tokens with A < 0 can only lower it.
     losses = []
     for dual_clip in (None, 1.01):
-        settings = UpdateConfig(learning_rate=1e-2, clip_low=None, clip_high=None, dual_clip=dual_clip)
+        settings = UpdateConfig(learning_rate=1e-2, loss=PpoClip(clip_low=None, clip_high=None, dual_clip=dual_clip))
         model = tiny_policy()
         _, steps = train_on_batches(model, make_optimizer(model, settings), batch_rows(num_steps=2), settings)
         losses.append(steps["loss"].to_list())
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] > losses[1][1] + 1e-4
+
+
+@pytest.mark.parametrize(
+    "correction",
+    [
+        {"kind": "token_clip", "low": 1.5},
+        {"high": 1.1},
+        {"kind": "k3_mask", "high": 100.0, "token_cap": 0.5},
+        {"veto_low": 0.5},
+        {"veto_high": 1.5},
+    ],
+)
+def test_every_option_of_the_correction_reaches_the_loss(correction: dict[str, Any]) -> None:
+    loss, _ = gradients(batch_rows())
+    assert gradients(batch_rows(), frozen(correction=CorrectionConfig(**correction)))[0] != pytest.approx(loss)
+
+
+def test_the_settings_of_adamw_reach_it() -> None:
+    config = AdamWConfig(learning_rate=0.5, beta1=0.25, beta2=0.75, adam_eps=1e-3, weight_decay=0.125)
+    matrices, others = make_optimizer(tiny_policy(), config).adamw.param_groups
+    for group in (matrices, others):
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.25, 0.75), 1e-3)
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.125, 0.0)
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import pytest
 
 from flows.commands.tokens import COLUMNS, tell, token_rows, tokens
 from flows.printing import Format
+from grpo.losses.options import PpoClip
 from grpo.optimizer import make_optimizer
 from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TOKEN_RECORD_SCHEMA
-from grpo.settings import UpdateConfig
+from grpo.settings import CorrectionConfig, UpdateConfig
 from grpo.train_step import train_on_batches
 from pipeline.conformance import check_schema, conform
 from pipeline.errors import SchemaError, UsageError
@@ -36,14 +37,8 @@ def awkward_settings(*, record_tokens: bool) -> UpdateConfig:
     """Return settings under which every reason for a clip or a mask occurs."""
     return UpdateConfig(
         learning_rate=1e-2,
-        clip_low=0.001,
-        clip_high=0.001,
-        dual_clip=1.002,
-        correction="token_mask",
-        correction_low=0.5,
-        correction_high=3.0,
-        veto_low=0.15,
-        veto_high=None,
+        loss=PpoClip(clip_low=0.001, clip_high=0.001, dual_clip=1.002),
+        correction=CorrectionConfig(kind="token_mask", low=0.5, high=3.0, veto_low=0.15, veto_high=None),
         record_tokens=record_tokens,
     )
 

@@ -69,7 +69,7 @@ class LocalTrainer:
         self._recipe = None
         try:
             return train_on_batches(model, optimizer, rows, config, _listener(progress, rows))
-        except ArithmeticError as error:
+        except (ArithmeticError, ValueError) as error:
             raise GrpoError(str(error)) from error
 
     def save_policy(self, directory: Path, recipe: str) -> None:

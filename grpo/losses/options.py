@@ -1,0 +1,59 @@
+"""The table [update.loss]: one class of options for each loss. Imports neither torch nor transformers."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from grpo.strict import StrictModel
+
+CUSTOM = "module:function"
+"""Tag of a loss that somebody else has written."""
+
+
+class PpoClip(StrictModel):
+    """Options of `grpo.losses.clip`."""
+
+    name: Literal["ppo_clip"] = "ppo_clip"
+    clip_low: float | None = Field(0.2, gt=0, lt=1)
+    """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low; null = never."""
+    clip_high: float | None = Field(0.28, gt=0)
+    """No gradient for A > 0 once the ratio is over 1 + clip_high; null = never."""
+    dual_clip: float | None = Field(4.0, gt=1)
+    """Bound on the ratio where A < 0, which the clip leaves open; null = unbounded."""
+
+    @model_validator(mode="after")
+    def _dual_clip_outside_of_the_clip(self) -> Self:
+        highest = 1 + (self.clip_high or 0)
+        if self.dual_clip is not None and self.dual_clip <= highest:
+            raise ValueError(
+                f"dual_clip is {self.dual_clip}, inside of the clip at 1 + clip_high = {highest}: raise it, "
+                "or leave dual clipping off with null"
+            )
+        return self
+
+
+class CustomLoss(StrictModel):
+    """A function ``loss(inputs: LossInputs, **arguments) -> TokenLosses`` (grpo/losses/base.py)."""
+
+    name: str = Field(pattern=r"^[\w.]+:\w+$")
+    """``module:function``, importable from the current directory."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments."""
+
+
+def _tag(value: Any) -> str | None:
+    """Return which class a table is of; one without a name is of the first."""
+    name = value.get("name", "ppo_clip") if isinstance(value, dict) else getattr(value, "name", None)
+    if not isinstance(name, str):
+        return None
+    return CUSTOM if ":" in name else name
+
+
+LossConfig = Annotated[
+    Annotated[PpoClip, Tag("ppo_clip")] | Annotated[CustomLoss, Tag(CUSTOM)],
+    Discriminator(
+        _tag,
+        custom_error_type="unknown_loss",
+        custom_error_message="name should be ppo_clip, or module:function of a loss of your own",
+    ),
+]
