@@ -10,7 +10,7 @@ from stages.checkpoints import stop_token_ids
 from stages.engines.base import Engine, EngineConfig, Generated, Sampling
 from stages.generate import list_column, numbered_rows
 from stages.members import CURRENT
-from stages.normalize import NormalizeConfig, normalize_rows
+from stages.normalize import NormalizeConfig, combined_rewards
 from stages.rewards.scorer import Scorer
 from stages.rollout.base import make_requests, texts_of
 from stages.rollout.single_turn import ROLLOUT
@@ -145,7 +145,7 @@ def _sample(task: EvaluateTask, prompts: pl.DataFrame, decoding: str, per_prompt
 
 
 def _with_rewards(rows: pl.DataFrame, scored: pl.DataFrame, config: EvaluateTaskConfig) -> pl.DataFrame:
-    combined = normalize_rows(scored.lazy(), config.normalize).select("completion_id", "reward")
+    combined = combined_rewards(scored.lazy(), config.normalize).select("completion_id", "reward")
     errors = scored.group_by("completion_id").agg(pl.col("error").drop_nulls().first())
     return (
         rows.join(combined, on="completion_id", how="left", maintain_order="left")

@@ -3,13 +3,16 @@
 from typing import Literal
 
 import polars as pl
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from grpo.advantages.baselines import BASELINES
 from grpo.advantages.estimate import advantages
+from grpo.advantages.scales import SCALES
 from grpo.combine import combine, normalize_each
 from pipeline.config import StrictModel
 from pipeline.errors import ConfigError, RewardError
 from pipeline.stage import Stage, StageTask
+from stages.custom_functions import custom_function, is_custom
 
 COLUMNS = ("completion_id", "group_id", "reward_name", "reward_recipe", "reward")
 
@@ -17,9 +20,10 @@ COLUMNS = ("completion_id", "group_id", "reward_name", "reward_recipe", "reward"
 class NormalizeConfig(StrictModel):
     """Config of the normalize stage. "GRPO normalization" is four choices; each is a field."""
 
-    baseline: Literal["group_mean", "leave_one_out", "none"] = "group_mean"
-    scale: Literal["none", "group_std", "batch_std"] = "none"
-    """none = Dr. GRPO; group_std = DeepSeekMath."""
+    baseline: str = "group_mean"
+    """What rewards are measured against: group_mean, leave_one_out, none, or module:function of your own."""
+    scale: str = "none"
+    """What advantages are divided by: none = Dr. GRPO; group_std = DeepSeekMath; batch_std; or module:function."""
     ddof: Literal[0, 1] = 1
     """Of the standard deviation: 1 = sample, 0 = population."""
     eps: float = Field(1e-4, ge=0)
@@ -30,9 +34,38 @@ class NormalizeConfig(StrictModel):
     """sum = the weighted sum of the rewards is normalized; normalize_each = each reward is normalized in its group by
     its own mean and std, then the weighted sum is (GDPO, with scale = "batch_std")."""
 
+    @field_validator("baseline", "scale")
+    @classmethod
+    def _known(cls, name: str, field: ValidationInfo) -> str:
+        known = BASELINES if field.field_name == "baseline" else SCALES
+        if name not in known and not is_custom(name):
+            raise ValueError(
+                f"found {name!r}, expected one of {', '.join(known)}, or module:function of your own: correct the name"
+            )
+        return name
+
 
 def normalize_rows(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFrame:
     """Return one row per completion of the long-format rewards.
+
+    Raises:
+        ConfigError: when a weight names a reward that does not exist, or all weights are 0; when a function cannot be
+            imported, or returns something else than a number for each member.
+        RewardError: when a group was scored by several versions of a reward function.
+    """
+    combined = combined_rewards(rewards, config)
+    baseline, scale = (
+        custom_function(f"normalize.{setting}", name) if is_custom(name) else name
+        for setting, name in (("baseline", config.baseline), ("scale", config.scale))
+    )
+    try:
+        return advantages(combined, baseline=baseline, scale=scale, ddof=config.ddof, eps=config.eps)
+    except ValueError as error:
+        raise ConfigError(f"[normalize] with baseline {config.baseline} and scale {config.scale}: {error}") from error
+
+
+def combined_rewards(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFrame:
+    """Return completion_id, group_id and the one combined reward; and its signal, with ``normalize_each``.
 
     Raises:
         ConfigError: when a weight names a reward that does not exist, or all weights are 0.
@@ -48,12 +81,10 @@ def normalize_rows(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFra
     weights = {name: config.weights.get(name, 1.0) for name in names}
     try:
         if config.combine == "sum":
-            combined = combine(rows, weights)
-        else:
-            combined = normalize_each(rows, weights, ddof=config.ddof, eps=config.eps)
+            return combine(rows, weights)
+        return normalize_each(rows, weights, ddof=config.ddof, eps=config.eps)
     except ValueError as error:
         raise ConfigError(f"normalize.weights: {error}") from error
-    return advantages(combined, baseline=config.baseline, scale=config.scale, ddof=config.ddof, eps=config.eps)
 
 
 def check_recipes(rewards: pl.DataFrame, names: list[str]) -> None:

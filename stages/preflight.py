@@ -2,6 +2,7 @@
 
 import os
 
+from grpo.losses.options import CustomLoss
 from pipeline.artifact import open_artifact
 from pipeline.errors import ConfigError
 from pipeline.manifest import is_finished
@@ -16,6 +17,7 @@ from stages.checkpoints import (
     looks_local,
 )
 from stages.config import RunConfig
+from stages.custom_functions import check_call
 from stages.generate import check_room
 from stages.score import check_rewards
 from stages.wiring import outside_members, policy_of_run, with_optimizer
@@ -38,6 +40,7 @@ def preflight(config: RunConfig, run: RunDir) -> None:
                 f"{key}.num_threads is {threads}, but this process may use {cores} cores: set it to {cores} or less "
                 "(another number of threads gives other bits)"
             )
+    check_functions(config)
     check_rewards(config.score, first_row(config.prompts).metadata)
     if config.evaluate.source is not None:
         first_row(config.evaluate.source)
@@ -62,3 +65,15 @@ def preflight(config: RunConfig, run: RunDir) -> None:
                     f"[[offline]] names {offline.run}, whose completions no policy of this program has sampled, so "
                     "they cannot train: name a run that generated its own"
                 )
+
+
+def check_functions(config: RunConfig) -> None:
+    """Check that the functions from outside that a config names can be imported, and called as they will be.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    loss, normalize = config.update.loss, config.normalize
+    check_call("update.loss.name", loss.name, ["inputs"], loss.arguments if isinstance(loss, CustomLoss) else {})
+    check_call("normalize.baseline", normalize.baseline, ["groups"], {})
+    check_call("normalize.scale", normalize.scale, ["raw", "groups", "eps"], {})

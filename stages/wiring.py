@@ -26,6 +26,7 @@ from stages.checkpoints import (
     context_length,
 )
 from stages.config import RunConfig
+from stages.custom_functions import sources
 from stages.generate import check_room
 from stages.members import MemberConfig, check_same_tokenizer, member_updates
 from stages.optimizer import state_beside
@@ -177,8 +178,9 @@ def _of_prompts(wiring: Wiring, iteration: int) -> dict[str, Any]:
 
 
 def _of_generate(wiring: Wiring, iteration: int) -> dict[str, Any]:
-    members = wiring.config.generate.plan()
-    return {"policy_iterations": {member.name: member_updates(member, iteration) for member in members}}
+    generate = wiring.config.generate
+    updates = {member.name: member_updates(member, iteration) for member in generate.plan()}
+    return {"policy_iterations": updates, **sources({"generate.engine": generate.engine})}
 
 
 def _of_score(wiring: Wiring, iteration: int) -> dict[str, Any]:
@@ -191,15 +193,31 @@ def _of_batch(wiring: Wiring, iteration: int) -> dict[str, Any]:
     return {"is_offline": True} if wiring.config.stored(iteration) else {}
 
 
+def _of_normalize(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    return sources(_normalize_functions(wiring.config))
+
+
+def _of_update(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    return sources({"update.loss.name": wiring.config.update.loss.name})
+
+
 def _of_evaluate(wiring: Wiring, iteration: int) -> dict[str, Any]:
-    return {"policy_iteration": iteration + 1, **_of_score(wiring, iteration)}
+    config = wiring.config
+    functions = {"generate.engine": config.generate.engine, **_normalize_functions(config)}
+    return {"policy_iteration": iteration + 1, **_of_score(wiring, iteration), **sources(functions)}
+
+
+def _normalize_functions(config: RunConfig) -> dict[str, str]:
+    return {"normalize.baseline": config.normalize.baseline, "normalize.scale": config.normalize.scale}
 
 
 _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
     "prompts": _of_prompts,
     "generate": _of_generate,
     "score": _of_score,
+    "normalize": _of_normalize,
     "batch": _of_batch,
+    "update": _of_update,
     "evaluate": _of_evaluate,
 }
 """What decides a step's result beyond its config, its inputs and what its stage wants of the run."""

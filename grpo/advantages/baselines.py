@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from grpo.groups import Floats, Groups
 
+Baseline = Callable[[Groups], Floats]
+
 
 def none(groups: Groups) -> Floats:
     """Return R itself."""
@@ -23,7 +25,7 @@ def leave_one_out(groups: Groups) -> Floats:
     return groups.centred * groups.size / (groups.size - 1)
 
 
-BASELINES: dict[str, Callable[[Groups], Floats]] = {
+BASELINES: dict[str, Baseline] = {
     "group_mean": group_mean,
     "leave_one_out": leave_one_out,
     "none": none,

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from grpo.advantages.baselines import BASELINES
-from grpo.advantages.scales import SCALES
-from grpo.groups import group_numbers, groups_of, known
+from grpo.advantages.baselines import BASELINES, Baseline
+from grpo.advantages.scales import SCALES, Scale
+from grpo.groups import Flags, Floats, group_numbers, groups_of, known
 
 ADVANTAGE_COLUMNS = (
     "completion_id",
@@ -31,16 +31,16 @@ REASONS = pl.Series("drop_reason", ["unscored", "singleton", "zero_variance"])
 def advantages(
     rewards: pl.DataFrame,
     *,
-    baseline: str = "group_mean",
-    scale: str = "none",
+    baseline: str | Baseline = "group_mean",
+    scale: str | Scale = "none",
     ddof: Literal[0, 1] = 1,
     eps: float = 1e-4,
 ) -> pl.DataFrame:
     """Return ``ADVANTAGE_COLUMNS``, one row per input row, in input row order.
 
     ``rewards`` has completion_id, group_id and reward, as `combine` returns them. The advantage is what ``baseline``
-    (of `BASELINES`) leaves of the reward, made comparable by ``scale`` (of `SCALES`); ``ddof`` is that of every
-    standard deviation.
+    leaves of the reward, made comparable by ``scale``: names of `BASELINES` and `SCALES`, or functions like those.
+    ``ddof`` is that of every standard deviation.
 
     Where the frame has a column ``signal``, as `normalize_each` returns it, that takes the place of ``R`` in the
     advantage; the group statistics are still those of the reward.
@@ -52,7 +52,7 @@ def advantages(
     ``group_size`` counts scored members; ``group_reward_std`` is null where ``ddof`` leaves it undefined.
 
     Raises:
-        ValueError: for an unknown option.
+        ValueError: for an unknown option; for a function that does not give every compared member a finite number.
     """
     _check_options(baseline, scale, ddof, eps)
     number = group_numbers(rewards)
@@ -66,7 +66,10 @@ def advantages(
         reason[groups.size < 2] = 1
     reason[np.isnan(groups.values)] = 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        raw = SCALES[scale](BASELINES[baseline](groups), groups, eps)
+        raw = (BASELINES[baseline] if isinstance(baseline, str) else baseline)(groups)
+        _check_finite(raw, reason < 0, "baseline")
+        raw = (SCALES[scale] if isinstance(scale, str) else scale)(raw, groups, eps)
+        _check_finite(raw, reason < 0, "scale")
     return rewards.select(
         "completion_id",
         "group_id",
@@ -79,14 +82,26 @@ def advantages(
     )
 
 
-def _check_options(baseline: str, scale: str, ddof: int, eps: float) -> None:
+def _check_finite(raw: Floats, is_used: Flags, of: str) -> None:
+    """Raise unless there is one number for each member, finite where it is used."""
+    if np.shape(raw) != is_used.shape:
+        raise ValueError(f"the {of} gave an array of shape {np.shape(raw)}: expected {is_used.shape}; correct it")
+    odd = np.flatnonzero(is_used & ~np.isfinite(raw))
+    if len(odd):
+        raise ValueError(
+            f"the {of} gave {raw[odd[0]]} for member {odd[0]} (and {len(odd) - 1} more): expected a finite number for "
+            "each that is compared; correct it, or raise eps"
+        )
+
+
+def _check_options(baseline: str | Baseline, scale: str | Scale, ddof: int, eps: float) -> None:
     """Raise for options that would otherwise surface as a KeyError or as infinite advantages."""
     for name, found, allowed in (
         ("baseline", baseline, tuple(BASELINES)),
         ("scale", scale, tuple(SCALES)),
         ("ddof", ddof, (0, 1)),
     ):
-        if found not in allowed:
+        if not callable(found) and found not in allowed:
             choices = ", ".join(str(choice) for choice in allowed)
             raise ValueError(f"{name} is {found!r}: expected one of {choices}; choose one")
     if eps < 0:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from grpo.groups import Floats, Groups, standard_deviation
 
+Scale = Callable[[Floats, Groups, float], Floats]
+
 
 def none(raw: Floats, groups: Groups, eps: float) -> Floats:
     """Return the values undivided (Dr. GRPO, arXiv:2503.20783)."""
@@ -23,7 +25,7 @@ def batch_std(raw: Floats, groups: Groups, eps: float) -> Floats:
     return raw / (standard_deviation(groups.centred[groups.is_compared], groups.ddof) + eps)
 
 
-SCALES: dict[str, Callable[[Floats, Groups, float], Floats]] = {
+SCALES: dict[str, Scale] = {
     "none": none,
     "group_std": group_std,
     "batch_std": batch_std,
