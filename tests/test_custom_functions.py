@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from stages.iteration import Wiring
 
 from flows.session import Session
 from grpo.losses.base import LossInputs
@@ -21,7 +22,6 @@ from stages.config import RunConfig, load_config, recorded_config
 from stages.custom_functions import SOURCES, sources
 from stages.engines.scripted import ScriptedEngine
 from stages.inspect.verify.verify import verify_run
-from stages.iteration import Wiring
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.preflight import check_functions, preflight
 from stages.rewards.functions import source_hashes

@@ -59,7 +59,7 @@ def check_advantages(ledger: Ledger, item: Located, source: Located) -> None:
     except ConfigError:
         is_same = False
     if not is_same:
-        findings.skipped("advantages", "a function of normalize is not there as it was")
+        ledger.skipped("advantages", "a function of normalize is not there as it was")
         return
     expected = normalize.normalize_rows(pl.scan_parquet(rewards.files()), config)
     found = scan(advantages).collect(engine="streaming")
