@@ -34,6 +34,10 @@ class NormalizeConfig(StrictModel):
     """sum = the weighted sum of the rewards is normalized; normalize_each = each reward is normalized in its group by
     its own mean and std, then the weighted sum is (GDPO, with scale = "batch_std")."""
 
+    def functions(self) -> dict[str, str]:
+        """Return the settings that may name a function from outside."""
+        return {"normalize.baseline": self.baseline, "normalize.scale": self.scale}
+
     @field_validator("baseline", "scale")
     @classmethod
     def _known(cls, name: str, field: ValidationInfo) -> str:

@@ -75,5 +75,6 @@ def check_functions(config: RunConfig) -> None:
     """
     loss, normalize = config.update.loss, config.normalize
     check_call("update.loss.name", loss.name, ["inputs"], loss.arguments if isinstance(loss, CustomLoss) else {})
+    check_call("generate.engine", config.generate.engine, ["settings"], {})
     check_call("normalize.baseline", normalize.baseline, ["groups"], {})
     check_call("normalize.scale", normalize.scale, ["raw", "groups", "eps"], {})

@@ -194,7 +194,7 @@ def _of_batch(wiring: Wiring, iteration: int) -> dict[str, Any]:
 
 
 def _of_normalize(wiring: Wiring, iteration: int) -> dict[str, Any]:
-    return sources(_normalize_functions(wiring.config))
+    return sources(wiring.config.normalize.functions())
 
 
 def _of_update(wiring: Wiring, iteration: int) -> dict[str, Any]:
@@ -203,12 +203,8 @@ def _of_update(wiring: Wiring, iteration: int) -> dict[str, Any]:
 
 def _of_evaluate(wiring: Wiring, iteration: int) -> dict[str, Any]:
     config = wiring.config
-    functions = {"generate.engine": config.generate.engine, **_normalize_functions(config)}
+    functions = {"generate.engine": config.generate.engine, **config.normalize.functions()}
     return {"policy_iteration": iteration + 1, **_of_score(wiring, iteration), **sources(functions)}
-
-
-def _normalize_functions(config: RunConfig) -> dict[str, str]:
-    return {"normalize.baseline": config.normalize.baseline, "normalize.scale": config.normalize.scale}
 
 
 _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {

@@ -12,11 +12,11 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.embedding import relevance, relevance_identity
-from stages.rewards.entailment import grounding, grounding_identity, label_roles
+from stages.rewards.embedding import embedding, embedding_identity
+from stages.rewards.entailment import entailment, entailment_identity, label_roles
 from stages.rewards.frozen_models import batches_by_length
 from stages.rewards.model_identity import model_identity
-from stages.rewards.perplexity import fluency, fluency_identity
+from stages.rewards.perplexity import perplexity, perplexity_identity
 from stages.rewards.preference_model import preference_score, preference_score_identity
 from tests.tiny_models import (
     answer_rows,
@@ -115,7 +115,7 @@ def test_identities_hold_the_digest_instead_of_the_path_and_every_other_argument
         "device": "cpu",
         "num_threads": 2,
     }
-    for identity in (relevance_identity(model=nli), fluency_identity(model=nli), grounding_identity(model=nli)):
+    for identity in (embedding_identity(model=nli), perplexity_identity(model=nli), entailment_identity(model=nli)):
         assert nli not in json.dumps(identity)
         assert identity["model_sha256"] == digest["model_sha256"]
 
@@ -132,59 +132,59 @@ def test_batches_take_the_longest_first_and_keep_the_order_of_equal_ones() -> No
     assert batches_by_length([3, 9, 3, 5, 3], 2) == [[1, 3], [0, 2], [4]]
 
 
-# relevance
+# embedding
 
 
-def test_relevance_is_the_cosine_of_the_mean_word_vectors(encoder: str) -> None:
+def test_embedding_is_the_cosine_of_the_mean_word_vectors(encoder: str) -> None:
     rows = answer_rows(
         {"completion": "red", "prompt": "blue"},  # (1, 0) . (3, 4) / 5
         {"completion": "red green", "prompt": "green"},  # (0.5, 0.5) . (0, 1) / sqrt(0.5)
         {"completion": "minus", "prompt": "red"},
         {"completion": "green", "prompt": "red"},
     )
-    found = relevance(rows, encoder)
+    found = embedding(rows, encoder)
     assert found["reward"].to_list() == pytest.approx([0.6, 0.70710678, -1.0, 0.0])
     assert detail(found, 1) == {"against": "prompt", "tokens": 2}
 
 
-def test_relevance_to_the_reference_is_null_without_one(encoder: str) -> None:
+def test_embedding_to_the_reference_is_null_without_one(encoder: str) -> None:
     rows = answer_rows({"completion": "green", "reference": "blue"}, {"completion": "green", "reference": None})
-    found = relevance(rows, encoder, against="reference")
+    found = embedding(rows, encoder, against="reference")
     assert found["reward"].to_list() == [pytest.approx(0.8), None]
     assert found["error"].to_list() == [None, "the row has no reference to compare the answer with"]
 
 
-def test_relevance_of_an_empty_answer_is_the_documented_value(encoder: str) -> None:
+def test_embedding_of_an_empty_answer_is_the_documented_value(encoder: str) -> None:
     rows = answer_rows({"completion": " \n", "prompt": "red"})
-    assert relevance(rows, encoder)["reward"].to_list() == [0.0]
-    assert relevance(rows, encoder, empty=-0.5)["reward"].to_list() == [-0.5]
+    assert embedding(rows, encoder)["reward"].to_list() == [0.0]
+    assert embedding(rows, encoder, empty=-0.5)["reward"].to_list() == [-0.5]
 
 
-def test_relevance_never_cuts_a_text(encoder: str) -> None:
-    found = relevance(answer_rows({"completion": "red " * 9, "prompt": "red"}), encoder)
+def test_embedding_never_cuts_a_text(encoder: str) -> None:
+    found = embedding(answer_rows({"completion": "red " * 9, "prompt": "red"}), encoder)
     assert found["reward"].to_list() == [None]
     assert "9 tokens and the prompt 1, the model reads 8" in found["error"][0]
 
 
-def test_relevance_never_cuts_for_a_transformer_either(tmp_path: Path) -> None:
+def test_embedding_never_cuts_for_a_transformer_either(tmp_path: Path) -> None:
     save_random_encoder(tmp_path / "encoder", context=16)
     rows = answer_rows({"completion": "red " * 16, "prompt": "red"}, {"completion": "red " * 17, "prompt": "red"})
-    found = relevance(rows, str(tmp_path / "encoder"))
+    found = embedding(rows, str(tmp_path / "encoder"))
     assert found["reward"].is_null().to_list() == [False, True]
     assert "17 tokens and the prompt 1, the model reads 16" in found["error"][1]
 
 
-def test_relevance_puts_the_prefixes_before_the_texts(encoder: str) -> None:
+def test_embedding_puts_the_prefixes_before_the_texts(encoder: str) -> None:
     rows = answer_rows({"completion": "green", "prompt": "red"})
     # (0.5, 0.5) . (1, 0) / sqrt(0.5); (0.5, 0.5) . (0.5, 0.5) / 0.5
-    assert relevance(rows, encoder, answer_prefix="red ")["reward"][0] == pytest.approx(0.70710678)
-    assert relevance(rows, encoder, answer_prefix="red ", against_prefix="green ")["reward"][0] == pytest.approx(1.0)
+    assert embedding(rows, encoder, answer_prefix="red ")["reward"][0] == pytest.approx(0.70710678)
+    assert embedding(rows, encoder, answer_prefix="red ", against_prefix="green ")["reward"][0] == pytest.approx(1.0)
 
 
-def test_relevance_does_not_depend_on_the_batch_size(encoder: str) -> None:
+def test_embedding_does_not_depend_on_the_batch_size(encoder: str) -> None:
     rows = answer_rows(*({"completion": "red " * n + "green", "prompt": "red"} for n in (3, 1, 5, 2)))
-    one = relevance(rows, encoder, batch_size=1)["reward"].to_list()
-    assert relevance(rows, encoder, batch_size=3)["reward"].to_list() == pytest.approx(one, abs=1e-6)
+    one = embedding(rows, encoder, batch_size=1)["reward"].to_list()
+    assert embedding(rows, encoder, batch_size=3)["reward"].to_list() == pytest.approx(one, abs=1e-6)
     # (n, 1) . (1, 0) / sqrt(n^2 + 1)
     assert one == pytest.approx([0.9486833, 0.7071068, 0.9805807, 0.8944272])
 
@@ -193,24 +193,24 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "modules.json").write_text("no json", encoding="utf-8")
     with pytest.raises(RewardError, match="cannot be loaded by sentence-transformers"):
-        relevance(answer_rows({}), str(tmp_path / "empty"))
+        embedding(answer_rows({}), str(tmp_path / "empty"))
     with pytest.raises(RewardError, match="expected prompt or reference"):
-        relevance_identity(model=str(tmp_path / "empty"), against="question")
+        embedding_identity(model=str(tmp_path / "empty"), against="question")
 
 
-# fluency
+# perplexity
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(uniform: str) -> None:
-    found = fluency(answer_rows({"completion": "the sky is blue"}), uniform, worst=196.0)
+    found = perplexity(answer_rows({"completion": "the sky is blue"}), uniform, worst=196.0)
     assert detail(found)["perplexity"] == pytest.approx(14.0, rel=1e-6)
     assert detail(found)["tokens"] == 4
     assert found["reward"][0] == pytest.approx(0.5)  # log 14 is half of log 196
 
 
-def test_fluency_names_the_worst_token(tmp_path: Path) -> None:
+def test_perplexity_names_the_worst_token(tmp_path: Path) -> None:
     save_favourite_lm(tmp_path / "lm", "red")
-    found = fluency(answer_rows({"completion": "red blue red"}), str(tmp_path / "lm"), worst=104.0)
+    found = perplexity(answer_rows({"completion": "red blue red"}), str(tmp_path / "lm"), worst=104.0)
     # probabilities 1/2, 1/26, 1/2: perplexity 104^(1/3)
     assert found["reward"][0] == pytest.approx(2 / 3, abs=1e-5)
     assert detail(found)["perplexity"] == pytest.approx(4.7026694, rel=1e-4)
@@ -218,55 +218,55 @@ def test_fluency_names_the_worst_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("worst", "best", "reward"), [(14.0 - 1e-3, 1.0, 0.0), (100.0, 14.0 + 1e-3, 1.0)])
-def test_fluency_ends_at_0_and_1(uniform: str, worst: float, best: float, reward: float) -> None:
-    assert fluency(answer_rows({}), uniform, worst=worst, best=best)["reward"].to_list() == [reward]
+def test_perplexity_ends_at_0_and_1(uniform: str, worst: float, best: float, reward: float) -> None:
+    assert perplexity(answer_rows({}), uniform, worst=worst, best=best)["reward"].to_list() == [reward]
 
 
 @pytest.mark.parametrize(("given", "before"), [("nothing", 1), ("prompt", 3), ("messages", 6)])
-def test_fluency_reads_what_it_is_given_before_the_answer(uniform: str, given: Any, before: int) -> None:
+def test_perplexity_reads_what_it_is_given_before_the_answer(uniform: str, given: Any, before: int) -> None:
     # <bos> / <bos> the sky / user : the sky assistant :
-    found = fluency(answer_rows({"completion": "blue " * 40, "prompt": "the sky"}), uniform, given=given)
+    found = perplexity(answer_rows({"completion": "blue " * 40, "prompt": "the sky"}), uniform, given=given)
     assert found["reward"].to_list() == [None]
     assert f"40 tokens after {before} of its context, the model reads 32" in found["error"][0]
 
 
 def test_without_anything_before_it_the_first_token_is_not_scored(tmp_path: Path) -> None:
     save_uniform_lm(tmp_path / "lm", bos=False)
-    found = fluency(answer_rows({"completion": "blue sky"}, {}), str(tmp_path / "lm"), given="nothing", worst=196.0)
+    found = perplexity(answer_rows({"completion": "blue sky"}, {}), str(tmp_path / "lm"), given="nothing", worst=196.0)
     assert found["reward"].to_list() == [pytest.approx(0.5), None]
     assert detail(found)["tokens"] == 1
     assert detail(found)["worst_token"]["index"] == 1
     assert "nothing before it" in found["error"][1]
 
 
-def test_fluency_of_an_empty_answer_is_the_documented_value(uniform: str) -> None:
-    found = fluency(answer_rows({"completion": ""}), uniform)
+def test_perplexity_of_an_empty_answer_is_the_documented_value(uniform: str) -> None:
+    found = perplexity(answer_rows({"completion": ""}), uniform)
     assert (found["reward"][0], detail(found)) == (0.0, {"tokens": 0})
 
 
-def test_fluency_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+def test_perplexity_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     save_favourite_lm(tmp_path / "lm", "red")
     rows = answer_rows({"completion": "red"}, {"completion": "blue sky is the"}, {"completion": "red blue"})
-    one = fluency(rows, str(tmp_path / "lm"), batch_size=1)["reward"].to_list()
-    assert fluency(rows, str(tmp_path / "lm"), batch_size=3)["reward"].to_list() == pytest.approx(one, abs=1e-6)
+    one = perplexity(rows, str(tmp_path / "lm"), batch_size=1)["reward"].to_list()
+    assert perplexity(rows, str(tmp_path / "lm"), batch_size=3)["reward"].to_list() == pytest.approx(one, abs=1e-6)
     # perplexities 2, 26 and sqrt(52) of at most 100
     assert one == pytest.approx([0.8494850, 0.2925133, 0.5709992], abs=1e-5)
 
 
-def test_fluency_refuses_what_is_no_language_model_and_senseless_arguments(nli: str, uniform: str) -> None:
+def test_perplexity_refuses_what_is_no_language_model_and_senseless_arguments(nli: str, uniform: str) -> None:
     with pytest.raises(RewardError, match="causal language model"):
-        fluency(answer_rows({}), nli)
+        perplexity(answer_rows({}), nli)
     with pytest.raises(RewardError, match="1 <= best < worst"):
-        fluency_identity(model=uniform, best=5.0, worst=5.0)
+        perplexity_identity(model=uniform, best=5.0, worst=5.0)
     with pytest.raises(RewardError, match="expected one of messages, prompt, nothing"):
-        fluency_identity(model=uniform, given="all")
+        perplexity_identity(model=uniform, given="all")
 
 
-# grounding
+# entailment
 
 
-def test_grounding_is_the_probability_of_entailment(nli: str) -> None:
-    found = grounding(with_context("the sky is blue"), nli)
+def test_entailment_is_the_probability_of_entailment(nli: str) -> None:
+    found = entailment(with_context("the sky is blue"), nli)
     assert found["reward"].to_list() == pytest.approx([0.5])
     assert detail(found)["sentences"] == [
         {
@@ -280,15 +280,15 @@ def test_grounding_is_the_probability_of_entailment(nli: str) -> None:
 
 
 def test_contradiction_takes_away_its_weight(nli: str) -> None:
-    found = grounding(with_context("the sky is blue"), nli, contradiction_weight=2.0)
+    found = entailment(with_context("the sky is blue"), nli, contradiction_weight=2.0)
     assert found["reward"].to_list() == pytest.approx([0.0], abs=1e-6)  # 1/2 - 2 x 1/4
 
 
-def test_grounding_combines_sentences_by_mean_or_minimum(tmp_path: Path) -> None:
+def test_entailment_combines_sentences_by_mean_or_minimum(tmp_path: Path) -> None:
     save_last_word_classifier(tmp_path / "nli", [{"red": math.log(3)}, {}], {0: "entailment", 1: "not_entailment"})
     rows = with_context("the sky", completion="the sky is red\nthe sky is blue")
-    assert grounding(rows, str(tmp_path / "nli"))["reward"][0] == pytest.approx(0.625, abs=1e-5)  # 3/4 and 1/2
-    assert grounding(rows, str(tmp_path / "nli"), combine="min")["reward"][0] == pytest.approx(0.5)
+    assert entailment(rows, str(tmp_path / "nli"))["reward"][0] == pytest.approx(0.625, abs=1e-5)  # 3/4 and 1/2
+    assert entailment(rows, str(tmp_path / "nli"), combine="min")["reward"][0] == pytest.approx(0.5)
 
 
 def test_a_sentence_is_held_against_the_passage_that_entails_it_most(tmp_path: Path) -> None:
@@ -296,32 +296,32 @@ def test_a_sentence_is_held_against_the_passage_that_entails_it_most(tmp_path: P
     save_last_word_classifier(
         tmp_path / "nli", [{"blue": 4.0}, {}, {}], {0: "ENTAILMENT", 1: "x", 2: "y"}, looks_around=True
     )
-    found = grounding(with_context(["red red", "blue blue", "green"], "red red", completion="the sky"), path)
+    found = entailment(with_context(["red red", "blue blue", "green"], "red red", completion="the sky"), path)
     assert detail(found)["sentences"][0]["passage"] == 1
     assert found["reward"][0] > found["reward"][1] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("context", [None, 7, [], ["", " "], [1]])
-def test_grounding_is_null_without_a_context(nli: str, context: Any) -> None:
-    found = grounding(with_context(context), nli)
+def test_entailment_is_null_without_a_context(nli: str, context: Any) -> None:
+    found = entailment(with_context(context), nli)
     assert found["reward"].to_list() == [None]
     assert found["error"][0] == "the metadata has no context with a text or a list of texts"
 
 
-def test_grounding_of_an_empty_answer_is_the_documented_value(nli: str) -> None:
-    found = grounding(with_context("the sky", completion=" "), nli)
+def test_entailment_of_an_empty_answer_is_the_documented_value(nli: str) -> None:
+    found = entailment(with_context("the sky", completion=" "), nli)
     assert (found["reward"][0], detail(found)) == (0.0, {"sentences": []})
 
 
-def test_grounding_never_cuts_a_passage(nli: str) -> None:
-    found = grounding(with_context("the sky " * 40, "the sky"), nli)
+def test_entailment_never_cuts_a_passage(nli: str) -> None:
+    found = entailment(with_context("the sky " * 40, "the sky"), nli)
     assert found["reward"].to_list() == [None, pytest.approx(0.5)]
     assert "86 tokens together, the model reads 64" in found["error"][0]  # 80, <eos>, 5 of the sentence
 
 
-def test_grounding_finds_the_context_under_another_key(nli: str) -> None:
+def test_entailment_finds_the_context_under_another_key(nli: str) -> None:
     rows = answer_rows({"metadata": json.dumps({"source": "the sky"})})
-    assert grounding(rows, nli, context_key="source")["reward"].to_list() == pytest.approx([0.5])
+    assert entailment(rows, nli, context_key="source")["reward"].to_list() == pytest.approx([0.5])
 
 
 @pytest.mark.parametrize(
@@ -400,9 +400,9 @@ def test_classifiers_that_are_no_reward_models_are_refused(nli: str, uniform: st
 def test_no_rows_give_no_rewards(encoder: str, uniform: str, nli: str, reward_model: str) -> None:
     none = answer_rows({}).clear()
     for found in (
-        relevance(none, encoder),
-        fluency(none, uniform),
-        grounding(none, nli),
+        embedding(none, encoder),
+        perplexity(none, uniform),
+        entailment(none, nli),
         preference_score(none, reward_model),
     ):
         assert found.shape == (0, 3)

@@ -15,7 +15,7 @@ from stages.rewards.model_identity import identity_by_model, model_source
 Against = Literal["prompt", "reference"]
 
 
-def relevance(
+def embedding(
     completions: pl.DataFrame,
     model: str,
     revision: str | None = None,
@@ -65,9 +65,9 @@ def relevance(
     return reward_frame([result for result in results if result is not None])
 
 
-def relevance_identity(**arguments: Any) -> dict[str, Any]:
+def embedding_identity(**arguments: Any) -> dict[str, Any]:
     """Return the model's digest and the other arguments; batches, threads, device decide the last bits. Read-only."""
-    identity = identity_by_model(relevance, arguments)
+    identity = identity_by_model(embedding, arguments)
     _column(identity["against"])
     return identity
 

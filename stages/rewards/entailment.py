@@ -18,7 +18,7 @@ Combine = Literal["mean", "min"]
 ROLES = ("entailment", "contradiction", "neutral")
 
 
-def grounding(
+def entailment(
     completions: pl.DataFrame,
     model: str,
     revision: str | None = None,
@@ -84,9 +84,9 @@ def grounding(
     return reward_frame([result for result in results if result is not None])
 
 
-def grounding_identity(**arguments: Any) -> dict[str, Any]:
+def entailment_identity(**arguments: Any) -> dict[str, Any]:
     """Return the model's digest and the other arguments; batches, threads, device decide the last bits. Read-only."""
-    identity = identity_by_model(grounding, arguments)
+    identity = identity_by_model(entailment, arguments)
     if identity["combine"] not in ("mean", "min"):
         raise RewardError(f"combine is {identity['combine']!r}: expected mean or min; correct the argument")
     return identity

@@ -20,7 +20,7 @@ HEAD_CHUNK_TOKENS = 256
 """Positions whose logits exist at the same time: 150 MB with a vocabulary of 150,000."""
 
 
-def fluency(
+def perplexity(
     completions: pl.DataFrame,
     model: str,
     revision: str | None = None,
@@ -77,9 +77,9 @@ def fluency(
     return reward_frame([result for result in results if result is not None])
 
 
-def fluency_identity(**arguments: Any) -> dict[str, Any]:
+def perplexity_identity(**arguments: Any) -> dict[str, Any]:
     """Return the model's digest and the other arguments; batches, threads, device decide the last bits. Read-only."""
-    identity = identity_by_model(fluency, arguments)
+    identity = identity_by_model(perplexity, arguments)
     check_arguments(identity["given"], identity["best"], identity["worst"])
     return identity
 

@@ -32,7 +32,7 @@ def preference_score(
     if classifier.model.config.num_labels != 1:
         raise RewardError(
             f"{model} has {classifier.model.config.num_labels} labels: expected a reward model with one logit; for "
-            "entailment models use stages.rewards.entailment:grounding"
+            "entailment models use stages.rewards.entailment:entailment"
         )
     encodings = [
         encode_answer(classifier.tokenizer, row["messages"], row["prompt"], row["completion"])

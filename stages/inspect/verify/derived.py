@@ -55,7 +55,7 @@ def check_advantages(ledger: Ledger, item: Located, source: Located) -> None:
     written_by = {SOURCES: settings.pop(SOURCES)} if SOURCES in settings else {}
     config = normalize.NormalizeConfig(**settings)
     try:
-        is_same = sources({"baseline": config.baseline, "scale": config.scale}) == written_by
+        is_same = sources(config.functions()) == written_by
     except ConfigError:
         is_same = False
     if not is_same:
