@@ -50,10 +50,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "my_reward.py"
 
 
-def recipe(**arguments: Any) -> str:
+def recipe(function: str = "my_reward:f", **arguments: Any) -> str:
     for name in ("my_reward", "helping"):
         sys.modules.pop(name, None)
-    return find("my_reward:f", **arguments).recipe
+    return find(function, **arguments).recipe
 
 
 def test_the_identity_covers_what_the_function_imports_from_the_users_own_modules(module: Path) -> None:
@@ -78,6 +78,29 @@ def test_the_identity_covers_the_named_module_of_a_closure_from_elsewhere(module
     before = recipe()
     module.write_text("from helping import make\nf = make(3.0)\n")
     assert recipe() != before
+
+
+def test_the_identity_does_not_know_where_a_module_lies(module: Path) -> None:
+    package = module.parent / "elsewhere" / "deeper"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "renamed.py").write_text(module.read_text())
+    copy = recipe("elsewhere.deeper.renamed:f", file="a")
+    assert copy == recipe(file="a") != recipe(file="b")
+    module.write_text(module.read_text().replace("FACTOR\n\n", "FACTOR as X\n\n"))
+    assert recipe(file="a") != copy
+
+
+def test_two_functions_of_one_module_have_two_identities(module: Path) -> None:
+    maker = "def make(factor):\n    def inner(completion):\n        return factor\n    return inner\n"
+    module.write_text(f"{maker}f = make(2.0)\ng = make(3.0)\n")
+    assert recipe("my_reward:f") != recipe("my_reward:g")
+
+
+def test_what_decides_a_score_holds_no_place_and_no_pace() -> None:
+    config = RewardConfig(name="r", function="m:f", arguments={"cache": "here"}, time_limit=2.0, concurrency=5)
+    assert config.decides() == {"name": "r", "time_limit": 2.0, "memory_limit_gib": None}
 
 
 def test_a_source_that_changes_while_it_is_used_is_refused(module: Path) -> None:

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from typing import Any
 
 import polars as pl
 import pytest
 
 from pipeline.errors import RewardError
 from stages.rewards.format import cosine_length, cosine_length_identity, soft_overlong, tags_in_order
+from stages.rewards.functions import RewardConfig, find_reward
 
 EXACT = "stages.rewards.matching:exact_match"
 SYMBOLIC = "stages.rewards.symbolic:math_match"
@@ -35,12 +37,18 @@ def test_the_cosine_at_two_thirds_of_the_length() -> None:
 
 
 def test_the_identity_of_a_length_reward_follows_its_verifier() -> None:
-    identity = cosine_length_identity(10, EXACT, {"ignore_case": True})
-    assert identity["decides"] == {"ignore_case": True}
-    assert identity != cosine_length_identity(10, EXACT)
-    assert identity != cosine_length_identity(11, EXACT, {"ignore_case": True})
-    assert "packages" in cosine_length_identity(10, SYMBOLIC)["decides"]
-    assert cosine_length_identity(10, SYMBOLIC)["source"] != identity["source"]
+    given: dict[str, Any] = {"max_tokens": 10, "verifier": EXACT, "verifier_arguments": {"ignore_case": True}}
+    identity = cosine_length_identity(**given)
+    exact = RewardConfig(name="right", function=EXACT, arguments={"ignore_case": True})
+    assert identity["verifier"] == find_reward(exact).recipe
+    assert (identity["max_tokens"], identity["correct_short"], identity["exceeded"]) == (10, 2.0, -10.0)
+    for change in ({"max_tokens": 11}, {"verifier_arguments": {}}, {"verifier": SYMBOLIC, "verifier_arguments": {}}):
+        assert cosine_length_identity(**given | change) != identity
+
+
+def test_a_verifier_that_lacks_an_argument_is_refused() -> None:
+    with pytest.raises(RewardError, match=r"'verifier' \(.*exact_match\) has no parameters \['digits'\]"):
+        cosine_length_identity(max_tokens=10, verifier=EXACT, verifier_arguments={"digits": 3})
 
 
 def test_the_overlong_punishment_never_rises_and_stays_between_minus_one_and_zero() -> None:

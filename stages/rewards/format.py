@@ -13,7 +13,8 @@ import regex
 from pipeline.errors import RewardError
 from pipeline.functions import import_function
 from stages.rewards.answers import NOTHING_WITHIN, SECONDS_PER_SEARCH, answer_part, compiled, shown
-from stages.rewards.base import Score
+from stages.rewards.base import Score, deciding_arguments
+from stages.rewards.functions import RewardConfig, find_reward
 
 FENCE = regex.compile(r"\A\s*```[^\n`]*\n(?<content>.*?)\n?\s*```\s*\Z", regex.DOTALL)
 
@@ -223,27 +224,12 @@ def cosine_length(
     return Score(long + (short - long) * (1 + math.cos(math.pi * num_tokens / max_tokens)) / 2, detail)
 
 
-def cosine_length_identity(
-    max_tokens: int,
-    verifier: str,
-    verifier_arguments: Mapping[str, Any] | None = None,
-    correct_from: float = 1.0,
-    correct_short: float = 2.0,
-    correct_long: float = 1.0,
-    wrong_short: float = -10.0,
-    wrong_long: float = 0.0,
-    exceeded: float = -10.0,
-) -> dict[str, Any]:
-    """Return the values and what decides the verifier's result: its source, and its arguments or its identity."""
-    _, source = import_function(verifier)
-    decides: Any = dict(verifier_arguments or {})
-    try:
-        identity, _ = import_function(f"{verifier}_identity")
-        decides = identity(**decides)
-    except ImportError:
-        pass  # it has none: the arguments decide
-    values = [max_tokens, correct_from, correct_short, correct_long, wrong_short, wrong_long, exceeded]
-    return {"verifier": verifier, "source": source, "decides": decides, "values": values}
+def cosine_length_identity(**arguments: Any) -> dict[str, Any]:
+    """Return the values, and the recipe of the verifier."""
+    decides = deciding_arguments(cosine_length, arguments)
+    own_arguments = dict(decides.pop("verifier_arguments") or {})
+    verifier = RewardConfig(name="verifier", function=decides["verifier"], arguments=own_arguments)
+    return {**decides, "verifier": find_reward(verifier).recipe}
 
 
 @lru_cache(maxsize=16)

@@ -24,6 +24,8 @@ from stages.rewards.base import FACTS
 
 OWN_PACKAGES = ("pipeline", "grpo", "stages", "flows")
 LIBRARY = "stages.rewards"
+NO_REWARDS = (f"{LIBRARY}.base", f"{LIBRARY}.functions")
+"""What rewards of the library import, and what decides none."""
 
 
 class RewardConfig(StrictModel):
@@ -41,6 +43,10 @@ class RewardConfig(StrictModel):
     """Of a worker process; null = 4, and none for a function over a frame."""
     concurrency: int = Field(32, ge=1)
     """Calls of an async function under way at once in a worker."""
+
+    def decides(self) -> dict[str, Any]:
+        """Return the settings that decide the rows; function and arguments do so through the reward's recipe."""
+        return self.model_dump(mode="json", exclude={"function", "arguments", "concurrency"})
 
 
 class Shape(StrEnum):
@@ -174,11 +180,14 @@ def check_parameters(reward: RewardFunction, metadata: Mapping[str, Any]) -> Non
 
 
 def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[str, Any]) -> str:
-    """Return the hash of everything that decides the reward: the function, its sources, its arguments or identity."""
-    named = sys.modules[function.partition(":")[0]]
+    """Return the hash of everything that decides the reward: the function's name, its arguments or identity, and what
+    stands in its module and those that it uses, wherever they lie.
+    """
+    module_name, _, own_name = function.partition(":")
+    named = sys.modules[module_name]
     defining = inspect.getmodule(call) or named  # a closure or an alias may come from elsewhere
     decided_by: Any = arguments
-    identity = getattr(named, f"{function.partition(':')[2]}_identity", None)
+    identity = getattr(named, f"{own_name}_identity", None)
     if identity is None:
         identity = getattr(defining, f"{getattr(call, '__name__', '')}_identity", None)
     if callable(identity):
@@ -190,14 +199,17 @@ def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[
                 f"the identity of the reward {name!r} ({function}) cannot be determined: {text}; correct "
                 "score.rewards.arguments"
             ) from error
-    return sha256_text(canonical_json([function, decided_by, {**source_hashes(defining), **source_hashes(named)}]))
+    sources = {**source_hashes(defining), **source_hashes(named)}
+    # the name in the config, not the function's own: two closures of one maker have the same
+    return sha256_text(canonical_json([own_name, decided_by, sorted(set(sources.values()))]))
 
 
 @cache  # a module that is loaded stays what it is
 def source_hashes(module: ModuleType) -> dict[str, str]:
-    """Return the hash of the source of a reward's module and of every module of the user's that it imports.
+    """Return the hash of the source of a reward's module and of every module of the user's that it imports, by name.
 
-    Left out are the standard library, installed packages and the pipeline itself, whose own rewards count.
+    Left out are the standard library, installed packages and the pipeline itself, whose own rewards count; and empty
+    files, which only say that a folder is a package.
     """
     return hash_sources(module)
 
@@ -222,14 +234,17 @@ def hash_sources(module: ModuleType) -> dict[str, str]:
     """Return what `source_hashes` does, of the files as they are now."""
     package = module.__name__.partition(".")[0]
     found: dict[str, str] = {}
+    seen: set[str] = set()
     waiting = [module.__name__]
     while waiting:
         name = waiting.pop()
         path = _source_file(name)
-        if name in found or path is None or not (name == module.__name__ or _is_users(name, path, package)):
+        if name in seen or path is None or not (name == module.__name__ or _is_users(name, path, package)):
             continue
+        seen.add(name)
         source = path.read_text(encoding="utf-8")
-        found[name] = sha256_text(source)
+        if source.strip():
+            found[name] = sha256_text(source)
         is_package = path.name == "__init__.py"
         waiting += _imported(source, name if is_package else name.rpartition(".")[0])
     return dict(sorted(found.items()))
@@ -250,7 +265,7 @@ def _source_file(name: str) -> Path | None:
 def _is_users(name: str, path: Path, package: str) -> bool:
     top = name.partition(".")[0]
     if top in OWN_PACKAGES:
-        return name.startswith(f"{LIBRARY}.") and name != f"{LIBRARY}.base"
+        return name.startswith(f"{LIBRARY}.") and name not in NO_REWARDS
     if top == package:
         return True
     return not any(path.resolve().is_relative_to(folder) for folder in _installed_folders())
