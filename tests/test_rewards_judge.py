@@ -259,8 +259,16 @@ def test_the_identity_leaves_out_what_decides_nothing() -> None:
     pace = {"concurrency": 1, "timeout": 1, "max_retries": 1, "requests_per_minute": 5}
     one = judge_identity(base_url="http://a/v1", model="m", cache="a", api_key_env="A", **pace)
     two = judge_identity(base_url="http://b/v1", model="m", scale=[1.0, 10.0])
-    assert one == two
+    assert json.dumps(one) == json.dumps(two)
     assert set(Endpoint.model_fields) == {"base_url", "cache", "api_key_env", *pace}
+
+
+def test_a_whole_number_is_the_same_as_one_with_a_point() -> None:
+    plain = {"base_url": "http://a/v1", "model": "m", "criteria": {"a": "?"}}
+    one = judge_identity(**plain, scale={"yes": 1, "no": 0}, weights={"a": 2}, temperature=1)
+    assert json.dumps(one) == json.dumps(
+        judge_identity(**plain, scale={"yes": 1.0, "no": 0.0}, weights={"a": 2.0}, temperature=1.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,5 +290,5 @@ def test_the_identity_leaves_out_what_decides_nothing() -> None:
 )
 def test_the_identity_has_all_that_decides(change: dict[str, Any]) -> None:
     plain = {"base_url": "http://a/v1", "model": "m"}
-    assert judge_identity(**plain) != judge_identity(**plain, **change)
+    assert json.dumps(judge_identity(**plain)) != json.dumps(judge_identity(**plain, **change))
     assert judge_identity(**plain)["model"] == "m"

@@ -76,7 +76,7 @@ def judge_identity(**arguments: Any) -> dict[str, Any]:
         "prompt": sha256_text(canonical_json([config.template(), given, config.system])),
         "sampling": config.sampling(0),
         "verdict": rule.verdict,
-        "scale": dict(rule.scale) if isinstance(rule.scale, Mapping) else [float(end) for end in rule.scale],
+        "scale": rule.scale,
         "weights": rule.weights,
         "ask_again": config.ask_again,
     }

@@ -53,11 +53,11 @@ class JudgeConfig(Endpoint):
     """A system message; "" = none."""
     verdict: str = ""
     """What to find in the answer, see `judge_verdict.Rule`; "" = the number after the last "Score:"."""
-    scale: Scale = (1, 10)
+    scale: Scale = (1.0, 10.0)
     """``[worst, best]``, or the reward of each word."""
     criteria: Mapping[str, str] | None = None
     """Name -> what it asks, judged one by one; takes the place of ``verdict``."""
-    weights: Mapping[str, int | float] | None = None
+    weights: Mapping[str, float] | None = None
     """Of the criteria; 1 where not given."""
     temperature: float = Field(0.0, ge=0)
     """Sent to the server, like the next two."""

@@ -15,7 +15,7 @@ JSON_PREFIX = "json:"
 SCORE_LINE = r"(?i)\bscore[\s*:]{1,6}(-?\d+(?:\.\d+)?)(?![\d,.]*\d)"
 """The default verdict: the number after the word score, a few asterisks of markup allowed, decimal commas not."""
 
-Scale = Sequence[int | float] | Mapping[str, int | float]
+Scale = Sequence[float] | Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def read_verdict(rule: Rule, answer: str) -> Verdict:
 def _worth(scale: Scale, value: Any) -> float:
     text = (value if isinstance(value, str) else json.dumps(value)).strip()
     if isinstance(scale, Mapping):
-        worth = {word.strip().casefold(): float(reward) for word, reward in scale.items()}.get(text.casefold())
+        worth = {word.strip().casefold(): reward for word, reward in scale.items()}.get(text.casefold())
         if worth is None:
             raise ValueError(f"the verdict {text[:100]!r} is none of {list(scale)}")
         return worth
@@ -124,7 +124,7 @@ def _worth(scale: Scale, value: Any) -> float:
         raise ValueError(f"the verdict {text[:100]!r} is no number") from None
     worst, best = scale
     if not min(worst, best) <= number <= max(worst, best):  # false for NaN, too
-        raise ValueError(f"the verdict {text[:100]} is not between {worst} and {best}")
+        raise ValueError(f"the verdict {text[:100]} is not between {worst:g} and {best:g}")
     return (number - worst) / (best - worst)
 
 
