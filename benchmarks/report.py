@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flows.report.render import write_report
 from pipeline.artifact import Artifact
-from pipeline.manifest import recipe_hash
+from pipeline.manifest import Recipe, recipe_hash
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from pipeline.writer import ArtifactWriter
@@ -45,12 +45,12 @@ def write(run: RunDir, iteration: int, dataset: str, columns: dict[str, object])
     frame = pl.DataFrame(columns)
     frame = frame.with_columns(pl.lit(None).alias(name) for name in schema if name not in frame.columns)
     stage = {"completions": "generate", "rewards": "score", "advantages": "normalize"}.get(dataset, dataset)
-    recipe = recipe_hash(stage, 1, {"iteration": iteration}, {})
+    recipe = recipe_hash(Recipe(stage, 1, {"iteration": iteration}, {}, {}))
     writer = ArtifactWriter(run.place(iteration, dataset), dataset, recipe)
     writer.open()
     writer.write_part(0, frame.select(pl.col(name).cast(type_) for name, type_ in schema.items()))
     config = {"iteration": iteration}
-    return writer.seal(stage=stage, stage_version=1, config=config, inputs={}, environment={})
+    return writer.seal(stage=stage, stage_version=1, config=config, chosen=config, inputs={}, environment={})
 
 
 def lists(rng: np.random.Generator, lengths: np.ndarray, low: float, high: float) -> pl.Series:

@@ -34,7 +34,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.manifest import recipe_hash
+from pipeline.manifest import Recipe, recipe_hash
 from pipeline.stage import StageCall, run_stage
 from pipeline.writer import ArtifactWriter
 from stages import normalize, score
@@ -109,7 +109,7 @@ def make_completions(place: Path, rows: int, tokens: int) -> Artifact:
     logprobs = pl.Series(list(-generator.random((part, tokens)).astype(np.float32)), dtype=pl.List(pl.Float32))
     prompt = pl.Series([[1, 2, 3]] * part, dtype=pl.List(pl.Int32))
     config = {"rows": rows, "tokens": tokens}
-    writer = ArtifactWriter(place, "completions", recipe_hash("made", 1, config, {}))
+    writer = ArtifactWriter(place, "completions", recipe_hash(Recipe("made", 1, config, {}, {})))
     writer.open()
     for index in range(-(-rows // part)):
         groups = [f"{index * part + i:016d}"[:16] for i in range(0, part, GROUP) for _ in range(GROUP)][:part]
@@ -144,7 +144,7 @@ def make_completions(place: Path, rows: int, tokens: int) -> Artifact:
             }
         )
         writer.write_part(index, frame)
-    return writer.seal(stage="made", stage_version=1, config=config, inputs={}, environment={})
+    return writer.seal(stage="made", stage_version=1, config=config, chosen=config, inputs={}, environment={})
 
 
 # measurements, each in a process of its own ---------------------------------------------------------------------------

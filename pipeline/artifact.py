@@ -18,6 +18,7 @@ from pipeline.manifest import (
     Manifest,
     content_hash,
     digest_of,
+    is_part_of,
     recipe_hash,
     wrong_bytes,
 )
@@ -141,8 +142,10 @@ def open_artifact(path: Path) -> Artifact:
         content = content_hash(manifest.dataset, manifest.files)
         if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
             raise ValueError("its file hashes do not add up to its digest")
-        if recipe_hash(*manifest.recipe_parts()) != manifest.recipe:
+        if recipe_hash(manifest.recipe_parts()) != manifest.recipe:
             raise ValueError("its config and inputs do not add up to its recipe")
+        if not is_part_of(manifest.chosen, manifest.config):
+            raise ValueError("its config is not the one of its recipe")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactDamaged(f"{path / MANIFEST} is not a valid manifest ({error}): {_remedy(path)}") from error
     return Artifact(path, manifest)

@@ -4,9 +4,10 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic_core import to_jsonable_python
 
 from pipeline.errors import ConfigError
 
@@ -20,6 +21,53 @@ class StrictModel(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+DECIDES_NOTHING = "DECIDES_NOTHING"
+"""Class variable of a config table: names of its settings that decide no row, so that no recipe holds them."""
+DECIDES_ELSEWHERE = "DECIDES_ELSEWHERE"
+"""Class variable of a config table: names of its settings that a parameter of the stage stands for in the recipe."""
+
+
+def chosen(model: BaseModel) -> dict[str, Any]:
+    """Return the settings that stand in a recipe, as JSON-like values: those that decide, and differ from the default.
+
+    So a setting that a later version adds, at its default, changes no recipe; and who changes a default raises the
+    version of the stage. See docs/decisions/0013.
+    """
+    found: dict[str, Any] = _walk(model, model.model_dump(mode="json"), with_defaults=False)
+    return found
+
+
+def deciding(model: BaseModel) -> dict[str, Any]:
+    """Return every setting that decides, at its default or not, as JSON-like values."""
+    found: dict[str, Any] = _walk(model, model.model_dump(mode="json"), with_defaults=True)
+    return found
+
+
+def default_of(table: type[BaseModel], name: str) -> Any:
+    """Return the default of a setting, as a JSON-like value."""
+    return to_jsonable_python(table.model_fields[name].get_default(call_default_factory=True))
+
+
+def _walk(value: Any, dumped: Any, *, with_defaults: bool) -> Any:
+    """Return ``dumped``, the JSON-like form of ``value``, without what stands in no recipe."""
+    if isinstance(value, BaseModel):
+        left_out = set(getattr(type(value), DECIDES_NOTHING, ()))
+        if not with_defaults:
+            left_out |= set(getattr(type(value), DECIDES_ELSEWHERE, ()))
+        found = {}
+        for name, field in type(value).model_fields.items():
+            item = getattr(value, name)
+            is_tag = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+            is_default = not field.is_required() and item == field.get_default(call_default_factory=True)
+            # a tag says which class the table is of: its default is no setting's
+            if name not in left_out and (with_defaults or is_tag or not is_default):
+                found[name] = _walk(item, dumped[name], with_defaults=with_defaults)
+        return found
+    if isinstance(value, Mapping):
+        return {key: _walk(item, dumped[key], with_defaults=with_defaults) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_walk(a, b, with_defaults=with_defaults) for a, b in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def load_toml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import ArtifactDamaged
 from pipeline.files import sha256_file, sha256_text
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST = "manifest.json"
 STORE_NOTE = ".store.json"
 """In an artifact of a working copy: its URL on the object store, where the files are that are not here."""
@@ -30,9 +30,12 @@ class Recipe(NamedTuple):
 
     stage: str
     version: int
-    config: Mapping[str, Any]
+    chosen: Mapping[str, Any]
+    """Parameters, and the settings that differ from the defaults of that version."""
     inputs: Mapping[str, str]
     """Name -> digest."""
+    settings: Mapping[str, Any]
+    """The whole config and the parameters, for readers: in no hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,9 @@ class Manifest:
     dataset: str
     """Name of the schema; ``policy`` or ``optimizer`` for a checkpoint."""
     config: dict[str, Any]
-    """The stage's resolved configuration and parameters (seed, iteration, hashes of user code)."""
+    """The stage's resolved configuration and parameters (seed, iteration, hashes of user code), for readers."""
+    chosen: dict[str, Any]
+    """What of it is in the recipe: the parameters, and the settings that differ from the defaults of that version."""
     inputs: dict[str, dict[str, str]]
     """Name -> path relative to this artifact, and digest."""
     files: dict[str, dict[str, Any]]
@@ -63,7 +68,7 @@ class Manifest:
     def recipe_parts(self) -> Recipe:
         """Return everything that decided the result."""
         inputs = {name: found["digest"] for name, found in self.inputs.items()}
-        return Recipe(self.stage, self.stage_version, self.config, inputs)
+        return Recipe(self.stage, self.stage_version, self.chosen, inputs, self.config)
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -76,9 +81,14 @@ def is_finished(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def recipe_hash(stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Return the hash of what should be computed; ``inputs`` are names and digests."""
-    parts = {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs)}
+def recipe_hash(recipe: Recipe) -> str:
+    """Return the hash of what should be computed."""
+    parts = {
+        "stage": recipe.stage,
+        "version": recipe.version,
+        "config": dict(recipe.chosen),
+        "inputs": dict(recipe.inputs),
+    }
     return sha256_text(canonical_json(parts))
 
 
@@ -101,11 +111,22 @@ def recipe_differences(a: Recipe, b: Recipe, absent: object = None) -> Iterator[
     """
     if (a.stage, a.version) != (b.stage, b.version):
         yield RecipeDifference("stage", "", f"{a.stage} {a.version}", f"{b.stage} {b.version}")
-    for part, of_a, of_b in (("config", a.config, b.config), ("input", a.inputs, b.inputs)):
+    for part, of_a, of_b, shown in (
+        ("config", a.chosen, b.chosen, (a.settings, b.settings)),
+        ("input", a.inputs, b.inputs, (a.inputs, b.inputs)),
+    ):
         for name in sorted({*of_a, *of_b}):
-            values = of_a.get(name, absent), of_b.get(name, absent)
-            if canonical_json(values[0]) != canonical_json(values[1]):
-                yield RecipeDifference(part, name, *values)
+            if canonical_json(of_a.get(name, absent)) != canonical_json(of_b.get(name, absent)):
+                yield RecipeDifference(part, name, *(values.get(name, absent) for values in shown))
+
+
+def is_part_of(chosen: Any, config: Any) -> bool:
+    """Return whether every setting that a recipe holds has the same value in the whole config."""
+    if isinstance(chosen, dict) and isinstance(config, dict):
+        return all(key in config and is_part_of(value, config[key]) for key, value in chosen.items())
+    if isinstance(chosen, list) and isinstance(config, list):
+        return len(chosen) == len(config) and all(map(is_part_of, chosen, config))
+    return bool(chosen == config)
 
 
 def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
+from pydantic import BaseModel
 
 from pipeline.artifact import Artifact, open_artifact
+from pipeline.config import chosen
 from pipeline.errors import OutOfSpace, RecipeMismatch
 from pipeline.files import explain_full_device
 from pipeline.manifest import Recipe, canonical_json, is_finished, recipe_differences, recipe_hash
@@ -30,13 +32,7 @@ def silent(done: int, total: int, text: str = "") -> None:
     """Ignore progress."""
 
 
-class HasConfig(Protocol):
-    """A pydantic model; plumbing need not import pydantic."""
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
-
-
-C = TypeVar("C", bound=HasConfig)
+C = TypeVar("C", bound=BaseModel)
 """The stage's config."""
 R = TypeVar("R")
 """The live helpers that the stage uses, such as a running engine; they decide no result."""
@@ -103,13 +99,14 @@ class StageCall(Generic[C, R]):
 
     def recipe_parts(self) -> Recipe:
         """Return everything that decides the result, readable; its hash is the recipe."""
-        config = {**self.config.model_dump(mode="json"), **self.parameters}
+        parameters = dict(self.parameters)
         inputs = {name: artifact.digest for name, artifact in self.inputs.items()}
-        return Recipe(self.stage.name, self.stage.version, config, inputs)
+        settings = {**self.config.model_dump(mode="json"), **parameters}
+        return Recipe(self.stage.name, self.stage.version, {**chosen(self.config), **parameters}, inputs, settings)
 
     def recipe(self) -> str:
         """Return the hash of everything that decides the result."""
-        return recipe_hash(*self.recipe_parts())
+        return recipe_hash(self.recipe_parts())
 
 
 def run_stage(call: StageCall[C, R], resources: R, progress: Progress = silent) -> StageResult:
@@ -143,7 +140,8 @@ def run_stage(call: StageCall[C, R], resources: R, progress: Progress = silent) 
             name: writer.seal(
                 stage=call.stage.name,
                 stage_version=call.stage.version,
-                config=dict(call.recipe_parts().config),
+                config=dict(call.recipe_parts().settings),
+                chosen=dict(call.recipe_parts().chosen),
                 inputs=dict(call.inputs),
                 environment=environment(),
             )

@@ -125,6 +125,7 @@ class ArtifactWriter:
         stage: str,
         stage_version: int,
         config: dict[str, Any],
+        chosen: dict[str, Any],
         inputs: dict[str, Artifact],
         environment: dict[str, Any],
     ) -> Artifact:
@@ -149,6 +150,7 @@ class ArtifactWriter:
                 stage_version=stage_version,
                 dataset=self.dataset,
                 config=config,
+                chosen=chosen,
                 inputs={n: {"path": _relative(a.path, self.place), "digest": a.digest} for n, a in inputs.items()},
                 files=files,
                 rows=sum(f["rows"] for f in files.values())

@@ -9,7 +9,7 @@ from pydantic import Field, create_model, model_validator
 
 from grpo.settings import UpdateConfig
 from pipeline.chain import CHAIN, load_stage
-from pipeline.config import StrictModel, apply_overrides, load_toml, validate
+from pipeline.config import StrictModel, apply_overrides, deciding, load_toml, validate
 from pipeline.errors import RecipeMismatch
 from pipeline.run_dir import RunDir
 from stages.batch import BatchConfig
@@ -172,8 +172,7 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
     """
     if not run.resolved_config.is_file():
         return
-    recorded = recorded_config(run).model_dump(mode="json")
-    changes = list(_changes(recorded, config.model_dump(mode="json")))
+    changes = list(_changes(deciding(recorded_config(run)), deciding(config)))
     if changes:
         raise RecipeMismatch(
             f"{run.name} was made with another config ({'; '.join(changes)}): its artifacts are never overwritten; "

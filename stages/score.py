@@ -7,7 +7,7 @@ the number of completions.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import polars as pl
 from pydantic import Field, model_validator
@@ -26,6 +26,8 @@ COMBINED = "combined"
 
 class ScoreConfig(StrictModel):
     """Config of the score stage."""
+
+    DECIDES_NOTHING: ClassVar = frozenset({"max_failed_share"})
 
     rewards: list[RewardConfig] = Field(min_length=1)
     """The reward functions, each called for every completion."""

@@ -8,7 +8,7 @@ import polars as pl
 
 from pipeline.artifact import Artifact
 from pipeline.config import StrictModel
-from pipeline.manifest import recipe_hash
+from pipeline.manifest import Recipe, recipe_hash
 from pipeline.schema import SCHEMAS
 from pipeline.writer import ArtifactWriter
 
@@ -97,11 +97,13 @@ def write_artifact(place: Path, dataset: str, frame: pl.DataFrame, recipe: str =
 
 def new_writer(place: Path, dataset: str, recipe: str = "recipe") -> ArtifactWriter:
     """Return an open writer; ``recipe`` is any text that tells recipes apart."""
-    writer = ArtifactWriter(place, dataset, recipe_hash("test", 1, {"recipe": recipe}, {}))
+    writer = ArtifactWriter(place, dataset, recipe_hash(Recipe("test", 1, {"recipe": recipe}, {}, {})))
     writer.open()
     return writer
 
 
 def seal(writer: ArtifactWriter, recipe: str = "recipe") -> Artifact:
     """Finish the artifact of a writer that `new_writer` made with this recipe."""
-    return writer.seal(stage="test", stage_version=1, config={"recipe": recipe}, inputs={}, environment={})
+    return writer.seal(
+        stage="test", stage_version=1, config={"recipe": recipe}, chosen={"recipe": recipe}, inputs={}, environment={}
+    )

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from flows.session import Session
 from pipeline.conformance import conform
 from pipeline.files import sha256_file
-from pipeline.manifest import MANIFEST, content_hash, digest_of, recipe_hash
+from pipeline.manifest import MANIFEST, Recipe, content_hash, digest_of, recipe_hash
 from pipeline.run_dir import RunDir
 from stages.config import load_config
 from stages.engines.base import Engine, Request
@@ -178,7 +178,8 @@ def fix_hashes(place: Path, manifest: dict[str, Any] | None = None) -> None:
     counts = [facts["rows"] for facts in manifest["files"].values() if facts["rows"] is not None]
     manifest["rows"] = sum(counts) if counts else None
     inputs = {name: facts["digest"] for name, facts in manifest["inputs"].items()}
-    manifest["recipe"] = recipe_hash(manifest["stage"], manifest["stage_version"], manifest["config"], inputs)
+    recipe = Recipe(manifest["stage"], manifest["stage_version"], manifest["chosen"], inputs, manifest["config"])
+    manifest["recipe"] = recipe_hash(recipe)
     manifest["content"] = content_hash(manifest["dataset"], manifest["files"])
     manifest["digest"] = digest_of(manifest["recipe"], manifest["content"])
     (place / MANIFEST).write_text(json.dumps(manifest))

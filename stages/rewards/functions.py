@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -31,6 +31,9 @@ NO_REWARDS = (f"{LIBRARY}.base", f"{LIBRARY}.functions")
 class RewardConfig(StrictModel):
     """One reward function."""
 
+    DECIDES_NOTHING: ClassVar = frozenset({"function", "concurrency"})
+    DECIDES_ELSEWHERE: ClassVar = frozenset({"arguments"})  # through the reward's recipe
+
     name: str = Field(min_length=1)
     """Value of the column reward_name; normalize.weights refers to it."""
     function: str
@@ -43,10 +46,6 @@ class RewardConfig(StrictModel):
     """Of a worker process; null = 4, and none for a function over a frame."""
     concurrency: int = Field(32, ge=1)
     """Calls of an async function under way at once in a worker."""
-
-    def decides(self) -> dict[str, Any]:
-        """Return the settings that decide the rows; function and arguments do so through the reward's recipe."""
-        return self.model_dump(mode="json", exclude={"function", "arguments", "concurrency"})
 
 
 class Shape(StrEnum):

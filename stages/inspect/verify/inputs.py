@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import CHAIN, INITIAL, WRITER, From
+from pipeline.chain import CHAIN, INITIAL, WRITER, From, Step, load_stage
+from pipeline.config import DECIDES_NOTHING, default_of
 from pipeline.errors import ArtifactError
 from pipeline.manifest import canonical_json
 from pipeline.run_dir import RunDir
@@ -119,6 +120,7 @@ def check_config(ledger: Ledger, run: RunDir, catalog: Catalog) -> dict[str, Any
         table = step.name if step else ""
         if table not in stated or dataset == "held_out_prompts" or not item.is_own:
             continue
+        _check_defaults(ledger, item, step)
         expected = {**stated[table], "seed": tables.get("seed"), "iteration": index}
         for name, value in item.artifact.manifest.config.items():
             if name in expected:
@@ -127,3 +129,21 @@ def check_config(ledger: Ledger, run: RunDir, catalog: Catalog) -> dict[str, Any
                     text = f"{table}.{name} is {shorten(value)}, {where.path} says {shorten(expected[name])}"
                     ledger.wrong("config", item.where, text)
     return tables
+
+
+def _check_defaults(ledger: Ledger, item: Located, step: Step | None) -> None:
+    """Derive the settings that stand at their default, which no hash covers, from those that were chosen."""
+    manifest = item.artifact.manifest
+    stage = load_stage(step) if step else None
+    if stage is None or (stage.name, stage.version) != (manifest.stage, manifest.stage_version):
+        return
+    fields = stage.config.model_fields
+    left_out = {*getattr(stage.config, DECIDES_NOTHING, ())}
+    for name in manifest.config:
+        if name in fields and name not in manifest.chosen and name not in left_out:
+            default = default_of(stage.config, name)
+            ledger.checked("config")
+            if canonical_json(manifest.config[name]) != canonical_json(default):
+                found = shorten(manifest.config[name])
+                text = f"{name} is {found}, which nobody has chosen: the default is {shorten(default)}"
+                ledger.wrong("config", item.where, text)
