@@ -55,7 +55,7 @@ def tables(config: dict[str, Any], kind: str, source: Path, iterations: int, mod
     if kind == "leak":
         count = config["prompts"].get("prompts_per_iteration", 64)
         changed["prompts"] = {"source": str(source), "prompts_per_iteration": count}
-        function = "stages.rewards.matching:exact_match"
+        function = "stages.rewards.answers.matching:exact_match"
         changed["score"] = {"rewards": [{"name": "exact", "function": function}]}
     return changed
 

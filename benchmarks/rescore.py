@@ -39,9 +39,9 @@ from pipeline.stage import StageCall, run_stage
 from pipeline.writer import ArtifactWriter
 from stages import normalize, score
 from stages.normalize import NormalizeConfig
+from stages.rewards.answers.matching import token_f1
 from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig, find_reward
-from stages.rewards.matching import token_f1
 from stages.rewards.scorer import open_scorer
 from stages.score import ScoreConfig
 

@@ -35,7 +35,7 @@ groups_per_part = 2
 {generate}
 [[score.rewards]]
 name = "exact"
-function = "stages.rewards.matching:exact_match"
+function = "stages.rewards.answers.matching:exact_match"
 [update]
 num_threads = 1
 learning_rate = {learning_rate}
@@ -67,10 +67,10 @@ policy = "age:1"
 count = 2
 [[score.rewards]]
 name = "exact"
-function = "stages.rewards.matching:exact_match"
+function = "stages.rewards.answers.matching:exact_match"
 [[score.rewards]]
 name = "brevity"
-function = "stages.rewards.format:soft_overlong"
+function = "stages.rewards.answers.format:soft_overlong"
 arguments = {{ max_tokens = 7, buffer_tokens = 4 }}
 [score]
 max_failed_share = 0.5

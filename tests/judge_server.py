@@ -12,8 +12,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from stages.rewards import judge_client
-from stages.rewards.judge import judge
+from stages.rewards.judge import client
+from stages.rewards.judge.judge import judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def serve(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[JudgeServer
 
 def be_calm(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Let repetitions come soon, calls stay on this machine, and files land in ``folder``."""
-    monkeypatch.setattr(judge_client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.chdir(folder)
 

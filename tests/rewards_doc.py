@@ -40,7 +40,7 @@ def read_cases() -> list[dict[str, Any]]:
     return [case for path in sorted(CASES.glob("*.json")) for case in json.loads(path.read_text(encoding="utf-8"))]
 
 
-MACHINERY = {"base", "functions", "scorer", "pool", "worker", "results", "frames"}
+MACHINERY = {"base", "functions", "scorer", "pool", "worker", "results", "frames", "words"}
 """What finds and runs reward functions; none of them is one."""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.rewards.sandbox import Isolation, Limits, Run, Sandbox, python
+from stages.rewards.code.sandbox import Isolation, Limits, Run, Sandbox, python
 
 NO_SUCH_FILE = "FileNotFoundError"
 

@@ -23,7 +23,7 @@ group_size = 2
 max_tokens = 8
 [[score.rewards]]
 name = "exact"
-function = "stages.rewards.matching:exact_match"
+function = "stages.rewards.answers.matching:exact_match"
 [update]
 num_threads = 1
 [evaluate]

@@ -25,7 +25,7 @@ group_size = 2
 max_tokens = 8
 [[score.rewards]]
 name = "accuracy"
-function = "stages.rewards.reasoning_gym:verify"
+function = "stages.rewards.answers.reasoning_gym:verify"
 """
 
 

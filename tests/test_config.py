@@ -20,7 +20,7 @@ model = "some/model"
 source = "reasoning_gym:chain_sum"
 [[score.rewards]]
 name = "accuracy"
-function = "stages.rewards.reasoning_gym:verify"
+function = "stages.rewards.answers.reasoning_gym:verify"
 """
 
 

@@ -208,7 +208,7 @@ num_threads = 1
 num_threads = 1
 [[score.rewards]]
 name = "exact"
-function = "stages.rewards.matching:exact_match"
+function = "stages.rewards.answers.matching:exact_match"
 '''
     (folder / "own.toml").write_text(text)
     return load_config(folder / "own.toml", overrides)

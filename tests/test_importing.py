@@ -115,7 +115,7 @@ def test_imported_rows_are_scored_and_compared_but_never_trained(
     tmp_path: Path, tiny_policy: Path, with_tokenizer: bool
 ) -> None:
     prompts, completions = imported(tmp_path, WRITTEN, tiny_policy if with_tokenizer else None)
-    function = RewardConfig(name="exact", function="stages.rewards.matching:exact_match")
+    function = RewardConfig(name="exact", function="stages.rewards.answers.matching:exact_match")
     rewards = score_rows(completions, prompts, ScoreConfig(rewards=[function]))
     assert rewards["reward"].to_list() == [1.0, 0.0, 0.0, 1.0, 0.0]
     advantages = normalize_rows(rewards.lazy(), NormalizeConfig())

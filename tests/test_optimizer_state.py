@@ -202,7 +202,7 @@ def test_a_state_whose_file_is_gone_is_none(original: RunDir, run: RunDir) -> No
 
 def rewards_only(folder: Path) -> Path:
     path = folder / "other.toml"
-    path.write_text('[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.matching:exact_match"\n')
+    path.write_text('[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.answers.matching:exact_match"\n')
     return path
 
 

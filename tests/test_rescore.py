@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 REWARDS = """
 [[score.rewards]]
 name = "exact"
-function = "stages.rewards.matching:exact_match"
+function = "stages.rewards.answers.matching:exact_match"
 [[score.rewards]]
 name = "seven"
 function = "tests.rewards:has_seven"
@@ -84,7 +84,7 @@ def test_a_rescored_run_holds_new_rewards_and_refers_to_the_old_completions(run:
 
 
 def test_the_same_rewards_give_the_same_advantages(run: Path, tmp_path: Path) -> None:
-    same = '[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.matching:exact_match"\n'
+    same = '[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.answers.matching:exact_match"\n'
     new = rescored(run, same, tmp_path / "new")
     for index in (0, 1):
         assert new.open(index, "advantages").digest == open_run(run).open(index, "advantages").digest

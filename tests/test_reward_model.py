@@ -24,7 +24,7 @@ from stages.reward_model.reward_model import (
     order_batches,
     train_reward_model,
 )
-from stages.rewards.preference_model import preference_score
+from stages.rewards.models.preference_model import preference_score
 from tests.builders import completion_rows, prompt_rows, write_artifact
 from tests.tiny_models import answer_rows, save_constant_classifier, save_last_word_reward_model, save_uniform_lm
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
-from stages.rewards.code import code, code_identity, extract_program
+from stages.rewards.code.code import code, code_identity, extract_program
 
 CASES = json.loads((Path(__file__).parent / "reward_cases" / "code.json").read_text(encoding="utf-8"))
 

@@ -162,7 +162,7 @@ def test_the_walk_through_has_all_its_commands() -> None:
 
 
 def test_every_function_of_the_library_is_listed_once_with_a_link_to_its_cases() -> None:
-    listed = re.findall(r"^\| \[(\w+:\w+)\]\(reward_table\.md#(\w+)\)", PAGE, re.MULTILINE)
+    listed = re.findall(r"^\| \[([\w.]+:\w+)\]\(reward_table\.md#(\w+)\)", PAGE, re.MULTILINE)
     names = [name.removeprefix("stages.rewards.") for name, _ in reward_functions()]
     assert sorted(name for name, _ in listed) == sorted(names)
     # GitHub makes the anchor of a heading by leaving out its punctuation

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.fluency import MOST_PERIOD, language, language_identity, repetition
-from stages.rewards.surface import surface
+from stages.rewards.text.fluency import MOST_PERIOD, language, language_identity, repetition
+from stages.rewards.text.surface import surface
 from stages.rewards.words import prose
 from tests.work import check_case, instructions, reward_cases
 

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.format import cosine_length, cosine_length_identity, soft_overlong, tags_in_order
+from stages.rewards.answers.format import cosine_length, cosine_length_identity, soft_overlong, tags_in_order
 from stages.rewards.functions import RewardConfig, find_reward
 
-EXACT = "stages.rewards.matching:exact_match"
-SYMBOLIC = "stages.rewards.symbolic:math_match"
+EXACT = "stages.rewards.answers.matching:exact_match"
+SYMBOLIC = "stages.rewards.answers.symbolic:math_match"
 
 
 def length_reward(answer: str, num_tokens: int) -> float:

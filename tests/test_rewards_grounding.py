@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.grounding import MOST_QUOTES, conversation, overlap, quotes
+from stages.rewards.text.grounding import MOST_QUOTES, conversation, overlap, quotes
 from tests.work import check_case, instructions, reward_cases
 
 PATHOLOGICAL = [

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import ConfigError, RewardError
 from stages.rewards.functions import RewardConfig, find_reward
-from stages.rewards.judge import judge, judge_identity
-from stages.rewards.judge_config import Endpoint, JudgeConfig
+from stages.rewards.judge.config import Endpoint, JudgeConfig
+from stages.rewards.judge.judge import judge, judge_identity
 from tests.judge_server import BARE, Reply, always, ask, be_calm, echo, fails, kept, rows, says, serve
 
 KEY = "sk-very-secret-0123456789"
@@ -238,13 +238,15 @@ def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_signature_names_every_argument() -> None:
     assert list(inspect.signature(judge).parameters) == ["completions", *JudgeConfig.model_fields]
-    misspelt = RewardConfig(name="r", function="stages.rewards.judge:judge", arguments={"temprature": 1.0})
+    misspelt = RewardConfig(name="r", function="stages.rewards.judge.judge:judge", arguments={"temprature": 1.0})
     with pytest.raises(RewardError, match=r"has no parameters \['temprature'\]; it has \['completions', 'base_url'"):
         find_reward(misspelt)
 
 
 def test_an_argument_that_is_missing_is_named_before_anything_is_asked() -> None:
-    incomplete = RewardConfig(name="r", function="stages.rewards.judge:judge", arguments={"base_url": "http://a/v1"})
+    incomplete = RewardConfig(
+        name="r", function="stages.rewards.judge.judge:judge", arguments={"base_url": "http://a/v1"}
+    )
     with pytest.raises(RewardError, match="the arguments of the judge:\n  model: missing; add it"):
         find_reward(incomplete)
 

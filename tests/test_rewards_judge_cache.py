@@ -13,7 +13,7 @@ import duckdb
 import pytest
 
 from pipeline.errors import RewardError, SchemaError
-from stages.rewards.judge import judge
+from stages.rewards.judge.judge import judge
 from tests.judge_server import BARE, JudgeServer, Reply, always, ask, be_calm, echo, fails, kept, rows, says, serve
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ def test_half_a_surrogate_pair_in_an_answer_can_be_kept() -> None:
 CHILD = """
 import sys, polars as pl
 from stages.rewards import judge_cache
-from stages.rewards.judge import judge
+from stages.rewards.judge.judge import judge
 judge_cache.SAVE_SECONDS = 0.05
 url, cache, first, last = sys.argv[1:]
 frame = pl.DataFrame({"completion": [str(i) for i in range(int(first), int(last))]})

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import RewardError
-from stages.rewards.answers import answer_part, shown
-from stages.rewards.choice import choice_match
-from stages.rewards.matching import exact_match, token_f1
-from stages.rewards.numeric import numeric_match
+from stages.rewards.answers.answer_part import answer_part, shown
+from stages.rewards.answers.choice import choice_match
+from stages.rewards.answers.matching import exact_match, token_f1
+from stages.rewards.answers.numeric import numeric_match
 from stages.rewards.words import occurs
 
 PIECES = [*"AB 12.,-/%()$\\{}e^*\n\u00b2\u00bd\u0663\u2212\u5317", "A is", "answer", "\\frac{1}", "10^"]

@@ -12,12 +12,12 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.embedding import embedding, embedding_identity
-from stages.rewards.entailment import entailment, entailment_identity, label_roles
-from stages.rewards.frozen_models import batches_by_length
-from stages.rewards.model_identity import model_identity
-from stages.rewards.perplexity import perplexity, perplexity_identity
-from stages.rewards.preference_model import preference_score, preference_score_identity
+from stages.rewards.models.embedding import embedding, embedding_identity
+from stages.rewards.models.entailment import entailment, entailment_identity, label_roles
+from stages.rewards.models.frozen_models import batches_by_length
+from stages.rewards.models.model_identity import model_identity
+from stages.rewards.models.perplexity import perplexity, perplexity_identity
+from stages.rewards.models.preference_model import preference_score, preference_score_identity
 from tests.tiny_models import (
     answer_rows,
     save_constant_classifier,
@@ -121,8 +121,9 @@ def test_identities_hold_the_digest_instead_of_the_path_and_every_other_argument
 
 
 def test_importing_the_modules_imports_no_torch() -> None:
-    names = ["embedding", "perplexity", "entailment", "preference_model", "satisfaction", "model_identity"]
-    code = "import sys\n" + "".join(f"import stages.rewards.{name}\n" for name in names)
+    names = ["embedding", "perplexity", "entailment", "preference_model", "model_identity"]
+    code = "import sys\n" + "".join(f"import stages.rewards.models.{name}\n" for name in names)
+    code += "import stages.rewards.answers.ratings\n"
     code += "import stages.reward_model.reward_model\nprint([m for m in ('torch', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.relevance import bm25, bm25_identity, coverage
+from stages.rewards.text.relevance import bm25, bm25_identity, coverage
 from stages.rewards.words import sentences, words
 from tests.work import check_case, instructions, reward_cases
 

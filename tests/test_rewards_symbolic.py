@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from stages.rewards.symbolic import math_match, math_match_identity
+from stages.rewards.answers.symbolic import math_match, math_match_identity
 
 MONSTER = "$9^{9^{9^{9}}}$"
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.sandbox import PROJECT, Limits, Run, Sandbox, python
+from stages.rewards.code.sandbox import PROJECT, Limits, Run, Sandbox, python
 from tests.sandboxes import NO_SUCH_FILE, attack, processes_with, tried
 
 
@@ -81,7 +81,7 @@ def test_a_path_named_readable_can_be_read_but_not_written(tmp_path: Path) -> No
 def test_it_works_from_several_threads_of_a_process_with_limited_memory() -> None:
     code = """
         import resource, threading
-        from stages.rewards.sandbox import Sandbox
+        from stages.rewards.code.sandbox import Sandbox
         resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
         def run(number):
             with Sandbox() as sandbox:

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.sandbox import PROJECT, Isolation, Limits, Sandbox, python
+from stages.rewards.code.sandbox import PROJECT, Isolation, Limits, Sandbox, python
 from tests.sandboxes import attack, processes_with, reachable_python, until
 
 
@@ -42,7 +42,7 @@ def test_a_daemon_ends_with_the_run(marker: str) -> None:
 def start_and_kill(marker: str, isolation: Isolation, interpreter: str, program: str) -> None:
     """Start a process that uses a sandbox, kill it with -9 while the program runs."""
     code = f"""
-        from stages.rewards.sandbox import Limits, Sandbox
+        from stages.rewards.code.sandbox import Limits, Sandbox
         with Sandbox(Limits(seconds=100), {isolation!r}) as sandbox:
             sandbox.run([{interpreter!r}, "program.py", {marker!r}], {{"program.py": {textwrap.dedent(program)!r}}})
     """
@@ -72,7 +72,7 @@ def without_namespaces(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_machine_without_namespaces_is_refused_with_the_way_out() -> None:
-    done = without_namespaces("from stages.rewards.sandbox import Sandbox\nwith Sandbox(): print('entered')")
+    done = without_namespaces("from stages.rewards.code.sandbox import Sandbox\nwith Sandbox(): print('entered')")
     assert "entered" not in done.stdout
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("pipeline.errors.RewardError: this machine does not allow the sandbox (a user namespace")
@@ -81,7 +81,7 @@ def test_a_machine_without_namespaces_is_refused_with_the_way_out() -> None:
 
 def test_less_isolation_works_without_namespaces() -> None:
     code = """
-        from stages.rewards.sandbox import Sandbox
+        from stages.rewards.code.sandbox import Sandbox
         with Sandbox(isolation="process") as sandbox:
             print(sandbox.run(["sh", "-c", "pwd; echo $API_KEY; ulimit -v"]).stdout)
     """
@@ -142,7 +142,7 @@ def test_an_ordinary_user_has_the_same_protection_through_a_user_namespace() -> 
         for name in ("pipeline", "stages"):
             shutil.copytree(PROJECT / name, place / name)
         code = """
-            from stages.rewards.sandbox import Limits, Sandbox
+            from stages.rewards.code.sandbox import Limits, Sandbox
             program = '''
             import os, socket
             print(os.getpid(), os.getuid(), os.path.exists('/etc/shadow'), os.path.exists('/var'))

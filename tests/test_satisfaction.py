@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import RewardError
-from stages.rewards.satisfaction import (
+from stages.rewards.answers.ratings import (
     bradley_terry,
     preference,
     preference_identity,

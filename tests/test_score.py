@@ -53,7 +53,7 @@ def test_several_functions_give_a_row_each() -> None:
     config = ScoreConfig(
         rewards=[
             RewardConfig(name="length", function="tests.test_score:length"),
-            RewardConfig(name="exact", function="stages.rewards.matching:exact_match"),
+            RewardConfig(name="exact", function="stages.rewards.answers.matching:exact_match"),
         ]
     )
     rows = score(config, "7", "seven", reference_answer="7").select("reward_name", "reward").rows()
@@ -109,7 +109,7 @@ def test_the_identity_of_a_reward_depends_on_its_arguments() -> None:
 
 def test_reasoning_gym_verifies_with_the_tasks_own_rule() -> None:
     entry = {"question": "7 + 5 =", "answer": "12", "metadata": {"source_dataset": "chain_sum"}}
-    config = rewards("stages.rewards.reasoning_gym:verify")
+    config = rewards("stages.rewards.answers.reasoning_gym:verify")
     rows = score(config, "12", " 12\n", "13", metadata=json.dumps({"entry": entry}))
     right, padded, wrong = rows["reward"].to_list()
     assert (right, padded) == (1.0, 1.0)
@@ -117,7 +117,7 @@ def test_reasoning_gym_verifies_with_the_tasks_own_rule() -> None:
 
 
 def test_exact_match_without_a_reference_is_unknown() -> None:
-    assert score(rewards("stages.rewards.matching:exact_match"), "7")["reward"].to_list() == [None]
+    assert score(rewards("stages.rewards.answers.matching:exact_match"), "7")["reward"].to_list() == [None]
 
 
 def anything(completion: str, **rest: Any) -> float:

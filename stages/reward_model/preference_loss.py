@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from grpo.classifier import Encoding, class_logits
 from grpo.optimizer import learning_rate_at, make_optimizer
 from grpo.settings import AdamWConfig
+from stages.rewards.models.classifier import Encoding, class_logits
 
 
 @dataclass(frozen=True, slots=True)

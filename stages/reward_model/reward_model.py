@@ -31,8 +31,8 @@ from stages.reward_model.preferences import (
     read_preferences,
     without_duplicates,
 )
-from stages.rewards.model_identity import model_identity, model_source
-from stages.rewards.preference_model import encode_answer
+from stages.rewards.models.model_identity import model_identity, model_source
+from stages.rewards.models.preference_model import encode_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -312,7 +312,7 @@ def _load(config: RewardModelConfig, material: Material) -> tuple["PreTrainedMod
     """Return the model to train and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from grpo.classifier import REWARD_HEAD, choose_pad_token, load_classifier
+    from stages.rewards.models.classifier import REWARD_HEAD, choose_pad_token, load_classifier
 
     is_local, source = Path(material.source).is_dir(), material.source
     try:

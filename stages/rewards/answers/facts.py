@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import RewardError
-from stages.rewards.answers import NOTHING_WITHIN, answer_part
+from stages.rewards.answers.answer_part import NOTHING_WITHIN, answer_part
 from stages.rewards.base import Score
 from stages.rewards.words import folded, occurs
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
-from stages.rewards.answers import shown
+from stages.rewards.answers.answer_part import shown
 from stages.rewards.base import Score
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import RewardError
 from pipeline.manifest import canonical_json
-from stages.rewards.judge_verdict import Scale
+from stages.rewards.judge.verdict import Scale
 
 PLACEHOLDER = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 

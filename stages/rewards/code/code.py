@@ -5,7 +5,7 @@ The tests are metadata of the prompt, in one of two forms:
     tests       a list of {"input": ..., "output": ...}: the program gets the input on standard input and must print the
                 output. Compared here, outside of the sandbox: the program can neither read nor forge the verdict.
     test_code   Python asserts that call the program's functions. They run in a process of their own beside the
-                program, see `code_harness` and docs/sandbox.md.
+                program, see `harness` and docs/sandbox.md.
 
 Where the sandbox cannot be had, every completion gets a null reward with the reason, never an unprotected run.
 """
@@ -23,14 +23,14 @@ from typing import Any, Literal
 
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
-from stages.rewards.sandbox import Isolation, Limits, Run, Sandbox, python
+from stages.rewards.code.sandbox import Isolation, Limits, Run, Sandbox, python
 
 FLAGS = ("-s", "-P", "-B")
 """Of the default command: nothing of the user's, nothing imported from the working directory, no byte code written."""
 EXCERPT_LENGTH = 200
 MAX_TESTS_IN_DETAIL = 50
 LANGUAGES = {"python": ("python", "py", "python3")}
-HARNESS = Path(__file__).with_name("code_harness.py")
+HARNESS = Path(__file__).with_name("harness.py")
 
 
 def code(
@@ -100,7 +100,7 @@ def code(
 def code_identity(**arguments: Any) -> dict[str, Any]:
     """Return what decides the reward: the arguments, the interpreter, and the files that carry out the tests."""
     folder = Path(__file__).parent
-    names = ("code.py", "code_harness.py", "sandbox.py", "sandbox_init.py", "sandbox_root.py", "sandbox_kernel.py")
+    names = ("code.py", "harness.py", "sandbox.py", "sandbox_init.py", "sandbox_root.py", "sandbox_kernel.py")
     digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
     return {**arguments, "python": platform.python_version(), "files": digest}
 

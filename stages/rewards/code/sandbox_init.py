@@ -1,7 +1,7 @@
 """The sandbox's own processes: a small server that runs one untrusted command after the other, each in a fresh cell.
 
-Started by `stages.rewards.sandbox` with a clean environment; stdlib only. It reads JSON lines (first the setup, then
-one request per run) and answers each with one line. The processes, from the outside in:
+Started by `sandbox` with a clean environment; stdlib only. It reads JSON lines (first the setup, then one request per
+run) and answers each with one line. The processes, from the outside in:
 
     server      once: namespaces without a network, a read-only root that shows only what the setup names
     keeper      per run: feeds the input, cuts the output, watches the clock, kills; the program cannot see it
@@ -22,8 +22,8 @@ import sys
 import time
 from typing import Any
 
-from stages.rewards import sandbox_kernel as kernel
-from stages.rewards import sandbox_root as root
+from stages.rewards.code import sandbox_kernel as kernel
+from stages.rewards.code import sandbox_root as root
 
 CHUNK = 65536
 MAX_FILES_PER_MB = 64

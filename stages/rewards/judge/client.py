@@ -25,8 +25,8 @@ from typing import Any
 import httpx
 
 from pipeline.errors import RewardError
-from stages.rewards.judge_cache import Answer
-from stages.rewards.judge_config import Endpoint
+from stages.rewards.judge.cache import Answer
+from stages.rewards.judge.config import Endpoint
 
 BACKOFF_SECONDS = 1.0
 """Longest wait before the first repetition; it doubles each time."""

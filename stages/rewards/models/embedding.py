@@ -9,8 +9,8 @@ from pipeline.errors import RewardError
 from stages.checkpoints import looks_local
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
-from stages.rewards.frozen_models import MODELS_KEPT, first_line, limited_threads
-from stages.rewards.model_identity import identity_by_model, model_source
+from stages.rewards.models.frozen_models import MODELS_KEPT, first_line, limited_threads
+from stages.rewards.models.model_identity import identity_by_model, model_source
 
 Against = Literal["prompt", "reference"]
 
@@ -81,7 +81,7 @@ def load_encoder(model: str, revision: str | None, device: str) -> Any:
     """
     from sentence_transformers import SentenceTransformer
 
-    from grpo.classifier import quiet_loading
+    from stages.rewards.models.classifier import quiet_loading
 
     source, is_local = model_source(model), looks_local(model)
     try:

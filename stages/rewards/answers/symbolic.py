@@ -12,7 +12,7 @@ from typing import Any
 
 import regex
 
-from stages.rewards.answers import NO_REFERENCE, NOTHING_WITHIN, accepted_answers, answer_part, shown
+from stages.rewards.answers.answer_part import NO_REFERENCE, NOTHING_WITHIN, accepted_answers, answer_part, shown
 from stages.rewards.base import Score
 
 DELIMITED = regex.compile(r"\$|\\\(|\\\[|\\boxed")

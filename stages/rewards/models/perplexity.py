@@ -11,8 +11,8 @@ from pipeline.errors import RewardError
 from stages.checkpoints import context_length, looks_local
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
-from stages.rewards.frozen_models import MODELS_KEPT, batches_by_length, first_line, limited_threads
-from stages.rewards.model_identity import identity_by_model, model_source
+from stages.rewards.models.frozen_models import MODELS_KEPT, batches_by_length, first_line, limited_threads
+from stages.rewards.models.model_identity import identity_by_model, model_source
 
 Given = Literal["messages", "prompt", "nothing"]
 CHOICES = ("messages", "prompt", "nothing")

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from pipeline.config import StrictModel
 from pipeline.manifest import canonical_json
-from stages.rewards.judge_prompt import choose_template
-from stages.rewards.judge_verdict import Rule, Scale, make_rule
+from stages.rewards.judge.prompt import choose_template
+from stages.rewards.judge.verdict import Rule, Scale, make_rule
 
 RESERVED = ("model", "messages", "stream", "n", "temperature", "max_tokens", "seed")
 

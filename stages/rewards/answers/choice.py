@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from pipeline.errors import RewardError
-from stages.rewards.answers import NO_REFERENCE, NOTHING_WITHIN, answer_part, shown
+from stages.rewards.answers.answer_part import NO_REFERENCE, NOTHING_WITHIN, answer_part, shown
 from stages.rewards.base import Score
 from stages.rewards.words import occurs
 

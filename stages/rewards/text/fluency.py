@@ -1,4 +1,4 @@
-"""Rewards against degenerate text: loops, and the wrong language. Surface errors are in `stages.rewards.surface`.
+"""Rewards against degenerate text: loops, and the wrong language. Surface errors are in `stages.rewards.text.surface`.
 
 They find what is plainly broken, and do not tell good prose from fair prose. All work is in proportion to the length of
 the answer: a policy that has collapsed writes until it is cut, again and again.

@@ -8,7 +8,7 @@ The root is built from nothing: what is not named does not exist in it.
 import os
 from typing import Any
 
-from stages.rewards import sandbox_kernel as kernel
+from stages.rewards.code import sandbox_kernel as kernel
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
 PRIVATE = "/sandbox"

@@ -17,11 +17,11 @@ from pipeline.config import validate
 from pipeline.files import sha256_text
 from pipeline.manifest import canonical_json
 from stages.rewards.base import name_arguments
-from stages.rewards.judge_cache import Answer, JudgementCache, request_hash
-from stages.rewards.judge_client import ask_all
-from stages.rewards.judge_config import Endpoint, JudgeConfig
-from stages.rewards.judge_prompt import criteria_texts, fill
-from stages.rewards.judge_verdict import Rule, read_verdict
+from stages.rewards.judge.cache import Answer, JudgementCache, request_hash
+from stages.rewards.judge.client import ask_all
+from stages.rewards.judge.config import Endpoint, JudgeConfig
+from stages.rewards.judge.prompt import criteria_texts, fill
+from stages.rewards.judge.verdict import Rule, read_verdict
 
 DETAIL_CHARACTERS = 4000
 """Of the judge's words in the detail; the cache has all of them."""

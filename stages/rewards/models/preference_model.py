@@ -8,8 +8,8 @@ import polars as pl
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
-from stages.rewards.frozen_models import classify, limited_threads, load_frozen_classifier
-from stages.rewards.model_identity import identity_by_model
+from stages.rewards.models.frozen_models import classify, limited_threads, load_frozen_classifier
+from stages.rewards.models.model_identity import identity_by_model
 
 
 def preference_score(
@@ -32,7 +32,7 @@ def preference_score(
     if classifier.model.config.num_labels != 1:
         raise RewardError(
             f"{model} has {classifier.model.config.num_labels} labels: expected a reward model with one logit; for "
-            "entailment models use stages.rewards.entailment:entailment"
+            "entailment models use stages.rewards.models.entailment:entailment"
         )
     encodings = [
         encode_answer(classifier.tokenizer, row["messages"], row["prompt"], row["completion"])

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import regex
 
-from stages.rewards.answers import NO_REFERENCE, NOTHING_WITHIN, accepted_answers, answer_part, shown
+from stages.rewards.answers.answer_part import NO_REFERENCE, NOTHING_WITHIN, accepted_answers, answer_part, shown
 from stages.rewards.base import Score
 
 ARITHMETIC = Context(prec=100, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])

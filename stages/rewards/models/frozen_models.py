@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import RewardError
 from stages.checkpoints import context_length, looks_local
-from stages.rewards.model_identity import model_source
+from stages.rewards.models.model_identity import model_source
 
 MODELS_KEPT = 2
 """Models that stay loaded in a process; a reward needs one."""
@@ -58,7 +58,7 @@ def load_frozen_classifier(model: str, revision: str | None, device: str) -> Cla
     """
     from transformers import AutoTokenizer
 
-    from grpo.classifier import choose_pad_token, load_classifier
+    from stages.rewards.models.classifier import choose_pad_token, load_classifier
 
     source, is_local = model_source(model), looks_local(model)
     try:
@@ -77,7 +77,7 @@ def classify(
     """Return the logits of each encoding, in the order given."""
     import torch
 
-    from grpo.classifier import class_logits
+    from stages.rewards.models.classifier import class_logits
 
     found: list[list[float]] = [[] for _ in encodings]
     for batch in batches_by_length([len(e["input_ids"]) for e in encodings], batch_size):

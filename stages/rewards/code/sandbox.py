@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pipeline.errors import RewardError
 
 Isolation = Literal["full", "process"]
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 PACKAGES = ("pipeline", "grpo", "stages", "flows", "tests")
 SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/ld.so.cache")
 """Programs and libraries of the system: what every sandbox shows."""
@@ -98,7 +98,9 @@ class Sandbox:
         if self.isolation == "process":
             self._scratch = tempfile.TemporaryDirectory(prefix="sandbox-")
             Path(self._scratch.name).chmod(0o711)  # the program's user may be another
-        start = f"import sys; sys.path.append({str(PROJECT)!r}); from stages.rewards.sandbox_init import main; main()"
+        start = (
+            f"import sys; sys.path.append({str(PROJECT)!r}); from stages.rewards.code.sandbox_init import main; main()"
+        )
         self._server = subprocess.Popen(
             # isolated, without site: half the time to start
             [python(), "-I", "-S", "-B", "-c", start],

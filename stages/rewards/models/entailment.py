@@ -10,8 +10,8 @@ import polars as pl
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
-from stages.rewards.frozen_models import Classifier, classify, limited_threads, load_frozen_classifier
-from stages.rewards.model_identity import identity_by_model
+from stages.rewards.models.frozen_models import Classifier, classify, limited_threads, load_frozen_classifier
+from stages.rewards.models.model_identity import identity_by_model
 from stages.rewards.words import sentences as split_sentences
 
 Combine = Literal["mean", "min"]

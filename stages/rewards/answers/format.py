@@ -12,7 +12,7 @@ import regex
 
 from pipeline.errors import RewardError
 from pipeline.functions import import_function
-from stages.rewards.answers import NOTHING_WITHIN, SECONDS_PER_SEARCH, answer_part, compiled, shown
+from stages.rewards.answers.answer_part import NOTHING_WITHIN, SECONDS_PER_SEARCH, answer_part, compiled, shown
 from stages.rewards.base import Score, deciding_arguments
 from stages.rewards.functions import RewardConfig, find_reward
 
