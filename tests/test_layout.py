@@ -15,7 +15,8 @@ from flows.commands.schema import schema_markdown
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "vllm", "prefect", "transformers")
-DOCUMENTED = ("flows", "flows/commands", "flows/report")
+INSPECT = ("stages/inspect", "stages/inspect/audit", "stages/inspect/verify")
+DOCUMENTED = ("flows", "flows/commands", "flows/report", *INSPECT)
 """Packages whose __init__ names their files."""
 
 
@@ -80,23 +81,23 @@ def test_an_unknown_command_is_met_with_those_of_a_like_name() -> None:
     assert result.stderr.splitlines()[-1] == "Error: No such command 'runn'. Did you mean 'run', 'prune'?"
 
 
-def test_every_command_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_command_has_a_line_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     names = []
     for name, command in typer.main.get_command(build_app(COMMANDS)).commands.items():  # type: ignore[attr-defined]
         names += [f"{name} {inner}" for inner in getattr(command, "commands", {})] or [name]
     assert len(names) == len(COMMANDS)
-    assert [name for name in names if f"grpo {name}" not in readme] == []
+    assert [name for name in names if f"grpo {name}" not in page] == []
 
 
 @pytest.mark.parametrize("package", DOCUMENTED)
 def test_a_package_says_what_each_of_its_files_is(package: str) -> None:
     folder = ROOT / package
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
-    described = re.findall(r"^(\w+(?:\.py|/)) +\S+ \S+", text, re.MULTILINE)
-    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
-    packages = [f"{path.parent.name}/" for path in folder.glob("*/__init__.py")]
-    assert sorted(described) == sorted([*files, *packages])
+    described = re.findall(r"^(\w+)  +\S+ \S+", text, re.MULTILINE)
+    modules = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+    packages = [path.parent.name for path in folder.glob("*/__init__.py")]
+    assert sorted(described) == sorted([*modules, *packages])
 
 
 def test_no_file_grew_out_of_one_sitting() -> None:

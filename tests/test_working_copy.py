@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flows import look
+from flows.commands.groups import groups
+from flows.commands.ls import ls
+from flows.commands.metrics import metrics
+from flows.commands.rows import rows
+from flows.commands.show import show
 from flows.printing import Format
 from pipeline.errors import ArtifactDamaged, UsageError
 from pipeline.manifest import is_finished
@@ -78,23 +82,23 @@ def test_looking_from_a_new_machine_writes_nothing_and_brings_what_is_asked_for(
     url = f"{base}/runs/demo"
     copy(local, url)
     before = open_store(base).listing()
-    look.list_runs(f"{base}/runs", Format.jsonl)
+    ls(f"{base}/runs", Format.jsonl)
     row = json.loads(capsys.readouterr().out)
     assert (row["run"], row["iterations"], row["finished"]) == (url, 1, 1)
-    look.list_runs(url, Format.jsonl)
+    ls(url, Format.jsonl)
     listed = {r["artifact"]: r["rows"] for r in map(json.loads, capsys.readouterr().out.splitlines())}
     assert listed[COMPLETIONS] == 4
-    look.print_metrics(url, Format.jsonl)
+    metrics(url, Format.jsonl)
     assert json.loads(capsys.readouterr().out.splitlines()[0])["num_completions"] == 4
     root = run_at(url).root
     assert list(root.rglob("part-*")) == []
-    look.print_dataset(url, "completions", None, "completion_token_ids", None, 0, Format.jsonl)
-    rows = [json.loads(line)["completion_token_ids"] for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 4
-    assert {tuple(row) for row in rows} <= {(DIGIT_0 + 2, EOS), (DIGIT_0 + 3, EOS)}
+    rows(url, "completions", None, "completion_token_ids", None, 0, Format.jsonl)
+    printed = [json.loads(line)["completion_token_ids"] for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == 4
+    assert {tuple(row) for row in printed} <= {(DIGIT_0 + 2, EOS), (DIGIT_0 + 3, EOS)}
     assert [p.relative_to(root).as_posix() for p in root.rglob("part-*")] == [PART]
-    look.print_groups(url, None, None, 0, Format.jsonl)
-    look.show_group(url, None, None, Format.table)
+    groups(url, None, None, 0, Format.jsonl)
+    show(url, None, None, Format.table)
     assert "reference answer: 2" in capsys.readouterr().out
     assert list(root.rglob("*.safetensors")) == []
     assert open_store(base).listing() == before

@@ -1,5 +1,5 @@
 """The page of `grpo report`: one HTML file that opens offline. Its template, script and styles lie in page/.
 
-render.py   the page, from what stages/inspect/report_data.py collects
-figures.py  its figures, drawn as SVG
+render   the page, from what stages.inspect.report_data collects
+figures  its figures, drawn as SVG
 """
