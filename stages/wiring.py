@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import STEPS, From, Step, load_stage
-from pipeline.config import StrictModel
 from pipeline.manifest import is_finished
 from pipeline.object_store import url_of
 from pipeline.run_dir import RunDir
@@ -29,7 +30,7 @@ from stages.config import RunConfig
 from stages.custom_functions import sources
 from stages.generate import check_room
 from stages.members import MemberConfig, check_same_tokenizer, member_updates
-from stages.optimizer import state_beside
+from stages.optimizer import OptimizerConfig, state_beside
 from stages.policy import PolicyConfig
 from stages.score import find_rewards
 from stages.sources import SourceConfig, source_identity
@@ -58,15 +59,17 @@ class Wiring:
             {**{wanted: run_facts[wanted] for wanted in stage.wants}, **more},
         )
 
-    def _settings(self, name: str) -> StrictModel:
+    def _settings(self, name: str) -> BaseModel:
         """Return what of the run's config decides a step."""
         match name:
             case "prompts":
                 return _source_alone(self.config.prompts)
             case "evaluate":
                 return self.config.evaluation()
-        table = getattr(self.config, name, None)
-        return table if isinstance(table, StrictModel) else load_stage(STEPS[name]).config()
+            case "optimizer":
+                return OptimizerConfig()
+        table: BaseModel = getattr(self.config, name)
+        return table
 
     def _inputs(self, step: Step, iteration: int) -> dict[str, Artifact]:
         found: dict[str, Artifact] = {}

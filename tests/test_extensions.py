@@ -112,6 +112,9 @@ record_tokens = true
 [update.loss]
 name = "toy_loss:positive_only"
 arguments = {{ scale = 3.0 }}
+[update.correction]
+kind = "none"
+veto_low = 1e-30
 [evaluate]
 every = 1
 num_prompts = 2
