@@ -1,5 +1,6 @@
 """Fixtures that are dear to make: a tiny policy with its tokenizer, an object store, a run to put there."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from stages import policy
 from stages.config import RunConfig
 from tests.policies import save_tiny_policy
 from tests.stores import ROWS, new_machine, s3_server, small_config, start
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; else a wrong name is looked up, many times
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,16 @@ def letters(completion: str) -> float:
     return float(sum(c.isalpha() for c in completion))
 
 
+def opposite(completion: str, reference: str) -> float:
+    """Pay for every answer but the right one."""
+    return float(completion != reference)
+
+
+def length_told(num_tokens: int | None) -> Score:
+    """Say in the detail how long the answer is."""
+    return Score(1.0, num_tokens)
+
+
 def misbehave(completion: str) -> Any:
     """Do what the completion says; the length of any other text is its reward."""
     match completion:

@@ -21,6 +21,7 @@ model = "{policy}"
 source = "reasoning_gym:chain_sum"
 prompts_per_iteration = 4
 [generate]
+engine = "transformers"
 group_size = 2
 max_tokens = 8
 [[score.rewards]]
@@ -48,7 +49,6 @@ def grpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run_command(folder: Path, *arguments: str) -> Result:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main()
