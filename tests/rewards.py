@@ -14,6 +14,9 @@ import polars as pl
 
 from stages.rewards.base import Score
 
+arrived: list[str] = []
+"""Those that this process has let in to `meet`."""
+
 
 def share_of_digits(completion: str) -> float:
     """Return the share of characters that are digits: a random policy gets some of it."""
@@ -73,6 +76,14 @@ async def misbehave_async(completion: str) -> Any:
         await asyncio.sleep(3600)
     await asyncio.sleep(0.001)
     return misbehave(completion)
+
+
+async def meet(completion: str) -> float:
+    """Wait until eight have come."""
+    arrived.append(completion)
+    while len(arrived) < 8:
+        await asyncio.sleep(0.01)
+    return 1.0
 
 
 async def swallow_cancellation(completion: str) -> float:

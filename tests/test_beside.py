@@ -1,6 +1,5 @@
 """Tasks beside the flow: what is waited for, when, and whose error is told. The tasks are stand-ins for Prefect's."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -114,9 +113,7 @@ def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task
     beside.begin(task, 7)
     beside.begin(task, -7)
     beside.begin(slow, 1)  # type: ignore[arg-type]
-    while len(task.ran) < 2:
-        time.sleep(0.001)
-    time.sleep(0.05)
+    beside._begun["prompts", -7].wait()  # the one thread has run both
     try:
         with pytest.raises(ValueError, match="prompts of -7"):
             beside.raise_failed()
