@@ -28,6 +28,11 @@ def letters(completion: str) -> float:
     return float(sum(c.isalpha() for c in completion))
 
 
+def eighths(completion: str) -> float:
+    """Pay for every character."""
+    return len(completion) / 8
+
+
 def opposite(completion: str, reference: str) -> float:
     """Pay for every answer but the right one."""
     return float(completion != reference)
