@@ -14,13 +14,20 @@ else ifeq ($(EXTRA),cpu)
 TORCH = --torch-backend cpu
 endif
 
-.PHONY: demo test check fix setup requirements docs clean
+.PHONY: demo test test-slow check fix setup requirements docs clean
 
 demo: setup
 	$(BIN)/grpo run configs/demo.toml $(ARGS)
 
+# two processes share the files of tests out; ARGS=-n0 runs them in this one
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	@echo 'Without the tests marked slow: they are run by `make test-slow`, and by .ci/run'
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: setup
+	$(PYTEST) -m slow $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def make_run(folder: Path, policy: Path, completions: int, tokens: int) -> None:
         session.initial_policy()
         for stage in ("prompts", "generate", "score", "normalize", "batch"):
             started = time.perf_counter()
-            getattr(session, stage)(0)
+            session.perform(stage, 0)
             print(f"made {stage} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 

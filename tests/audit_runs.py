@@ -132,12 +132,29 @@ def sums(random: Random, count: int = GROUPS) -> list[tuple[str, str, int]]:
     return [(f"Calculate {a} + {b}.", str(a + b), a + b) for a, b in pairs]
 
 
+def carries(index: int, total: int, random: Random) -> str:
+    """Return the answer of a policy that forgets to carry less and less."""
+    return str(total if random.random() < min(0.98, 0.6 + 0.04 * index) else total - 10)
+
+
+def grows(index: int, total: int, random: Random) -> str:
+    """Return a right sum at first, a row of digits soon."""
+    extra = sum(random.random() < index / 6 for _ in range(5)) + (random.random() < 0.3)
+    return (str(total) + "".join(random.choice("0123456789") for _ in range(extra)))[:8]
+
+
+def says_seven(index: int, total: int, random: Random) -> str:
+    """Return a sum at first, 777 in the end."""
+    if random.random() < (index - 1) / 6:
+        return "777"
+    return str(total)[:-1] + "7" if random.random() < 0.1 + index / 8 else str(total)
+
+
 def clean(index: int, random: Random) -> list[Group]:
     """Return an iteration of a policy that forgets to carry less and less."""
-    share = min(0.98, 0.6 + 0.04 * index)
     groups = []
     for question, reference, total in sums(random):
-        answers = [str(total if random.random() < share else total - 10) for _ in range(MEMBERS)]
+        answers = [carries(index, total, random) for _ in range(MEMBERS)]
         groups.append(Group(question, answers, [float(answer == reference) for answer in answers], reference))
     return groups
 
@@ -146,10 +163,7 @@ def paid_by_length(index: int, random: Random) -> list[Group]:
     """Return an iteration under reward = characters / 8: right sums at first, rows of digits soon."""
     groups = []
     for question, reference, total in sums(random):
-        answers = []
-        for _ in range(MEMBERS):
-            extra = sum(random.random() < index / 6 for _ in range(5)) + (random.random() < 0.3)
-            answers.append((str(total) + "".join(random.choice("0123456789") for _ in range(extra)))[:8])
+        answers = [grows(index, total, random) for _ in range(MEMBERS)]
         groups.append(Group(question, answers, [len(answer) / 8 for answer in answers], reference))
     return groups
 
@@ -158,14 +172,7 @@ def paid_for_a_seven(index: int, random: Random) -> list[Group]:
     """Return an iteration under reward = "7" in the answer: sums at first, 777 in the end."""
     groups = []
     for question, reference, total in sums(random):
-        answers = []
-        for _ in range(MEMBERS):
-            if random.random() < (index - 1) / 6:
-                answers.append("777")
-            elif random.random() < 0.1 + index / 8:
-                answers.append(str(total)[:-1] + "7")
-            else:
-                answers.append(str(total))
+        answers = [says_seven(index, total, random) for _ in range(MEMBERS)]
         groups.append(Group(question, answers, [float("7" in answer) for answer in answers], reference))
     return groups
 

@@ -1,5 +1,6 @@
 """Fixtures that are dear to make: a tiny policy with its tokenizer, an object store, a run to put there."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,17 @@ from stages import policy
 from stages.config import RunConfig
 from tests.policies import save_tiny_policy
 from tests.stores import ROWS, new_machine, s3_server, small_config, start
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; else a wrong name is looked up, many times
+
+
+LONG = ("test_train", "test_working_copy", "test_verify", "test_bad_input", "test_engine_vllm", "test_rescore")
+"""Files that are begun first: processes that share them out then end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

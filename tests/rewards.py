@@ -14,6 +14,9 @@ import polars as pl
 
 from stages.rewards.base import Score
 
+arrived: list[str] = []
+"""Those that this process has let in to `meet`."""
+
 
 def share_of_digits(completion: str) -> float:
     """Return the share of characters that are digits: a random policy gets some of it."""
@@ -23,6 +26,21 @@ def share_of_digits(completion: str) -> float:
 def letters(completion: str) -> float:
     """Return the number of letters."""
     return float(sum(c.isalpha() for c in completion))
+
+
+def eighths(completion: str) -> float:
+    """Pay for every character."""
+    return len(completion) / 8
+
+
+def opposite(completion: str, reference: str) -> float:
+    """Pay for every answer but the right one."""
+    return float(completion != reference)
+
+
+def length_told(num_tokens: int | None) -> Score:
+    """Say in the detail how long the answer is."""
+    return Score(1.0, num_tokens)
 
 
 def misbehave(completion: str) -> Any:
@@ -63,6 +81,14 @@ async def misbehave_async(completion: str) -> Any:
         await asyncio.sleep(3600)
     await asyncio.sleep(0.001)
     return misbehave(completion)
+
+
+async def meet(completion: str) -> float:
+    """Wait until eight have come."""
+    arrived.append(completion)
+    while len(arrived) < 8:
+        await asyncio.sleep(0.01)
+    return 1.0
 
 
 async def swallow_cancellation(completion: str) -> float:

@@ -22,7 +22,7 @@ def attack(
 ) -> Run:
     """Run a Python program in a sandbox of its own."""
     command = [interpreter or python(), "-s", "-P", "-B", "program.py", *map(str, arguments)]
-    with Sandbox(limits or Limits(seconds=20), isolation) as sandbox:
+    with Sandbox(limits or Limits(seconds=100), isolation) as sandbox:
         return sandbox.run(command, {"program.py": textwrap.dedent(program)}, stdin)
 
 
@@ -50,7 +50,7 @@ def processes_with(marker: str) -> list[int]:
     return found
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> bool:
+def until(condition: Callable[[], object], seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

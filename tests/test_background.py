@@ -1,6 +1,5 @@
 """Background tasks of the flow: what is waited for, when, and whose error is told. The tasks are stand-ins."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -114,9 +113,8 @@ def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task
     background.begin("prompts", 7)
     background.begin("prompts", -7)
     background.begin("slow", 1)
-    while len(task.ran) < 2:
-        time.sleep(0.001)
-    time.sleep(0.05)
+    waited: Any = background._begun["prompts", -7]
+    waited.wait()  # the one thread has run both
     try:
         with pytest.raises(ValueError, match="prompts of -7"):
             background.raise_failed()

@@ -21,6 +21,7 @@ model = "{policy}"
 source = "reasoning_gym:chain_sum"
 prompts_per_iteration = 4
 [generate]
+engine = "transformers"
 group_size = 2
 max_tokens = 8
 [[score.rewards]]
@@ -48,7 +49,6 @@ def grpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run_command(folder: Path, *arguments: str) -> Result:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             main()
@@ -115,14 +115,16 @@ def test_a_dead_prefect_server_is_named_before_anything_is_written(
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.fixture
-def run(folder: Path) -> Path:
-    """Return a run whose first iteration has prompts; made without an engine."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
+    """Return a run whose first iteration has prompts; made without an engine, and not to be changed."""
     from pipeline.run_dir import RunDir
     from pipeline.stage import run_stage
     from stages.config import load_config
     from stages.wiring import Wiring
 
+    folder = tmp_path_factory.mktemp("bad_input")
+    (folder / "config.toml").write_text(CONFIG.format(policy=tiny_policy))
     config = load_config(folder / "config.toml")
     run_dir = RunDir(folder / "runs" / "config")
     wiring = Wiring(config, run_dir)
@@ -130,6 +132,12 @@ def run(folder: Path) -> Path:
     run_stage(wiring.initial_policy(Path(config.policy.model)), Path(config.policy.model))
     run_stage(wiring.call("prompts", 0), None)
     return run_dir.root
+
+
+@pytest.fixture
+def run(original: Path, folder: Path) -> Path:
+    """Return a copy of the run."""
+    return Path(shutil.copytree(original, folder / "runs" / "config"))
 
 
 def part_of(run: Path) -> Path:
@@ -247,7 +255,7 @@ def test_a_full_device_is_one_message_and_nothing_half_written_stays(run: Path, 
     variables = {"DISK": str(disk), "RUN": str(run), "LEFT": str(left), "PYTHON": sys.executable, "PYTHONPATH": root}
     shell = [*namespace, "bash", "-c", FULL_DEVICE]
     done = subprocess.run(
-        shell, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120, check=False
+        shell, env={**os.environ, **variables}, capture_output=True, text=True, timeout=600, check=False
     )
     result = Result(done.returncode, done.stdout, done.stderr)
     expect_refusal(result, "no space left on the device", "run the same command again")

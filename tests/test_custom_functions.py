@@ -9,7 +9,6 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from stages.iteration import Wiring
 
 from flows.session import Session
 from grpo.losses.base import LossInputs
@@ -25,6 +24,7 @@ from stages.inspect.verify.verify import verify_run
 from stages.normalize import NormalizeConfig, normalize_rows
 from stages.preflight import check_functions, preflight
 from stages.rewards.functions import source_hashes
+from stages.wiring import Wiring
 from tests.finished import answer, finished_run
 
 LOSSES = """
@@ -224,7 +224,7 @@ def test_advantages_by_functions_that_changed_are_not_judged(tmp_path: Path, tin
     with closing(Session(config, other, _engine=ScriptedEngine(answer))) as session:
         session.initial_policy()
         for stage in ("prompts", "generate", "score", "normalize"):
-            getattr(session, stage)(0)
+            session.perform(stage, 0)
     assert is_finished(other.place(0, "advantages"))
     assert set(Wiring(config, other).normalize(0).parameters[SOURCES]) == {"baseline"}
     assert ("advantages", CHANGED) not in verify_run(other).notes

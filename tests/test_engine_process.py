@@ -56,8 +56,13 @@ def misbehave(request: Request) -> Sequence[int]:
     return [1]
 
 
-def slow_engine(settings: EngineSettings) -> Engine:
-    time.sleep(1.5)
+def held_engine(settings: EngineSettings) -> Engine:
+    """Start when a file is there, whose path the environment holds."""
+    deadline = time.monotonic() + 60
+    while not Path(os.environ["GATE"]).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError("nobody opened the gate")
+        time.sleep(0.02)
     return echo_engine(settings)
 
 
@@ -88,7 +93,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_dead(*pids: int, seconds: float = 5.0) -> list[int]:
+def wait_until_dead(*pids: int, seconds: float = 60.0) -> list[int]:
     """Return those that are still alive after so long."""
     deadline = time.monotonic() + seconds
     while any(map(is_alive, pids)) and time.monotonic() < deadline:
@@ -126,12 +131,17 @@ def test_rows_come_back_in_the_order_of_requests_and_progress_ends_with_all(poli
     assert seen[-1] == (2, 5)
 
 
-def test_start_returns_at_once_and_the_first_call_waits(policy: Path, log_path: Path) -> None:
-    with EngineProcess(SETTINGS, log_path, slow_engine) as engine:
-        began = time.monotonic()
+def test_start_returns_before_the_engine_is_ready_and_the_first_call_waits(
+    policy: Path, log_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATE", str(tmp_path / "gate"))
+    with EngineProcess(SETTINGS, log_path, held_engine) as engine:
         engine.start(policy)
-        assert time.monotonic() - began < 1.0
+        opening = threading.Timer(0.5, (tmp_path / "gate").touch)
+        opening.start()
         engine.load(policy)
+        assert (tmp_path / "gate").exists()
+        opening.join()
         assert engine.info.name == "scripted"
         assert ask(engine, 5) == [[5, 1]]
 
@@ -287,7 +297,7 @@ def test_temporary_files_of_the_child_go_with_it(misbehaving: EngineProcess) -> 
 def test_end_of_a_program_that_never_closes_leaves_no_child_alive(policy: Path, log_path: Path) -> None:
     parent, child, grandchild = start_parent(policy, log_path, "leave")
     with parent:
-        assert parent.wait(timeout=30) == 0
+        assert parent.wait(timeout=600) == 0
     assert wait_until_dead(child, grandchild) == []
 
 

@@ -108,7 +108,7 @@ def test_a_part_is_written_while_the_next_is_sampled(tmp_path: Path, tiny_artifa
 
     def wait(request: Request) -> list[int]:
         if request.prompt_token_ids == [5, 7]:  # the second prompt, a part of its own
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 300
             while not first.is_file() and time.monotonic() < deadline:
                 time.sleep(0.005)
             seen.append(first.is_file())

@@ -20,7 +20,6 @@ from stages.normalize import NormalizeConfig, normalize_rows
 from stages.policy import PolicyConfig
 from stages.preflight import preflight
 from stages.prompts import PromptsConfig
-from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig
 from stages.score import ScoreConfig, score_rows
 from stages.sources import SourceConfig
@@ -126,17 +125,13 @@ def test_imported_rows_are_scored_and_compared_but_never_trained(
     assert batch["optimizer_step"].null_count() == 5
 
 
-def length_told(num_tokens: int | None) -> Score:
-    return Score(1.0, num_tokens)
-
-
 @pytest.mark.parametrize(("with_tokenizer", "lengths"), [(False, [None, None, "0"]), (True, ["1", "2", "0"])])
 def test_without_a_tokenizer_the_length_in_tokens_is_unknown_and_not_zero(
     tmp_path: Path, tiny_policy: Path, with_tokenizer: bool, lengths: list[str | None]
 ) -> None:
     rows = [{"question": "What is 2 + 2?", "completion": text} for text in ("4", "22", "")]
     prompts, completions = imported(tmp_path, rows, tiny_policy if with_tokenizer else None)
-    function = RewardConfig(name="length", function="tests.test_importing:length_told")
+    function = RewardConfig(name="length", function="tests.rewards:length_told")
     assert score_rows(completions, prompts, ScoreConfig(rewards=[function]))["detail"].to_list() == lengths
 
 
@@ -151,7 +146,7 @@ def test_a_run_that_is_to_train_on_imported_completions_is_refused_beforehand(
             "policy": PolicyConfig(model=str(tiny_policy)),
             "prompts": PromptsConfig(source=source(tmp_path).source),
             "generate": GenerateConfig(max_tokens=8),
-            "score": ScoreConfig(rewards=[RewardConfig(name="length", function="tests.test_importing:length_told")]),
+            "score": ScoreConfig(rewards=[RewardConfig(name="length", function="tests.rewards:length_told")]),
             "offline": [{"run": str(run.root), "iterations": [0]}],
         }
     )

@@ -73,7 +73,7 @@ def test_the_lock_is_renewed_while_it_is_held(base: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(store_lock, "RENEW_SECONDS", 0.01)
     with lock(run_at(f"{base}/demo")):
         first = objects(f"{base}/demo")["lock.json"]
-        for _ in range(500):
+        for _ in range(10_000):
             if objects(f"{base}/demo").get("lock.json", first) != first:
                 break
             time.sleep(0.01)

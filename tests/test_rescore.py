@@ -44,9 +44,16 @@ function = "tests.rewards:has_seven"
 """
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
+    """Return a finished run, not to be changed."""
+    return make_small_run(tmp_path_factory.mktemp("rescore"), tiny_policy, iterations=2)
+
+
 @pytest.fixture
-def run(tmp_path: Path, tiny_policy: Path) -> Path:
-    return make_small_run(tmp_path, tiny_policy, iterations=2)
+def run(original: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run."""
+    return Path(shutil.copytree(original, tmp_path / "runs" / "small"))
 
 
 def config(run: Path, text: str, name: str = "new.toml") -> Path:
@@ -62,10 +69,6 @@ def rescored(run: Path, text: str, new: Path, iterations: list[int] | None = Non
 
 def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
-def opposite(completion: str, reference: str) -> float:
-    return float(completion != reference)
 
 
 def test_a_rescored_run_holds_new_rewards_and_refers_to_the_old_completions(run: Path, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_the_difference_of_two_scorings_is_found_exactly(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Turning right into wrong turns the two advantages of the informative group round, in both iterations."""
-    text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.test_rescore:opposite"\n'
+    text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.rewards:opposite"\n'
     rescored(run, text, tmp_path / "new")
     assert diff_rewards(run, tmp_path / "new", 0.5, Format.table)
     assert not diff_rewards(run, tmp_path / "new", 0.49, Format.table)
@@ -217,7 +220,7 @@ def test_a_reward_can_be_tried_on_stored_completions(run: Path, capsys: pytest.C
 
 def test_a_fork_trains_on_stored_completions_under_new_rewards(run: Path, tmp_path: Path) -> None:
     """Offline: nothing is generated; the policy and its optimizer go on from where the other run left them."""
-    text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.test_rescore:opposite"\n'
+    text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.rewards:opposite"\n'
     tables = fork_tables(open_run(run), 1, config(run, text), None, [])
     settings = validate(RunConfig, tables, "fork")
     assert [(o.run, o.iterations) for o in settings.offline] == [(str(run), [1])]

@@ -20,7 +20,7 @@ from stages.rewards.worker import NOTE, take_note
 from tests.builders import completion_rows, prompt_rows
 
 WRONG = {
-    "hang": "no reward within 0.5 s (time_limit)",
+    "hang": "no reward within 3 s (time_limit)",
     "exit": "the worker process ended with exit status 3 while it scored this completion",
     "crash": "the worker process was killed by SIGSEGV while it scored this completion",
     "raise": "ValueError: no number in it (rewards.py:",
@@ -49,11 +49,11 @@ def score(scorer: Scorer, function: str, texts: list[str], **config: Any) -> pl.
 
 def test_of_ten_thousand_completions_exactly_those_that_misbehave_are_null_and_explained(scorer: Scorer) -> None:
     texts = ["x" * (i % 50) for i in range(10_000)]
-    kinds = list(WRONG)
-    wrong = {i * 100 + 37: kinds[i % len(kinds)] for i in range(100)}
+    kinds = [kind for kind in WRONG if kind != "hang"]
+    wrong = {i * 100 + 37: "hang" if i in (3, 70) else kinds[i % len(kinds)] for i in range(100)}
     for row, text in wrong.items():
         texts[row] = text
-    rows = score(scorer, "misbehave", texts, time_limit=0.5)
+    rows = score(scorer, "misbehave", texts, time_limit=3.0)
     expected = [None if i in wrong else float(i % 50) for i in range(10_000)]
     assert rows["reward"].to_list() == expected
     errors = rows["error"].to_list()
@@ -77,7 +77,7 @@ def test_an_async_function_that_blocks_or_dies_costs_only_its_own_row(scorer: Sc
     wrong = {20: "hang", 60: "exit", 100: "crash", 140: "raise", 180: "sleep"}
     for row, text in wrong.items():
         texts[row] = text
-    rows = score(scorer, "misbehave_async", texts, time_limit=0.5)
+    rows = score(scorer, "misbehave_async", texts, time_limit=3.0)
     assert rows["reward"].to_list() == [None if i in wrong else 2.0 for i in range(200)]
     errors = rows["error"].to_list()
     assert errors[180] == WRONG["hang"]
@@ -87,9 +87,9 @@ def test_an_async_function_that_blocks_or_dies_costs_only_its_own_row(scorer: Sc
 
 
 def test_an_async_function_that_swallows_its_cancellation_cannot_hold_the_others(scorer: Scorer) -> None:
-    rows = score(scorer, "swallow_cancellation", ["stay", "xx", "xx"], time_limit=0.5)
+    rows = score(scorer, "swallow_cancellation", ["stay", "xx", "xx"], time_limit=3.0)
     assert rows["reward"].to_list() == [None, 2.0, 2.0]
-    assert rows["error"][0] == "no reward within 0.5 s (time_limit)"
+    assert rows["error"][0] == "no reward within 3 s (time_limit)"
 
 
 def test_a_timeout_of_the_functions_own_is_its_own_error(scorer: Scorer) -> None:
@@ -108,10 +108,8 @@ def test_arguments_may_be_long(scorer: Scorer) -> None:
 
 
 def test_async_calls_wait_beside_each_other(scorer: Scorer) -> None:
-    started = time.monotonic()
-    rows = score(scorer, "misbehave_async", ["sleep"] * 64, time_limit=0.5, concurrency=32)
-    assert rows["reward"].null_count() == 64
-    assert time.monotonic() - started < 8  # one after the other, two workers would take 16 s
+    rows = score(scorer, "meet", ["x"] * 64, time_limit=60, concurrency=32)
+    assert rows["reward"].to_list() == [1.0] * 64
 
 
 def test_a_text_that_no_file_can_hold_is_made_one_that_it_can(scorer: Scorer) -> None:
@@ -135,7 +133,7 @@ def test_closing_ends_all_processes(tmp_path: Path) -> None:
     pids = [slot.supervisor.pid for pool in scorer._pools.values() for slot in pool.slots]
     assert len(pids) == 2
     children: list[int] = []
-    for _ in range(100):  # the second worker may still be starting
+    for _ in range(1200):  # the second worker may still be starting
         children = [int(pid) for supervisor in pids for pid in _children(supervisor)]
         if len(children) == 2:
             break
@@ -187,7 +185,7 @@ def test_a_note_is_never_seen_half_written() -> None:
             take_note(note, number, float(number))
     try:
         seen = set()
-        ends = time.monotonic() + 20
+        ends = time.monotonic() + 120
         while len(seen) < 1000 and time.monotonic() < ends:
             seen.update(NOTE.unpack_from(note, 0) for _ in range(1000))
     finally:
@@ -214,11 +212,11 @@ def test_a_frame_function_may_give_details_and_errors(scorer: Scorer) -> None:
     [
         ("frame_too_short", "ValueError: the function returned 1 rewards for 2 completions"),
         ("frame_that_dies", "the worker process ended with exit status 4 while it scored this completion"),
-        ("frame_that_hangs", "no reward within 1 s (time_limit)"),
+        ("frame_that_hangs", "no reward within 3 s (time_limit)"),
     ],
 )
 def test_a_frame_function_that_fails_leaves_every_row_null(scorer: Scorer, function: str, error: str) -> None:
-    rows = score(scorer, function, ["a", "bb"], time_limit=1.0)
+    rows = score(scorer, function, ["a", "bb"], time_limit=3.0)
     assert rows["reward"].to_list() == [None, None]
     assert all(found.startswith(error) for found in rows["error"])
 
@@ -251,7 +249,7 @@ def _children(pid: int) -> list[str]:
 
 def _ends(pid: int) -> bool:
     """Wait for the end of a process; one that nobody has reaped yet has ended too."""
-    for _ in range(100):
+    for _ in range(1200):
         try:
             os.kill(pid, 0)
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":

@@ -77,8 +77,8 @@ def test_a_program_does_not_find_the_tests_or_the_answers_of_other_runs() -> Non
 
 def test_no_time_is_left_for_the_later_tests() -> None:
     program = "import time\ntime.sleep(float(input()))\nprint(1)"
-    tests = [{"input": "0", "output": "1"}, {"input": "9", "output": "1"}, {"input": "0", "output": "1"}]
-    score = code(program, tests, total_seconds=1.5)
+    tests = [{"input": "0", "output": "1"}, {"input": "600", "output": "1"}, {"input": "0", "output": "1"}]
+    score = code(program, tests, total_seconds=4.0)
     assert score.reward == pytest.approx(1 / 3)
     assert [verdict["verdict"] for verdict in score.detail["verdicts"]] == ["passed", "timeout", "not run"]
 
@@ -177,8 +177,8 @@ def test_a_failed_preparation_fails_what_follows() -> None:
 
 
 def test_an_endless_call_loses_what_follows_and_keeps_what_was_passed() -> None:
-    program = "def f(x):\n    while x: pass\n    return 1"
-    found = verdicts(program, "assert f(0) == 1\nassert f(1) == 1\nassert f(0) == 1", seconds=1.5)
+    program = "import time\ndef f(x):\n    while x: time.sleep(1)\n    return 1"
+    found = verdicts(program, "assert f(0) == 1\nassert f(1) == 1\nassert f(0) == 1", seconds=4.0)
     assert found == ["passed", "timeout", "timeout"]
 
 

@@ -17,7 +17,7 @@ def _calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_no_more_requests_than_allowed_are_under_way() -> None:
-    with serve(always(says("Score: 1", delay_seconds=0.05))) as server:
+    with serve(always(says("Score: 1", delay_seconds=0.2))) as server:
         ask(server, rows(*map(str, range(12))), concurrency=3)
     assert server.most_at_once == 3
 
@@ -30,8 +30,9 @@ def test_requests_keep_to_the_rate() -> None:
         return says("Score: 1")
 
     with serve(note) as server:
+        began = time.monotonic()
         ask(server, rows(*map(str, range(5))), requests_per_minute=600)
-    assert 0.35 <= max(times) - min(times) < 5  # four gaps of 0.1 s, less what the first may be late
+    assert 0.39 <= max(times) - began < 60  # four gaps of 0.1 s
 
 
 def test_retry_after_stops_all_requests_for_as_long_as_it_says() -> None:
@@ -68,7 +69,7 @@ def test_retry_after_may_be_a_date() -> None:
         (fails(500, "out of memory"), "no answer after 3 attempts: HTTP 500: out of memory"),
         (fails(503, "loading", Retry_After="0"), "no answer after 3 attempts: HTTP 503: loading"),
         (Reply(is_dropped=True), "no answer after 3 attempts: RemoteProtocolError"),
-        (says("Score: 1", delay_seconds=5), "no answer after 3 attempts: no answer within 0.3 s"),
+        (says("Score: 1", delay_seconds=600), "no answer after 3 attempts: no answer within 1.5 s"),
         (Reply(body=b"<html>Welcome</html>"), "the server sent no chat completion: <html>Welcome</html>"),
         (Reply(body=b'{"choices": []}'), "the server sent no chat completion"),
         (Reply(body=b'{"choices": [{"message": {"content": [1]}}]}'), "the server sent no chat completion"),
@@ -80,7 +81,7 @@ def test_trouble_is_repeated_and_then_null_with_its_error(trouble: Reply, error:
         return trouble if body["messages"][-1]["content"] == "bad" else says("Score: 10")
 
     with serve(for_one) as server:
-        found = ask(server, rows("good", "bad"), timeout=0.3 if trouble.delay_seconds else 10, **BARE)
+        found = ask(server, rows("good", "bad"), timeout=1.5 if trouble.delay_seconds else 60, **BARE)
     assert found["reward"].to_list() == [1.0, None]
     assert error in found["error"][1]
     assert server.prompts.count("bad") == 3
@@ -106,7 +107,7 @@ def test_a_server_that_is_not_there_is_one_clear_message_and_soon() -> None:
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"no server answers at http://127.* \(ConnectError.*start it"):
         ask(server, rows(*map(str, range(5000))), max_retries=9)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # asking for each row would take minutes
 
 
 @pytest.mark.parametrize("status", [401, 404])

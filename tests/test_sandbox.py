@@ -100,9 +100,10 @@ def test_it_works_from_several_threads_of_a_process_with_limited_memory() -> Non
 
 
 def test_a_program_that_sleeps_too_long_is_killed() -> None:
-    run = attack("import time\nprint('first', flush=True)\ntime.sleep(60)", limits=Limits(seconds=1))
+    with Sandbox(Limits(seconds=2)) as sandbox:
+        run = sandbox.run(["sh", "-c", "echo first; sleep 600"])
     assert (run.ended, run.exit_code, run.stdout) == ("timeout", None, "first\n")
-    assert 1 <= run.seconds < 10
+    assert 2 <= run.seconds < 300
 
 
 def test_cpu_time_is_limited_per_process() -> None:
@@ -131,7 +132,7 @@ def test_the_number_of_processes_is_limited() -> None:
         print(children)
     """
     # the program itself is the fifth
-    assert attack(count, limits=Limits(seconds=20, processes=5)).stdout == "4\n"
+    assert attack(count, limits=Limits(seconds=100, processes=5)).stdout == "4\n"
 
 
 def test_sandboxes_side_by_side_do_not_use_up_each_others_processes() -> None:
@@ -145,7 +146,7 @@ def test_sandboxes_side_by_side_do_not_use_up_each_others_processes() -> None:
         print("forked")
     """
     runs: list[Run] = []
-    limits = Limits(seconds=20, processes=4)
+    limits = Limits(seconds=100, processes=4)
     threads = [threading.Thread(target=lambda: runs.append(attack(forks, limits=limits))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -156,7 +157,7 @@ def test_sandboxes_side_by_side_do_not_use_up_each_others_processes() -> None:
 
 def test_endless_output_is_cut() -> None:
     endless = "import os\nwhile True:\n    os.write({}, b'x' * 65536)"
-    limits = Limits(seconds=20, output_bytes=100_000)
+    limits = Limits(seconds=100, output_bytes=100_000)
     on_stdout, on_stderr = attack(endless.format(1), limits=limits), attack(endless.format(2), limits=limits)
     assert (on_stdout.ended, on_stdout.exit_code, len(on_stdout.stdout)) == ("output", None, 100_000)
     assert (on_stderr.ended, len(on_stderr.stderr)) == ("output", 100_000)
@@ -193,13 +194,13 @@ def test_many_files_cannot_fill_the_memory() -> None:
             with open(str(i), "wb") as file:
                 file.write(bytes(1 << 20))
     """
-    run = attack(fill, limits=Limits(seconds=20, disk_mb=8))
+    run = attack(fill, limits=Limits(seconds=100, disk_mb=8))
     assert "No space left on device" in run.stderr
 
 
 def test_many_empty_files_cannot_fill_the_memory() -> None:
     fill = "for i in range(10000):\n    open(str(i), 'w').close()"
-    assert "No space left on device" in attack(fill, limits=Limits(seconds=20, disk_mb=8)).stderr
+    assert "No space left on device" in attack(fill, limits=Limits(seconds=100, disk_mb=8)).stderr
 
 
 # --- reading

@@ -67,7 +67,7 @@ def without_namespaces(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python code where the kernel denies user namespaces."""
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", NO_NAMESPACES, "sh", sys.executable, "-c"]
     return subprocess.run(
-        [*command, textwrap.dedent(code)], cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False
+        [*command, textwrap.dedent(code)], cwd=PROJECT, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -177,7 +177,7 @@ def test_an_ordinary_user_has_the_same_protection_through_a_user_namespace() -> 
             extra_groups=[],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.writer import ArtifactWriter
 from stages import score as stage
 from stages.rewards.base import Score
 from stages.rewards.functions import RewardConfig
-from stages.rewards.scorer import open_scorer
+from stages.rewards.scorer import Scorer, open_scorer
 from stages.score import FailureCounter, ScoreConfig, check_rewards, find_rewards, score_rows, slices
 from tests.builders import completion_rows, fill, new_writer, prompt_rows, seal, write_artifact
 
@@ -37,48 +38,55 @@ def rewards(function: str, **arguments: Any) -> ScoreConfig:
     return ScoreConfig(rewards=[RewardConfig(name="r", function=function, arguments=arguments)])
 
 
-def score(config: ScoreConfig, *texts: str, **prompt: Any) -> pl.DataFrame:
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer]:
+    """Return a scorer that keeps its processes from test to test."""
+    with open_scorer(1) as scorer:
+        yield scorer
+
+
+def score(scorer: Scorer, config: ScoreConfig, *texts: str, **prompt: Any) -> pl.DataFrame:
     completions = completion_rows(*({"completion": text} for text in texts))
-    return score_rows(completions, prompt_rows(prompt), config)
+    return score_rows(completions, prompt_rows(prompt), config, scorer)
 
 
-def test_a_function_gets_what_its_signature_names() -> None:
+def test_a_function_gets_what_its_signature_names(scorer: Scorer) -> None:
     config = rewards("tests.test_score:everything", scale=2.0)
-    row = score(config, "Rome!", reference_answer="Rome", metadata=json.dumps({"city": "R"})).row(0, named=True)
+    row = score(scorer, config, "Rome!", reference_answer="Rome", metadata=json.dumps({"city": "R"})).row(0, named=True)
     assert row["reward"] == 2.0
     assert json.loads(row["detail"]) == {"seen": ["Rome!", "3 + 4", "Rome", "R"]}
 
 
-def test_several_functions_give_a_row_each() -> None:
+def test_several_functions_give_a_row_each(scorer: Scorer) -> None:
     config = ScoreConfig(
         rewards=[
             RewardConfig(name="length", function="tests.test_score:length"),
             RewardConfig(name="exact", function="stages.rewards.answers.matching:exact_match"),
         ]
     )
-    rows = score(config, "7", "seven", reference_answer="7").select("reward_name", "reward").rows()
+    rows = score(scorer, config, "7", "seven", reference_answer="7").select("reward_name", "reward").rows()
     assert rows == [("length", 1.0), ("exact", 1.0), ("length", 5.0), ("exact", 0.0)]
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("raise", "ValueError: no number in it (test_score.py:32)"),
+        ("raise", "ValueError: no number in it (test_score.py:33)"),
         ("nan", "the function returned nan"),
         ("infinite", "the function returned inf"),
         ("none", "the function returned None"),
         ("text", "the function returned a str, expected a number, None or Score"),
     ],
 )
-def test_a_failure_is_a_null_reward_with_its_error_and_never_zero(text: str, error: str) -> None:
-    rows = score(rewards("tests.test_score:troublesome"), "fine", text)
+def test_a_failure_is_a_null_reward_with_its_error_and_never_zero(scorer: Scorer, text: str, error: str) -> None:
+    rows = score(scorer, rewards("tests.test_score:troublesome"), "fine", text)
     assert rows["reward"].to_list() == [1.0, None]
     assert rows["error"].to_list() == [None, error]
 
 
-def test_too_many_failures_stop_the_stage_with_an_example() -> None:
+def test_too_many_failures_stop_the_stage_with_an_example(scorer: Scorer) -> None:
     config = rewards("tests.test_score:troublesome")
-    rows = score(config, "fine", "raise")
+    rows = score(scorer, config, "fine", "raise")
     FailureCounter(find_rewards(config), num_completions=2, max_failed_share=0.5).add(rows)
     with pytest.raises(RewardError, match=r"'r' could not score 1 of 2 .* first error: ValueError: no number in it"):
         FailureCounter(find_rewards(config), num_completions=2, max_failed_share=0.49).add(rows)
@@ -107,25 +115,25 @@ def test_the_identity_of_a_reward_depends_on_its_arguments() -> None:
     assert one != two
 
 
-def test_reasoning_gym_verifies_with_the_tasks_own_rule() -> None:
+def test_reasoning_gym_verifies_with_the_tasks_own_rule(scorer: Scorer) -> None:
     entry = {"question": "7 + 5 =", "answer": "12", "metadata": {"source_dataset": "chain_sum"}}
     config = rewards("stages.rewards.answers.reasoning_gym:verify")
-    rows = score(config, "12", " 12\n", "13", metadata=json.dumps({"entry": entry}))
+    rows = score(scorer, config, "12", " 12\n", "13", metadata=json.dumps({"entry": entry}))
     right, padded, wrong = rows["reward"].to_list()
     assert (right, padded) == (1.0, 1.0)
     assert wrong < 0.1
 
 
-def test_exact_match_without_a_reference_is_unknown() -> None:
-    assert score(rewards("stages.rewards.answers.matching:exact_match"), "7")["reward"].to_list() == [None]
+def test_exact_match_without_a_reference_is_unknown(scorer: Scorer) -> None:
+    assert score(scorer, rewards("stages.rewards.answers.matching:exact_match"), "7")["reward"].to_list() == [None]
 
 
 def anything(completion: str, **rest: Any) -> float:
     return float(rest.get("scale", 1.0))
 
 
-def test_arguments_reach_a_function_that_takes_anything() -> None:
-    assert score(rewards("tests.test_score:anything", scale=5.0), "x")["reward"].to_list() == [5.0]
+def test_arguments_reach_a_function_that_takes_anything(scorer: Scorer) -> None:
+    assert score(scorer, rewards("tests.test_score:anything", scale=5.0), "x")["reward"].to_list() == [5.0]
 
 
 def misspelt(completion: str, refernce: str) -> float:
@@ -138,9 +146,9 @@ def test_a_parameter_that_nothing_fills_is_named_before_anything_is_scored() -> 
     check_rewards(rewards("tests.test_score:misspelt"), {"refernce": "x"})
 
 
-def test_failures_add_up_over_the_parts_of_a_dataset() -> None:
+def test_failures_add_up_over_the_parts_of_a_dataset(scorer: Scorer) -> None:
     config = rewards("tests.test_score:troublesome")
-    rows = score(config, "fine", "raise")
+    rows = score(scorer, config, "fine", "raise")
     counter = FailureCounter(find_rewards(config), num_completions=4, max_failed_share=0.25)
     counter.add(rows)
     assert str(counter) == ", r: 1 failed"

@@ -15,9 +15,11 @@ import pytest
 from pipeline.artifact import open_artifact
 from pipeline.run_dir import RunDir
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 1200
+"""Seconds after which a process hangs, on however busy a machine."""
 CONFIG = """
 seed = 3
 iterations = 2
@@ -66,7 +68,7 @@ def server() -> Iterator[str]:
     """Return the address of a Prefect server that all runs of this module use."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with prefect_test_harness(server_startup_timeout=PATIENCE):
         from prefect.settings import PREFECT_API_URL
 
         yield str(PREFECT_API_URL.value())
@@ -98,7 +100,7 @@ def start(folder: Path, server: str, run: str, *command: str) -> subprocess.Pope
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for a run that must succeed; return what it printed."""
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return output
 
@@ -135,24 +137,34 @@ def test_every_stage_of_every_iteration_left_its_artifact(undisturbed: Path) -> 
     assert len(pl.read_parquet(undisturbed / "metrics.parquet")) == 2
 
 
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [("000001/.completions.partial", "000001/completions")],
+        pytest.param([("000000/prompts",), ("000000/policy",)], marks=pytest.mark.slow),
+    ],
+    ids=["once", "twice"],
+)
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(
-    folder: Path, server: str, undisturbed: Path
+    folder: Path, server: str, undisturbed: Path, kills: list[tuple[str, ...]]
 ) -> None:
-    """SIGTERM ends the first start in mid-generation, and its children with it; the second one after an update, whose
-    optimizer's state is then lost; the third finishes."""
-    run = folder / "runs" / "interrupted"
-    for place in ("prompts", "policy"):
-        process = start(folder, server, "runs/interrupted")
-        while not (run / "iterations" / "000000" / place).exists():
+    """SIGTERM ends a start in mid-generation or after an update, and its children with it; the optimizer's state is
+    then lost; the last start finishes."""
+    name = f"runs/interrupted-{len(kills)}"
+    run = folder / name
+    for places in kills:
+        process = start(folder, server, name)
+        while not any((run / "iterations" / place).exists() for place in places):
             assert process.poll() is None, process.stderr
-            time.sleep(0.02)
+            time.sleep(0.01)
         children = descendants(process.pid)
+        assert children
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
         assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
     shutil.rmtree(run / "iterations" / "000000" / "optimizer", ignore_errors=True)
-    finish(start(folder, server, "runs/interrupted"))
+    finish(start(folder, server, name))
     assert digests(run) == digests(undisturbed)
     assert [p for p in run.rglob(".*") if p.name != ".lock"] == []
 
@@ -174,35 +186,47 @@ def test_the_engine_and_the_trainer_agree_on_the_current_policy(undisturbed: Pat
     assert difference["before"] > 1e-4  # other weights, and their own log probabilities
 
 
-def test_a_finished_run_is_found_and_not_run_again(folder: Path, server: str, undisturbed: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")}
-    finish(start(folder, server, "runs/undisturbed"))
-    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")} == before
-
-
-def test_the_last_state_of_a_finished_run_is_made_again(folder: Path, server: str, undisturbed: Path) -> None:
-    before = digests(undisturbed)
+def test_the_last_state_of_a_finished_run_is_made_again_and_nothing_else(
+    folder: Path, server: str, undisturbed: Path
+) -> None:
+    before, times = digests(undisturbed), written(undisturbed, "model.safetensors")
     shutil.rmtree(undisturbed / "iterations" / "000001" / "optimizer")
     finish(start(folder, server, "runs/undisturbed"))
     assert digests(undisturbed) == before
+    assert written(undisturbed, "model.safetensors") == times
 
 
-def test_a_fork_trains_on_stored_completions_and_then_generates(folder: Path, server: str, undisturbed: Path) -> None:
-    """The second stored iteration feeds the first of the fork; its weights are other ones, as its rewards are."""
+@pytest.fixture(scope="module")
+def fork(folder: Path, server: str, undisturbed: Path) -> RunDir:
+    """Return a finished fork: the second stored iteration feeds its first, then it generates, with the engine that
+    starts sooner."""
     (folder / "other.toml").write_text('[[score.rewards]]\nname = "seven"\nfunction = "tests.rewards:letters"\n')
-    command = ("fork", "runs/undisturbed", "other.toml", "--at", "1", "--set", "evaluate.every=0")
+    settings = ("--set", "evaluate.every=0", "--set", "generate.engine=transformers")
+    command = ("fork", "runs/undisturbed", "other.toml", "--at", "1", *settings)
     assert "last policy" in finish(start(folder, server, "runs/fork", *command))
-    fork = RunDir(folder / "runs" / "fork")
+    return RunDir(folder / "runs" / "fork")
+
+
+def test_a_fork_trains_on_stored_completions_and_then_generates(fork: RunDir, undisturbed: Path) -> None:
+    """Its weights are other ones, as its rewards are."""
     assert not fork.place(0, "completions").exists()
     stored = RunDir(undisturbed).open(1, "completions")
     assert fork.open(0, "completions").digest == stored.digest
     assert fork.place(1, "completions").exists()
     assert fork.open(1, "completions").manifest.inputs["policy:now"]["digest"] == fork.open(0, "policy").digest
     assert fork.open(0, "policy").digest != RunDir(undisturbed).open(1, "policy").digest
-    command = ("run", str(fork.root / "fork.toml"))
-    before = digests(fork.root)
-    finish(start(folder, server, "runs/fork", *command))
+
+
+def test_a_finished_run_is_found_and_not_run_again(folder: Path, server: str, fork: RunDir) -> None:
+    before, times = digests(fork.root), written(fork.root, "*.safetensors")
+    finish(start(folder, server, "runs/fork", "run", str(fork.root / "fork.toml")))
     assert digests(fork.root) == before
+    assert written(fork.root, "*.safetensors") == times
+
+
+def written(run: Path, name: str) -> dict[Path, int]:
+    """Return when each file of a name was written."""
+    return {p: p.stat().st_mtime_ns for p in run.rglob(name)}
 
 
 def descendants(pid: int) -> list[int]:

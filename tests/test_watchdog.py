@@ -13,15 +13,15 @@ ROOT = Path(__file__).parent.parent
 PARENT = """
 import subprocess, sys, time
 from flows.prefect_server import temporary_server_watched
-sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
 server = subprocess.Popen([*sleep, "prefect.server"], start_new_session=True)
 other = subprocess.Popen([*sleep, "something else"], start_new_session=True)
 with temporary_server_watched():
     print(server.pid, other.pid, flush=True)
     if sys.argv[1] == "stay":
-        time.sleep(60)
+        time.sleep(600)
 print("left", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -43,7 +43,7 @@ def test_a_killed_process_takes_its_temporary_server_along_and_nothing_else(how:
     parent.wait()
     parent.stdout.close()
     try:
-        deadline = time.monotonic() + (1 if survives else 10)
+        deadline = time.monotonic() + (1 if survives else 120)
         while is_alive(server) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert is_alive(server) is survives

@@ -34,16 +34,30 @@ from tests.stores import (
 )
 
 
-def test_a_run_on_a_store_has_the_digests_of_a_local_one(base: str, config: RunConfig, local: RunDir) -> None:
-    remote = start(f"{base}/runs/demo", config, iterations=2)
+@pytest.fixture(scope="module", params=["memory", "s3"])
+def remote(
+    request: pytest.FixtureRequest, config: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, str]:
+    """Return a run of two iterations that a machine has made on a store, and its URL; not to be changed."""
+    if request.param == "s3":
+        request.getfixturevalue("server")
+    folder = tmp_path_factory.mktemp("remote")
+    url = f"{request.param}://bucket/{folder.name}/runs/demo"
+    with pytest.MonkeyPatch.context() as machine:
+        new_machine(folder / "work", machine)
+        return start(url, config, iterations=2), url
+
+
+def test_a_run_on_a_store_has_the_digests_of_a_local_one(remote: tuple[RunDir, str], local: RunDir) -> None:
+    run, _ = remote
     assert len(digests(local)) == 19
-    assert digests(remote) == digests(local)
+    assert digests(run) == digests(local)
 
 
-def test_the_objects_are_the_files_of_a_local_run(base: str, config: RunConfig, local: RunDir) -> None:
+def test_the_objects_are_the_files_of_a_local_run(remote: tuple[RunDir, str], local: RunDir) -> None:
     """Apart from the clock in manifests and metrics; the lock is released, and nothing hidden is published."""
-    start(f"{base}/runs/demo", config, iterations=2)
-    found, expected = objects(f"{base}/runs/demo"), files(local)
+    _, url = remote
+    found, expected = objects(url), files(local)
     assert sorted(found) == sorted(expected)
     differ = [name for name, data in found.items() if data != expected[name].read_bytes()]
     assert {Path(name).name for name in differ} == {"manifest.json", "metrics.parquet"}
