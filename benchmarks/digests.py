@@ -47,8 +47,8 @@ LIBRARY = {
     "exact_match": ("stages.rewards.matching", "stages.rewards.answers.matching"),
     "token_f1": ("stages.rewards.matching", "stages.rewards.answers.matching"),
     "numeric_match": ("stages.rewards.numeric", "stages.rewards.answers.numeric"),
-    "regex_match": ("stages.rewards.format", "stages.rewards.text.format"),
-    "soft_overlong": ("stages.rewards.format", "stages.rewards.text.format"),
+    "regex_match": ("stages.rewards.format", "stages.rewards.answers.format"),
+    "soft_overlong": ("stages.rewards.format", "stages.rewards.answers.format"),
 }
 """Reward -> modules that may hold it, tried in order, and after them every module below stages/."""
 TIME = re.compile(r"(^|_)seconds?$|_per_second$|^started_at$")
@@ -69,7 +69,7 @@ FROM_MAIN = [
     "run library.toml {options} {truncated}",
     "fork runs/main fork.toml --at 1 --offline 1 --run runs/fork",
     *(
-        f"run offline.toml {{options}} --run runs/offline_{kind} --set update.correction={kind}"
+        f"run offline.toml {{options}} --run runs/offline_{kind} --set update.correction.kind={kind}"
         for kind in ("token_clip", "token_mask", "sequence_mask", "geometric_mask", "k3_mask")
     ),
     "import written.toml written.jsonl --tokenizer runs/main/initial_policy",
