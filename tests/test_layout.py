@@ -15,8 +15,11 @@ from flows.commands.schema import schema_markdown
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "vllm", "prefect", "transformers")
-INSPECT = ("stages/inspect", "stages/inspect/audit", "stages/inspect/verify")
-DOCUMENTED = ("flows", "flows/commands", "flows/report", *INSPECT)
+DOCUMENTED = sorted(
+    path.parent.relative_to(ROOT).as_posix()
+    for package in ("pipeline", "grpo", "stages", "flows")
+    for path in (ROOT / package).rglob("__init__.py")
+)
 """Packages whose __init__ names their files."""
 
 

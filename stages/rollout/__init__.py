@@ -1,1 +1,5 @@
-"""How completions come about: `base` says what a rollout is, `single_turn` asks the engine once."""
+"""Rollouts: how prompts become completions.
+
+base         what a rollout is; requests, seeds and texts
+single_turn  the engine is asked once for each completion
+"""

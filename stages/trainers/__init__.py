@@ -1,0 +1,6 @@
+"""Trainers: each keeps a model and its optimizer from one update to the next.
+
+base    what a trainer is
+local   a trainer in this process
+resume  bringing a trainer to a policy of the run
+"""
