@@ -50,7 +50,6 @@ KINDS = (
     BESIDE,
     OTHER,
 )
-STAGES = ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer", "metrics")
 LEGEND = {
     SAMPLING: "vLLM, the requests' way there and back included",
     TRAINING: "torch",
@@ -61,7 +60,7 @@ LEGEND = {
     "fsync": "waiting for the device",
     "artifacts": "manifests, recipes, look-ups, renames",
     "Prefect": "a task's state changes",
-    BESIDE: "waiting for tasks that run beside: prompts, optimizer, metrics",
+    BESIDE: "waiting for background tasks: prompts, optimizer, metrics",
     OTHER: "the stages' own work and what is in no other kind",
 }
 
@@ -121,24 +120,6 @@ class Clock:
         self.spent.clear()
 
 
-class TimedTask:
-    """A Prefect task with a clock around its calls; all else is the task's."""
-
-    def __init__(self, task: Any, clock: Clock, stage: str) -> None:
-        self.task, self.clock, self.stage = task, clock, stage
-
-    def __call__(self, *args: Any) -> Any:
-        with self.clock.during("Prefect", self.stage):  # what Session's method leaves over
-            return self.task(*args)
-
-    def submit(self, *args: Any) -> Any:
-        with self.clock.during("Prefect", self.stage):
-            return self.task.submit(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.task, name)
-
-
 def install(clock: Clock) -> None:
     """Put clocks around the product's functions, wherever their names have been imported."""
     import flows.session
@@ -152,7 +133,7 @@ def install(clock: Clock) -> None:
     import stages.policy
     import stages.update
     import stages.wiring
-    from flows.background import Beside
+    from flows.background import Background
     from flows.session import Session
     from pipeline.artifact import Artifact
     from pipeline.writer import ArtifactWriter
@@ -189,11 +170,24 @@ def install(clock: Clock) -> None:
     replace(pipeline.artifact.open_artifact, "artifacts")
     replace(pipeline.artifact._verify, "artifacts")
     replace(pipeline.stage.find_finished, "artifacts")
-    for name in (*STAGES, "evaluate", "held_out_prompts"):
-        setattr(flows.train, name, TimedTask(getattr(flows.train, name), clock, name))
-        replace_method(Session, name, OTHER, name)
+    perform, make_task = Session.perform, flows.train._task
+
+    def timed_perform(session: Session, name: str, iteration: int) -> Any:
+        with clock.during(OTHER, name):
+            return perform(session, name, iteration)
+
+    def timed_task(name: str, run: Callable[..., str]) -> Any:
+        task = make_task(name, run)
+        task_type = type(task)
+        # what `Session.perform` leaves over
+        timed = type("TimedTask", (task_type,), {"__call__": clock.around(task_type.__call__, "Prefect", name)})
+        task.__class__ = timed
+        return task
+
+    Session.perform = timed_perform  # type: ignore[method-assign]
+    flows.train._task = timed_task
     for name in ("wait_for", "settle", "wait_for_all"):
-        replace_method(Beside, name, BESIDE)
+        replace_method(Background, name, BESIDE)
     train_iteration = flows.train.train_iteration
 
     def timed_iteration(*args: Any) -> bool:

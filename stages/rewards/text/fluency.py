@@ -15,7 +15,7 @@ import numpy.typing as npt
 import regex
 
 from pipeline.errors import RewardError
-from stages.rewards.base import Score, check_range
+from stages.rewards.base import Score, check_range, deciding_arguments
 from stages.rewards.words import IS_UNSPACED, clipped, ngrams, prose, words
 
 MOST_PERIOD = 64
@@ -114,25 +114,17 @@ def language(
     return Score(float(detected in (expected, *VARIETIES.get(expected, ()))), detail)
 
 
-def language_identity(
-    language: str | None = None,
-    candidates: Sequence[str] | None = None,
-    least_letters: int = 20,
-    least_probability: float = 0.0,
-) -> dict[str, object]:
+def language_identity(**arguments: Any) -> dict[str, object]:
     """Return the arguments with the version of the detector, whose model is part of the package.
 
     Raises:
         RewardError: when the detector does not know a language.
     """
-    detector = _detector(_codes(candidates))
-    return {
-        "language": _known(language, detector) if language else None,
-        "candidates": _codes(candidates),
-        "least_letters": least_letters,
-        "least_probability": least_probability,
-        "py3langid": version("py3langid"),
-    }
+    decides = deciding_arguments(language, arguments)
+    candidates = _codes(decides["candidates"])
+    detector = _detector(candidates)
+    known = _known(decides["language"], detector) if decides["language"] else None
+    return {**decides, "language": known, "candidates": candidates, "py3langid": version("py3langid")}
 
 
 def _loops(values: npt.NDArray[Any], least_copies: int) -> tuple[float, tuple[int, int, int] | None]:

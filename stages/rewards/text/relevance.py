@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file
-from stages.rewards.base import Score, check_range
+from stages.rewards.base import Score, check_range, deciding_arguments
 from stages.rewards.words import MOST_LISTED, content_words, stop_set, words
 
 AVERAGE_WORDS = 100.0
@@ -80,29 +80,17 @@ def bm25(
     )
 
 
-def bm25_identity(
-    corpus: str | None = None,
-    corpus_key: str = "text",
-    average_words: float | None = None,
-    stop_words: str | Sequence[str] = "en",
-    k1: float = 1.2,
-    b: float = 0.75,
-) -> dict[str, object]:
+def bm25_identity(**arguments: Any) -> dict[str, object]:
     """Return the arguments with the corpus's digest in place of its path.
 
     Raises:
         RewardError: when the corpus cannot be used.
     """
-    if corpus:
-        _read_corpus(corpus, corpus_key, stop_set(stop_words))
-    return {
-        "corpus": sha256_file(Path(corpus)) if corpus else None,
-        "corpus_key": corpus_key if corpus else None,
-        "average_words": average_words,
-        "stop_words": stop_words,
-        "k1": k1,
-        "b": b,
-    }
+    decides = deciding_arguments(bm25, arguments)
+    if not (corpus := decides["corpus"]):
+        return {**decides, "corpus": None, "corpus_key": None}
+    _read_corpus(corpus, decides["corpus_key"], stop_set(decides["stop_words"]))
+    return {**decides, "corpus": sha256_file(Path(corpus))}
 
 
 def coverage(completion: str, prompt: str, stop_words: str | Sequence[str] = "en", prefix: int = 0) -> Score:
