@@ -1,4 +1,4 @@
-"""The stages: each reads finished datasets and writes one. Who reads what stands in pipeline/chain.py.
+"""The stages: each reads finished datasets and writes one. pipeline/chain.py says who reads what.
 
 prompts           a task or a dataset -> the prompts of an iteration
 generate          prompts and policies -> groups of completions
@@ -12,10 +12,10 @@ policy            a checkpoint -> the policy that a run begins with
 importing         completions written elsewhere -> prompts and completions
 config            the configuration of a run
 wiring            the stages bound to a run: config, inputs, places
-preflight         what can be known to be wrong before anything starts
-custom_functions  losses, baselines and scales of the user's, and their sources
+preflight         checks before anything starts
+custom_functions  the user's losses, baselines and scales, and their sources
 members           the policies that write the completions of a group
-checkpoints       what a checkpoint's directory says of itself, without torch
+checkpoints       reading a checkpoint's directory, without torch
 sources           tasks, files and hub datasets; the held-out split
 tables            tables that users bring
 engines           what samples tokens
@@ -24,5 +24,5 @@ trainers          what trains
 rewards           reward functions: finding, running, identity; the library
 reward_model      training a reward model from preferences
 starter           a small model of our own
-inspect           what reads finished artifacts and says something about them
+inspect           reads finished artifacts and reports on them
 """

@@ -1,7 +1,7 @@
-"""batch: completions and advantages -> the training order as data, with the dropped rows and their reasons beside it.
+"""batch: completions and advantages -> the training order as data, with the dropped rows and their reasons.
 
-After this stage the trainer has no choice left: every kept row says in which optimizer step and microbatch it stands,
-and what its loss is divided by.
+After this stage the trainer has no choice left: every kept row has its optimizer step, its microbatch and
+the denominator of its loss.
 """
 
 from typing import Literal, Self
@@ -17,16 +17,16 @@ from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
 
 IMPORTED = "import"
-"""Stage and engine of completions that nobody knows the sampling probabilities of."""
+"""Stage and engine of completions whose sampling probabilities are unknown."""
 NO_POLICY = "none"
-"""Stands there for the digest of weights that do not exist here."""
+"""The policy_digest of completions that no policy artifact wrote."""
 NO_PLACE = {
     "optimizer_step": pl.lit(None, pl.Int32),
     "microbatch": pl.lit(None, pl.Int32),
     "row": pl.lit(None, pl.Int32),
     "loss_denominator": pl.lit(None, pl.Float64),
 }
-"""What stands in a dropped row."""
+"""Values in a dropped row."""
 
 
 class BatchConfig(StrictModel):
@@ -39,16 +39,16 @@ class BatchConfig(StrictModel):
     microbatch_tokens: int = Field(8192, ge=1)
     """Padded tokens (rows x longest row) of a forward pass; a longer single row gets a pass of its own."""
     max_tokens: int | None = Field(None, ge=1)
-    """Rows of more prompt and answer tokens are dropped as ``too_long``; null = none are."""
+    """Rows with more tokens, prompt and completion together, are dropped as ``too_long``; null = no limit."""
     drop_truncated: bool = False
-    """Drop answers that were cut at max_tokens (DAPO's overlong filtering); their rewards stay in the group's mean."""
+    """Drop completions cut at max_tokens (DAPO's overlong filtering); their rewards stay in the group's mean."""
     aggregation: Literal["token_mean", "row_mean", "constant_length", "prompt_mean"] = "token_mean"
     """Mean of the token losses of an optimizer step: over tokens; over rows, of their token means; over rows, of their
     token sums by aggregation_tokens; or over prompts, of their token means. See grpo/aggregation.py."""
     aggregation_tokens: int | None = Field(None, ge=1)
     """For constant_length: tokens that every row's sum is divided by."""
     zero_variance: Literal["drop", "keep_in_denominator"] = "drop"
-    """What happens to groups that tell nothing: out of the loss, or they count in its mean as if they were 0."""
+    """What happens to groups with zero variance: dropped, or counted in the mean of the loss as 0."""
     max_policy_age: int | None = Field(None, ge=0)
     """Rows written by a policy more than this many updates old, or from outside the run, are dropped as ``stale``; null
     = none are. Does not apply to offline iterations."""
@@ -92,9 +92,9 @@ def batch_rows(
 ) -> pl.DataFrame:
     """Return the rows in training order, then the dropped ones.
 
-    Groups are shuffled by a hash of the seed and dealt to the optimizer steps whole; inside a step rows stand by
-    length, so that a microbatch pads little. Rows of an offline iteration come from another run and have no age here:
-    max_policy_age does not apply to them.
+    Groups are shuffled by a hash of the seed and dealt to the optimizer steps whole; inside a step rows are
+    sorted by length, so that a microbatch has little padding. Rows of an offline iteration come from another run and
+    have no age here: max_policy_age does not apply to them.
     """
     rows = completions.join(advantages, on="completion_id", how="left", validate="1:1", maintain_order="left")
     rows = (
@@ -112,8 +112,12 @@ def batch_rows(
         for epoch in range(config.epochs)
         for index, part in enumerate(_deal(kept, config.optimizer_steps, seed, iteration, epoch))
     ]
-    silent = rows.filter(pl.col("drop_reason") == "zero_variance") if config.zero_variance != "drop" else rows.clear()
-    ordered = [step.with_columns(loss_denominator=_denominators(step, silent, len(steps), config)) for step in steps]
+    zero_variance = (
+        rows.filter(pl.col("drop_reason") == "zero_variance") if config.zero_variance != "drop" else rows.clear()
+    )
+    ordered = [
+        step.with_columns(loss_denominator=_denominators(step, zero_variance, len(steps), config)) for step in steps
+    ]
     dropped = rows.filter(pl.col("drop_reason").is_not_null()).sort("completion_id").with_columns(**NO_PLACE)
     return pl.concat([*ordered, dropped], how="diagonal").select(
         "optimizer_step",
@@ -133,8 +137,8 @@ def batch_rows(
     )
 
 
-def _denominators(step: pl.DataFrame, silent: pl.DataFrame, num_steps: int, config: BatchConfig) -> pl.Series:
-    """Return what each row's summed token losses are divided by; each step's mean counts its share of silent rows."""
+def _denominators(step: pl.DataFrame, zero_variance: pl.DataFrame, num_steps: int, config: BatchConfig) -> pl.Series:
+    """Return the divisor of each row's summed token losses; a step's mean counts its share of zero-variance rows."""
 
     def share(count: int) -> float:
         return count * config.epochs / num_steps
@@ -143,9 +147,9 @@ def _denominators(step: pl.DataFrame, silent: pl.DataFrame, num_steps: int, conf
         tokens_B=step["loss_tokens"].cast(pl.Int64).to_numpy(),
         prompt_B=group_numbers(step),
         constant=config.aggregation_tokens,
-        extra_tokens=share(int(silent["loss_tokens"].sum())),
-        extra_rows=share(silent.height),
-        extra_prompts=share(silent["group_id"].n_unique()),
+        extra_tokens=share(int(zero_variance["loss_tokens"].sum())),
+        extra_rows=share(zero_variance.height),
+        extra_prompts=share(zero_variance["group_id"].n_unique()),
     )
     return pl.Series(AGGREGATIONS[config.aggregation](rows), dtype=pl.Float64)
 
@@ -169,7 +173,7 @@ def _drop_reason(config: BatchConfig, iteration: int | None) -> pl.Expr:
 
 
 def _deal(kept: pl.DataFrame, steps: int, seed: int, iteration: int, epoch: int) -> list[pl.DataFrame]:
-    """Return the rows of each optimizer step; groups stay whole, in an order that a hash decides."""
+    """Return the rows of each optimizer step; groups stay whole, ordered by a hash."""
     groups = kept["group_id"].unique(maintain_order=True).to_list()
     groups.sort(key=lambda group: identity(seed, iteration, epoch, group))
     step_of = {group: index * steps // max(len(groups), 1) for index, group in enumerate(groups)}

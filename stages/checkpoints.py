@@ -1,4 +1,4 @@
-"""What a checkpoint's directory says of itself: files, weights, configuration, tokenizer. No other file knows it.
+"""A checkpoint's directory: files, weights, configuration, tokenizer. No other module knows its layout.
 
 The weights are the ``*.safetensors`` files at its top, one or several, whose headers are read here without torch.
 transformers is imported only to load a tokenizer, or to ask the hub.
@@ -28,7 +28,7 @@ OPTIMIZER_FILE = "optimizer/state.safetensors"
 STATE_FILE = "state.safetensors"
 """In the artifact of an optimizer's state."""
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-"""A tokenizer has one of them at least; equal ones give a token id the same text."""
+"""A tokenizer has at least one of them; where they are equal, a token id has the same text."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,22 +40,22 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 CHECKPOINT_SUFFIXES = (WEIGHTS, ".json", ".jinja", ".txt", ".model")
-"""Files of a checkpoint at a URL that are downloaded: no pickles."""
+"""Suffixes of the files that are downloaded from a checkpoint at a URL: no pickles."""
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 NEUTRAL_KEYS = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"})
-"""Keys of config.json that change no shape and no computation of an engine that is told its dtype."""
+"""Keys of config.json that change no shape and no computation of an engine whose dtype is set."""
 TIED_HEAD = "lm_head.weight"
-"""Present or absent at the writer's pleasure when the head is the embedding."""
+"""Optional in a file when the head is the embedding."""
 
 
 def holds_tensors(name: str) -> bool:
-    """Return whether a file of an artifact, by its name, is in the format of weights and optimizer states."""
+    """Return whether the name is that of a file of tensors: weights or an optimizer's state."""
     return name.endswith(WEIGHTS)
 
 
 def weight_names(names: Iterable[str]) -> list[str]:
-    """Return those of a directory's or a manifest's files that lie at its top and hold tensors: a policy's weights."""
+    """Return the files at the top of a directory or manifest that hold tensors: a policy's weights."""
     return [name for name in names if holds_tensors(name) and "/" not in name]
 
 
@@ -70,7 +70,7 @@ def _names(directory: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of its tensors."""
+    """The header of a safetensors file."""
 
     dtypes: dict[str, str]
     shapes: dict[str, list[int]]
@@ -108,7 +108,7 @@ def read_header(file: Path) -> Header:
 def read_layout(policy: Path) -> dict[str, Any]:
     """Return the model configuration and the name and shape of every weight. Read-only.
 
-    Equal layouts mean that an engine which runs one checkpoint can take over the other's weights in place.
+    When layouts are equal, an engine that runs one checkpoint can load the other's weights in place.
 
     Raises:
         PolicyError: when the directory is no checkpoint with safetensors.
@@ -135,7 +135,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def checkpoint_path(model: str) -> Path:
-    """Return the directory of a checkpoint; of one at a URL the working copy, downloaded once in this process."""
+    """Return the directory of a checkpoint; for a URL, its working copy, downloaded once per process."""
     path = local_path(model)
     return download_folder(model, CHECKPOINT_SUFFIXES) if path is None else path
 
@@ -144,7 +144,7 @@ def check_policy(model: str) -> dict[str, Any]:
     """Return the configuration of a local checkpoint, after checking that it is a causal language model. Read-only.
 
     Raises:
-        PolicyError: when the directory is no checkpoint, or of something else.
+        PolicyError: when the directory is not the checkpoint of a causal language model.
     """
     path = checkpoint_path(model)
     if not (path / CONFIG_FILE).is_file():
@@ -210,7 +210,7 @@ def context_length(config: dict[str, Any]) -> int:
 
 
 def checkpoint_identity(model: str) -> dict[str, str]:
-    """Return the hash of a local checkpoint's files: its identity wherever it lies. Read-only."""
+    """Return the hash of a local checkpoint's files: its identity, whatever its path. Read-only."""
     if not looks_local(model):
         return {}
     path = checkpoint_path(model)
@@ -221,7 +221,7 @@ def checkpoint_identity(model: str) -> dict[str, str]:
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a policy artifact; the same object for equal files. Never asks the network. Read-only."""
+    """Return the tokenizer of a policy artifact; the same object for equal files. Never uses the network. Read-only."""
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     key = tuple((file.name, sha256_file(file)) for file in files)
     if key not in _tokenizers:
@@ -248,7 +248,7 @@ def stop_token_ids(policy: Path) -> list[int]:
 
 
 def stated_stop_token_ids(policy: Path) -> list[int] | None:
-    """Return the same as far as the files say it, without transformers; None when only the tokenizer knows. Read-only.
+    """Return the stop token ids that files state, without transformers; None if only the tokenizer knows. Read-only.
 
     `grpo verify` must start fast, and must not trust what a tokenizer's code makes of the files.
     """
@@ -265,7 +265,7 @@ def _configured_stops(policy: Path) -> set[int]:
 
 
 def vocabulary_size(policy: Path) -> int | None:
-    """Return how many token ids the model knows, None where its configuration does not say so. Read-only."""
+    """Return how many token ids the model knows, None where its configuration does not say. Read-only."""
     config = read_json(policy / CONFIG_FILE)
     size = config.get("text_config", config).get("vocab_size")
     return size if isinstance(size, int) else None

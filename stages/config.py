@@ -1,4 +1,4 @@
-"""The configuration of a run: one table per stage, named as the stage, and the checks that span several of them."""
+"""The configuration of a run: one table per stage, named after it, and the checks that span several of them."""
 
 import json
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ from stages.score import ScoreConfig
 from stages.starter.starter import StarterConfig
 
 CHANGEABLE = ("iterations", "resources", "evaluate.every")
-"""What may change between two starts of the same run: it decides how far and where, not what comes out."""
+"""Settings that may change between two starts of a run: they decide how far and where it runs, not its results."""
 
 
 class ResourcesConfig(StrictModel):
-    """What the machine offers. Decides no result, so it stands in no recipe."""
+    """What the machine offers. Decides no result, so it is in no recipe."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Of the update."""
+    """Device of the update."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of the GPU's memory that vLLM may take; the update needs the rest."""
     kv_cache_gib: float = Field(1.0, gt=0)
@@ -108,17 +108,17 @@ class RunConfig(StrictModel):
         return plan[iteration] if iteration < len(plan) else None
 
     def is_to_be_evaluated(self, num_updates: int) -> bool:
-        """Return whether the policy after so many iterations is to be evaluated."""
+        """Return whether the policy after ``num_updates`` iterations is to be evaluated."""
         every = self.evaluate.every
         return every > 0 and (num_updates % every == 0 or num_updates == self.iterations)
 
     @property
     def held_out_share(self) -> float:
-        """Share of the training source's questions that training and warm-up leave alone."""
+        """Share of the training source's questions that training and warm-up do not use."""
         return 0.0 if self.evaluate.source is not None else self.evaluate.held_out_share
 
     def evaluation(self) -> EvaluateTaskConfig:
-        """Return what decides an evaluation."""
+        """Return the settings that decide an evaluation."""
         shared = set(EvaluateTaskConfig.model_fields) & set(GenerateConfig.model_fields)
         return EvaluateTaskConfig(
             num_samples=self.evaluate.num_samples,
@@ -130,7 +130,7 @@ class RunConfig(StrictModel):
 
 
 def config_class() -> type[RunConfig]:
-    """Return the run's config with the tables of the stages in the chain that `RunConfig` does not list itself."""
+    """Return `RunConfig`, extended by the tables of those stages in the chain that it does not list."""
     own = [step for step in CHAIN if step.name not in RunConfig.model_fields]
     tables = {step.name: load_stage(step).config for step in own if step.stage}
     if not tables:

@@ -1,4 +1,4 @@
-"""Functions of losses and advantages that a config names as ``module:function``, and their sources in recipes."""
+"""Loss and advantage functions that a config names as ``module:function``, and their sources in recipes."""
 
 import inspect
 import sys
@@ -16,9 +16,9 @@ SOURCES = "function_sources"
 
 
 def sources(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return the parameter of a stage whose settings have these names; nothing where all functions are built in.
+    """Return the parameter of a stage with these settings and function names; empty if all functions are built in.
 
-    As with rewards, the modules of the user's that a function's module imports count as its source.
+    As with rewards, the user's modules that a function's module imports are part of its source.
 
     Raises:
         ConfigError: when a function cannot be imported.
@@ -28,7 +28,7 @@ def sources(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def is_custom(name: str) -> bool:
-    """Return whether the name is one of a module's function, and not that of a built-in one."""
+    """Return whether the name is a ``module:function`` and not a built-in one."""
     return ":" in name
 
 
@@ -40,7 +40,7 @@ def custom_function(setting: str, name: str) -> Callable[..., Any]:
     """
     try:
         return import_function(name)[0]
-    except (Exception, SystemExit) as error:  # importing a user's module may do anything
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ConfigError(
             f"{setting} names {name!r}, which cannot be imported ({type(error).__name__}: {error}): expected "
             "module:function, importable from the current directory; correct the name, or the module"
@@ -48,13 +48,13 @@ def custom_function(setting: str, name: str) -> Callable[..., Any]:
 
 
 def check_call(setting: str, name: str, positional: Sequence[str], arguments: Mapping[str, Any]) -> None:
-    """Check that a function from outside exists and can be called so; built-in ones can.
+    """Check that a custom function exists and accepts these arguments; built-in ones do.
 
     Args:
-        setting: that names it, for the message.
-        name: of the function.
-        positional: what it is given by position.
-        arguments: what it is given by name.
+        setting: the setting that names it, for the message.
+        name: the function's name.
+        positional: its positional arguments.
+        arguments: its keyword arguments.
 
     Raises:
         ConfigError: naming the setting and what is wrong.

@@ -1,4 +1,4 @@
-"""evaluate: held-out prompts and a policy -> answers with their rewards, for pass@1 (greedy) and pass@k (sampled)."""
+"""evaluate: held-out prompts and a policy -> completions with rewards, for pass@1 (greedy) and pass@k (sampled)."""
 
 import polars as pl
 import pyarrow as pa
@@ -22,21 +22,21 @@ class EvaluateConfig(StrictModel):
     """Config of the evaluate stage."""
 
     every: int = Field(10, ge=0)
-    """Evaluate after every so many iterations, before the first and after the last; 0 = never."""
+    """Iterations between evaluations; the initial and the last policy are evaluated too. 0 = never."""
     num_prompts: int = Field(256, ge=1)
-    """Held-out questions."""
+    """Held-out prompts."""
     num_samples: int = Field(8, ge=1)
-    """Sampled answers to each, k of pass@k; the greedy answer stands beside them."""
+    """Sampled completions of each prompt, the k of pass@k; one greedy completion is added."""
     held_out_share: float = Field(0.1, ge=0, lt=1)
     """Share of the source's questions, chosen by their hash, that training and warm-up never see."""
     pass_threshold: float = 1.0
-    """Combined reward from which an answer counts as correct."""
+    """Combined reward from which a completion counts as correct."""
     source: SourceConfig | None = None
-    """Another source to take the questions from; null = the held-out share of [prompts]."""
+    """Another source of the prompts; null = the held-out share of [prompts]."""
 
 
 GREEDY = "greedy"
-"""Decoding of one answer to each question; the others are sampled."""
+"""Decoding of one completion of each prompt; the others are sampled."""
 
 
 class EvaluateTaskConfig(EngineConfig):
@@ -64,7 +64,7 @@ def planned_rows(
     policy_digest: str,
     policy_iteration: int | None,
 ) -> pl.DataFrame:
-    """Return what is known of answers before an engine is asked; `grpo verify` compares it with what is stored."""
+    """Return the columns of completions known before sampling; `grpo verify` compares them with stored ones."""
     # minus one marks evaluation: no training request has that iteration
     rows = numbered_rows(prompts, range(per_prompt), recipe=recipe, seed=seed, iteration=-1, kind=[decoding])
     return rows.with_columns(
@@ -76,7 +76,7 @@ def planned_rows(
 
 
 def answered_rows(planned: pl.DataFrame, generated: list[Generated], texts: list[str]) -> pl.DataFrame:
-    """Return the planned rows with their answers, not yet scored."""
+    """Return the planned rows with their completions, not yet scored."""
     return planned.with_columns(
         pl.Series("completion", texts),
         list_column("completion_token_ids", [g.token_ids for g in generated], pa.int32()),
@@ -86,9 +86,9 @@ def answered_rows(planned: pl.DataFrame, generated: list[Generated], texts: list
 
 
 def summarize(evaluations: pl.DataFrame) -> dict[str, float | None]:
-    """Return pass@1 (greedy), the share of correct sampled answers, and pass@k with k = all samples. Read-only.
+    """Return pass@1 (greedy), the share of correct sampled completions, and pass@k with k = all samples. Read-only.
 
-    Unscored answers count neither way.
+    Unscored completions are left out.
     """
     greedy = evaluations.filter(pl.col("decoding") == "greedy")["is_correct"]
     sampled = evaluations.filter(pl.col("decoding") == "sampled")
@@ -114,7 +114,7 @@ def compute(task: EvaluateTask) -> None:
     for part, (decoding, per_prompt) in enumerate({"greedy": 1, "sampled": config.num_samples}.items()):
         if not task.writer.has_part(part):
             rows = _sample(task, prompts, decoding, per_prompt)
-            # a reward may ask who wrote the answer
+            # a reward function may ask who wrote the completion
             named = rows.with_columns(pl.lit(CURRENT).alias("policy_name"))
             scored = score_rows(named, prompts, config.score, scorer)
             task.writer.write_part(part, _with_rewards(rows, scored, config))

@@ -1,8 +1,8 @@
 """generate: prompts and one or more policies -> groups of completions, committed in parts as they finish.
 
-Each member of a group is sampled from the policy that the config names for it, and its row carries that policy's name,
+Each completion of a group is sampled from the policy that the config names for it, and its row has that policy's name,
 digest and log probabilities. A part is always the same set of requests in the same order, so that a restart sends the
-engine the very batches that an undisturbed run would have sent.
+engine the same batches as an undisturbed run.
 """
 
 import time
@@ -32,18 +32,18 @@ class GenerateConfig(EngineConfig):
     """Config of the generate stage."""
 
     group_size: int | None = Field(None, ge=1)
-    """Answers per prompt; null = the sum of the members' counts, or 8 without members."""
+    """Completions per prompt; null = the sum of the members' counts, or 8 without members."""
     members: list[MemberConfig] = Field(default_factory=list)
-    """Which policies write the answers of a group; empty = the current policy writes all."""
+    """Which policies write the completions of a group; empty = the current policy writes all."""
     max_tokens: int = Field(256, ge=1)
-    """Longest answer, in tokens."""
+    """Longest completion, in tokens."""
     temperature: float = Field(1.0, ge=0.01)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     """0 = off."""
     min_p: float = Field(0.0, ge=0, lt=1)
     groups_per_part: int = Field(256, ge=1)
-    """Groups per committed part. A killed run loses the part that is sampled and the one that is written at most."""
+    """Groups per committed part. A killed run loses at most the part being sampled and the one being written."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -74,11 +74,11 @@ class GenerateConfig(EngineConfig):
 
     @property
     def size(self) -> int:
-        """Answers per group."""
+        """Completions per group."""
         return sum(m.count for m in self.members) if self.members else self.group_size or DEFAULT_GROUP_SIZE
 
     def plan(self) -> list[MemberConfig]:
-        """Return the members, also when the config lists none."""
+        """Return the members; one with the current policy when the config lists none."""
         return self.members or [MemberConfig(name=CURRENT, policy=CURRENT, count=self.size)]
 
 
@@ -87,7 +87,7 @@ def numbered_rows(
 ) -> pl.DataFrame:
     """Return ``len(indices)`` consecutive rows for each prompt, with ids, completion_index and the request's seed.
 
-    ``prompts`` has prompt_id, ``position``, the prompt's position in its iteration, and what the rows shall have too.
+    ``prompts`` has prompt_id, ``position``, the prompt's position in its iteration, and any columns that the rows keep.
     ``kind`` tells groups of the same recipe and prompt apart.
     """
     keys = prompts.select("position", "prompt_id").rows()
@@ -112,9 +112,9 @@ def planned_rows(
     seed: int,
     iteration: int,
 ) -> pl.DataFrame:
-    """Return what is known of completions before an engine is asked, in order; see `numbered_rows`.
+    """Return the columns of completions that are known before sampling, in order; see `numbered_rows`.
 
-    `grpo verify` compares it with what is stored.
+    `grpo verify` compares them with those stored.
     """
     numbered = numbered_rows(prompts, indices, recipe=recipe, seed=seed, iteration=iteration)
     return numbered.with_columns(
@@ -131,7 +131,7 @@ def planned_rows(
 def completion_rows(
     planned: pl.DataFrame, generated: Sequence[Generated], texts: Sequence[str], info: EngineInfo
 ) -> pl.DataFrame:
-    """Return the planned rows with what the engine answered."""
+    """Return the planned rows with the engine's completions."""
     frame = planned.with_columns(
         list_column("completion_token_ids", [g.token_ids for g in generated], pa.int32()),
         list_column("sampling_logprobs", [g.logprobs for g in generated], pa.float32()),
@@ -153,7 +153,7 @@ def list_column(name: str, values: Sequence[Any], of: pa.DataType) -> pl.Series:
 
 
 def check_room(config: GenerateConfig, context: int) -> int:
-    """Return the longest prompt that leaves room for the longest answer in the model's context.
+    """Return the longest prompt that leaves room for the longest completion in the model's context.
 
     Raises:
         ConfigError: when there is no room for any prompt.
@@ -168,7 +168,7 @@ def check_room(config: GenerateConfig, context: int) -> int:
 
 
 def authors(task: StageTask[GenerateConfig, Engine]) -> Mapping[str, Author]:
-    """Return the policies that write, by member name, from the task's inputs and parameters."""
+    """Return the policies that write completions, by member name, from the task's inputs and parameters."""
     iterations = task.parameters["policy_iterations"]
     return {
         member.name: Author(
@@ -212,7 +212,7 @@ def _write_part(task: StageTask[GenerateConfig, Engine], part: int, make_rows: C
 def _sample(
     task: StageTask[GenerateConfig, Engine], author: Author, prompts: pl.DataFrame, indices: range, meter: "_Meter"
 ) -> Callable[[], pl.DataFrame]:
-    """Sample the completions; return what makes rows of them, for which the engine need not wait."""
+    """Sample the completions; return a function that makes their rows while the engine goes on."""
     config, engine = task.config, task.resources
     sampling = Sampling(
         temperature=config.temperature,

@@ -1,10 +1,10 @@
-"""import: questions and completions that were written elsewhere -> the prompts and completions of a new run.
+"""import: questions and completions written elsewhere -> the prompts and completions of a new run.
 
-This is the way in for texts that no policy of this program sampled: people's answers, another system's logs, a worked
-example. They can be scored, normalized and looked at like any other completions. They cannot train: nobody knows how
-probable they were for whoever wrote them, so every token is masked out of the loss, and `batch` drops the rows.
+It takes texts that no policy of this program sampled: texts by people, another system's logs, a worked example. They
+can be scored, normalized and inspected like any other completions. They cannot train: their sampling probabilities are
+unknown, so every token is masked out of the loss, and `batch` drops the rows.
 
-What stands in a completions row that was not sampled:
+Columns of a completion that was not sampled:
 
     prompt_token_ids, completion_token_ids   with a tokenizer: its tokens, without end-of-sequence token; else empty
     sampling_logprobs                        a null for each token: unknown
@@ -46,18 +46,18 @@ EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One completion of the file, matched with its question."""
+    """One completion of the file, matched with its prompt."""
 
     prompt_id: str
     group: str
-    """Tells several groups of one question apart."""
+    """Tells several groups of one prompt apart."""
     policy_name: str
     completion: str
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What the stage works on, read and checked before anything is written."""
+    """Input of the stage, read and checked before anything is written."""
 
     questions: Sequence[SourceRow]
     written: Sequence[Written]
@@ -72,11 +72,11 @@ def import_completions(
     tokenizer: Path | None = None,
     progress: Progress = silent,
 ) -> StageResult:
-    """Return the prompts and completions of iteration 0 of a new run, made of two files; the same files are reused.
+    """Return the prompts and completions of iteration 0 of a new run, made from two files; the same files are reused.
 
-    ``completions`` is a .jsonl, .csv or .parquet file. Each row has ``completion`` and either ``question``, the very
-    text of a question of the source, or ``prompt_id``; it may have ``policy_name``, and ``group`` where the answers to
-    one question are to be compared in several groups. Other columns are left out. ``tokenizer`` is the directory of a
+    ``completions`` is a .jsonl, .csv or .parquet file. Each row has ``completion`` and either ``question``, the exact
+    text of a question of the source, or ``prompt_id``; it may have ``policy_name``, and ``group``, to split the
+    completions of one prompt into several groups. Other columns are left out. ``tokenizer`` is the directory of a
     tokenizer or checkpoint; without one there are no token ids. The caller holds the run's lock.
 
     Raises:
@@ -106,7 +106,7 @@ def import_completions(
 
 
 def read_questions(config: SourceConfig) -> list[SourceRow]:
-    """Return every question of a finite source in its order, equal ones once. Read-only.
+    """Return the distinct questions of a finite source, in its order. Read-only.
 
     Raises:
         SourceError: when the source cannot be read, or has no end.
@@ -123,7 +123,7 @@ def read_completions(path: Path, questions: Sequence[SourceRow]) -> list[Written
     """Return the rows of a file of written completions, each matched with its question. Read-only.
 
     Raises:
-        SourceError: when the file cannot be read, or for the rows that are not what they should be.
+        SourceError: when the file cannot be read, or rows are not as expected.
     """
     if path.suffix not in FILE_SUFFIXES:
         raise SourceError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FILE_SUFFIXES)}: convert it")
@@ -166,7 +166,7 @@ def _match(record: dict[str, Any], ids: set[str], by_text: dict[str, list[str]])
 
 
 def imported_prompts(material: Material) -> pl.DataFrame:
-    """Return one prompts row per question; a question that nobody answered has the drop_reason ``unanswered``."""
+    """Return one prompts row per question; one without completions has the drop_reason ``unanswered``."""
     answered = {row.prompt_id for row in material.written}
     rows = [
         {
@@ -189,7 +189,7 @@ def imported_prompts(material: Material) -> pl.DataFrame:
 
 
 def imported_completions(material: Material, prompts: pl.DataFrame, recipe: str) -> pl.DataFrame:
-    """Return one completions row per written completion: groups by first appearance, members in the file's order."""
+    """Return one completions row per written completion: groups by first appearance, rows in the file's order."""
     groups: dict[tuple[str, str], list[Written]] = {}
     for row in material.written:
         groups.setdefault((row.prompt_id, row.group), []).append(row)
@@ -242,7 +242,7 @@ def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase | None") -> list[i
 
 
 def _tokenizer_files(path: Path) -> dict[str, str]:
-    """Return the hashes of a tokenizer's files: its identity wherever it lies."""
+    """Return the hashes of a tokenizer's files: its identity, whatever its path."""
     found = {name: sha256_file(path / name) for name in TOKENIZER_FILES if (path / name).is_file()}
     if not found:
         raise PolicyError(f"{path} has no tokenizer files, expected the directory of a tokenizer: give one, or none")

@@ -1,4 +1,4 @@
-"""The policies that write the members of a group."""
+"""The policies that write the completions of a group."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ CURRENT = "current"
 
 
 class MemberConfig(StrictModel):
-    """Some members of every group, written by one policy."""
+    """A group member: one policy that writes some completions of every group."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     """Name of this policy in the column policy_name: letters, digits, dots, dashes."""
@@ -24,7 +24,7 @@ class MemberConfig(StrictModel):
     one N updates ago (the initial one while there is no older); or the path of a checkpoint, such as a sibling trained
     on other data."""
     count: int = Field(ge=1)
-    """Answers per group."""
+    """Completions per group."""
 
     @model_validator(mode="after")
     def _known_form(self) -> Self:
@@ -36,7 +36,7 @@ class MemberConfig(StrictModel):
 
 @dataclass(frozen=True, slots=True)
 class Author:
-    """The policy that writes some members."""
+    """The policy of a member."""
 
     name: str
     path: Path
@@ -45,7 +45,7 @@ class Author:
 
 
 def member_updates(member: MemberConfig, iteration: int) -> int | None:
-    """Return how many updates the member's policy has behind it, None for one from outside the run."""
+    """Return the number of updates behind the member's policy, None for one from outside the run."""
     if member.policy == CURRENT:
         return iteration
     if member.policy == "initial":

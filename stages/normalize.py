@@ -54,7 +54,7 @@ def normalize_rows(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFra
 
     Raises:
         ConfigError: when a weight names a reward that does not exist, or all weights are 0; when a function cannot be
-            imported, or returns something else than a number for each member.
+            imported, or does not return a number for each completion.
         RewardError: when a group was scored by several versions of a reward function.
     """
     combined = combined_rewards(rewards, config)
@@ -69,7 +69,7 @@ def normalize_rows(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFra
 
 
 def combined_rewards(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataFrame:
-    """Return completion_id, group_id and the one combined reward; and its signal, with ``normalize_each``.
+    """Return completion_id, group_id and the combined reward; with ``normalize_each`` also its signal.
 
     Raises:
         ConfigError: when a weight names a reward that does not exist, or all weights are 0.
@@ -95,7 +95,7 @@ def check_recipes(rewards: pl.DataFrame, names: list[str]) -> None:
     """Check that within a group every reward comes from one version of its function.
 
     Raises:
-        RewardError: naming a group that mixes them: its members would be compared by different measures.
+        RewardError: naming a group that mixes them: its completions would be compared by different measures.
     """
     recipe = rewards["reward_recipe"]
     by_name = (recipe.filter(rewards["reward_name"] == name) for name in names)

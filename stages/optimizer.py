@@ -1,8 +1,8 @@
-"""optimizer: the optimizer's state after an update -> an artifact beside the policy.
+"""optimizer: the optimizer's state after an update -> an artifact next to the policy.
 
-Nothing is made from this artifact: the policy's recipe names the batches and the policy before it, back to the first,
-and so vouches for the state too. Hence it may be written while the next iteration samples, and may be missing: after a
-kill `resume` takes the last state that is there, and trains once more on the stored batches since.
+No update's recipe names this artifact: the recipe of the policy names its batches and the policy before it, back to the
+first, and so determines the state too. The state may therefore be written while the next iteration samples, and may be
+missing: after a kill `resume` loads the last stored state and trains again on the batches since.
 """
 
 from contextlib import suppress
@@ -29,7 +29,7 @@ def compute(task: StageTask[OptimizerConfig, Trainer]) -> None:
 
 
 def state_beside(policy: Artifact) -> Artifact:
-    """Return the optimizer's state that belongs to the policy of a run; one on a store is brought here.
+    """Return the optimizer's state that belongs to the policy of a run; one on a store is downloaded.
 
     Raises:
         ArtifactMissing: when it is not there.

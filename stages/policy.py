@@ -1,6 +1,6 @@
 """policy: a hub name, a checkpoint directory or a starter -> the artifact that a run begins with.
 
-The artifact holds what transformers and vLLM load as it stands: weights in float32, configuration, tokenizer.
+transformers and vLLM load the artifact as it is: weights in float32, configuration, tokenizer.
 """
 
 import shutil
@@ -20,7 +20,7 @@ class PolicyConfig(StrictModel):
     model: str = Field(min_length=1)
     """A Hugging Face model name, the path or URL of a checkpoint, or ``starter``: the one that [starter] describes."""
     revision: str | None = None
-    """Commit of a hub model; a name alone can change its weights."""
+    """Commit of a hub model; the weights behind a name can change."""
     keep_optimizer: bool = True
     """When model is the policy of a run, go on with its optimizer's moments and step count."""
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything is written or started."""
+"""Checks before anything is written or started."""
 
 import os
 
@@ -24,12 +24,12 @@ from stages.wiring import outside_members, policy_of_run, with_optimizer
 
 
 def preflight(config: RunConfig, run: RunDir) -> None:
-    """Fail on what can be known to be wrong before anything is written or started. Read-only.
+    """Check all that can be checked before anything is written or started. Read-only.
 
-    A run that has its initial policy needs no longer what it was made of.
+    Once a run has its initial policy, the sources of that policy are not checked.
 
     Raises:
-        GrpoError: of the kind that fits, one message.
+        GrpoError: one message, of the fitting class.
     """
     from stages.sources import first_row
 
@@ -68,7 +68,7 @@ def preflight(config: RunConfig, run: RunDir) -> None:
 
 
 def check_functions(config: RunConfig) -> None:
-    """Check that the functions from outside that a config names can be imported, and called as they will be.
+    """Check that the custom functions that a config names can be imported and accept their arguments.
 
     Raises:
         ConfigError: naming the setting.

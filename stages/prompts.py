@@ -1,4 +1,4 @@
-"""prompts: a task or a dataset -> the questions of one iteration, tokenized exactly as the engine receives them."""
+"""prompts: a task or a dataset -> the prompts of one iteration, tokenized exactly as the engine receives them."""
 
 import json
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ class PromptsConfig(SourceConfig):
     """Config of the prompts stage."""
 
     prompts_per_iteration: int = Field(64, ge=1)
-    """Questions per iteration; each gets one group of answers."""
+    """Prompts per iteration; each gets one group of completions."""
 
 
 def prompt_rows(
     rows: Sequence[SourceRow], tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
 ) -> pl.DataFrame:
-    """Return one row per question; prompts of more than ``max_prompt_tokens`` get the drop_reason ``too_long``."""
+    """Return one row per source row; prompts of more than ``max_prompt_tokens`` get the drop_reason ``too_long``."""
     token_ids = tokenize([row.messages for row in rows], tokenizer)
     return pl.DataFrame(
         {
@@ -47,7 +47,7 @@ def prompt_rows(
 
 
 def tokenize(conversations: Sequence[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Return the token ids of each conversation: by the chat template when the tokenizer has one, else of its texts."""
+    """Return the token ids of each conversation: by the chat template if the tokenizer has one, else of its texts."""
     if not conversations:
         return []
     if tokenizer.chat_template:
@@ -60,14 +60,14 @@ def tokenize(conversations: Sequence[list[dict[str, str]]], tokenizer: "PreTrain
 
 
 def compute(task: StageTask[SourceConfig, None]) -> None:
-    """Draw and tokenize the questions of an iteration."""
+    """Draw and tokenize the prompts of an iteration."""
     rows = draw(
         task.config,
         split=task.parameters["split"],
         held_out_share=task.parameters["held_out_share"],
         count_=task.parameters["count"],
         seed=task.parameters["seed"],
-        turn=task.parameters["iteration"],
+        iteration=task.parameters["iteration"],
     )
     longest = task.parameters["max_prompt_tokens"]
     frame = prompt_rows(rows, load_tokenizer(task.inputs["policy"].path), longest)

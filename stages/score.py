@@ -1,7 +1,7 @@
 """score: completions -> rewards, in long format: one row per completion and reward function.
 
-What a reward function is stands in `stages.rewards.base`; where it runs, in `stages.rewards.scorer`. Rows stream by in
-parts of fixed size, each committed when it is scored: a killed process loses one part, and memory does not grow with
+`stages.rewards.base` defines what a reward function is, `stages.rewards.scorer` runs it. Rows are read in parts of
+fixed size, each committed when it is scored: a killed process loses one part, and memory does not grow with
 the number of completions.
 """
 
@@ -21,7 +21,7 @@ from stages.rewards.scorer import Scorer, completion_columns, needs_prompts, ope
 
 ROWS_PER_PART = 50_000
 COMBINED = "combined"
-"""Name of the weighted sum beside the rewards, in what is printed."""
+"""Name of the rewards' weighted sum in printed tables."""
 
 
 class ScoreConfig(StrictModel):
@@ -54,7 +54,7 @@ def find_rewards(config: ScoreConfig) -> list[RewardFunction]:
 
 
 def check_rewards(config: ScoreConfig, metadata: Mapping[str, Any]) -> None:
-    """Check that the functions exist and that rows with this metadata have what they ask for.
+    """Check that the functions exist and that rows with this metadata have their arguments.
 
     Raises:
         RewardError: naming the function and what is wrong.

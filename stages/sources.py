@@ -35,22 +35,22 @@ class SourceConfig(StrictModel):
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of a reasoning-gym task, for example min_digits."""
     revision: str | None = None
-    """Commit of a Hugging Face dataset; required there, since a name alone can change its rows."""
+    """Commit of a Hugging Face dataset; required there, since the rows behind a name can change."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     question_column: str = "question"
-    """Column with the question as text; a column ``messages`` with a list of {role, content} is used before it."""
+    """Column with the question as text; a column ``messages`` with a list of {role, content} takes precedence."""
     answer_column: str | None = "answer"
     """Column with the reference answer; null = there is none."""
     system_prompt: str | None = None
-    """Put before every conversation."""
+    """System message of every conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One question."""
+    """One question, with its conversation and reference answer."""
 
     messages: list[dict[str, str]]
     reference_answer: str | None
@@ -79,18 +79,18 @@ def source_identity(config: SourceConfig) -> dict[str, str]:
 
 
 def draw(
-    config: SourceConfig, *, split: Split, held_out_share: float, count_: int, seed: int, turn: int
+    config: SourceConfig, *, split: Split, held_out_share: float, count_: int, seed: int, iteration: int
 ) -> list[SourceRow]:
-    """Return the ``count_`` rows of one turn (iteration) of a split, a pure function of its arguments.
+    """Return the ``count_`` rows of one iteration of a split, a pure function of its arguments.
 
-    A generated task gives new rows each turn. Of a finite source equal rows count once; it is shuffled anew each epoch,
-    and turn ``t`` takes the rows ``t * count_ ... (t + 1) * count_`` of the endless sequence of epochs.
+    A generated task gives new rows each iteration. Of a finite source equal rows count once; it is shuffled anew each
+    epoch, and iteration ``i`` takes the rows ``i * count_ ... (i + 1) * count_`` of the endless sequence of epochs.
 
     Raises:
         SourceError: when the source does not exist, is empty, or holds too few rows of this split.
     """
     if config.source.startswith(REASONING_GYM):
-        rows = _generated(config, seed=int(identity(seed, split, turn)[:7], 16))
+        rows = _generated(config, seed=int(identity(seed, split, iteration)[:7], 16))
         chosen = _distinct((r for r in rows if is_held_out(r, held_out_share) == (split == "held_out")), count_)
         if len(chosen) < count_:
             raise SourceError(
@@ -108,7 +108,7 @@ def draw(
             f"{config.source} has {len(pool)} different {split} rows, {count_} are wanted: give a larger source or ask "
             "for fewer (prompts.prompts_per_iteration, evaluate.num_prompts; evaluate.held_out_share divides the rows)"
         )
-    wanted = range(turn * count_, (turn + 1) * count_)
+    wanted = range(iteration * count_, (iteration + 1) * count_)
     epochs = {epoch: _shuffled(pool, seed, epoch) for epoch in {i // len(pool) for i in wanted}}
     return [epochs[i // len(pool)][i % len(pool)] for i in wanted]
 
@@ -158,7 +158,7 @@ def finite_rows(config: SourceConfig) -> list[SourceRow]:
 
 
 def _file(config: SourceConfig) -> Path | None:
-    """Return the path of a file, of one at a URL its working copy; None for other kinds.
+    """Return the path of a file, for a URL that of its working copy; None for other kinds.
 
     Raises:
         SourceError: when the source looks like a file, but there is none, or none of a known kind.

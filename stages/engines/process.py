@@ -1,7 +1,7 @@
 """EngineProcess: runs any engine in a process of its own that lives for the whole run.
 
-The child has its own session, so that Ctrl-C reaches it through us alone and that it ends with all that it started. It
-talks over a socket pair of its own; what it prints goes to a log file. Neither torch nor vllm is imported here.
+The child has its own session: Ctrl-C reaches it only through its parent, and it ends with all that it started. It talks
+over a socket pair; its output goes to a log file. Neither torch nor vllm is imported here.
 """
 
 import signal
@@ -22,12 +22,12 @@ Factory = Callable[[EngineSettings], Engine]
 class EngineProcess:
     """An Engine whose work is done by a child process.
 
-    Whatever goes wrong in a call, Ctrl-C included, the child and all that it started are ended; a later load starts
-    another. Only a refused call to generate leaves it running.
+    Any failure of a call, Ctrl-C included, ends the child and all that it started; a later load starts another.
+    Only a refused call to generate leaves it running.
 
     Args:
         settings: the engine's.
-        log_path: file that receives all that the child prints, appended.
+        log_path: file to which the child's output is appended.
         factory: makes the engine, in the child: an importable function.
     """
 
@@ -52,13 +52,13 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child, which is its group's as well; None while there is no child."""
+        """Process id of the child and of its process group; None without a child."""
         return self._child.process.pid if self._child else None
 
     def start(self, policy: Path) -> None:
-        """Start the child with this policy and return at once; what goes wrong there is raised by the next call.
+        """Start the child with this policy and return at once; the next call raises its errors.
 
-        A child that is there already is ended first.
+        A running child is ended first.
 
         Raises:
             EngineError: when there are fewer cores than threads.
@@ -72,9 +72,9 @@ class EngineProcess:
         self._begin_load(child, policy)
 
     def load(self, policy: Path) -> None:
-        """Start with this policy, or exchange the weights; a policy of another shape gets a new child.
+        """Start with this policy, or replace the weights; a policy of another shape gets a new child.
 
-        The directory of the policy that is loaded already is not read again: checkpoints do not change.
+        A directory that is already loaded is not read again: checkpoints do not change.
         """
         policy = policy.absolute()
         child = self._child
@@ -119,7 +119,7 @@ class EngineProcess:
 
     def _send(self, child: Child, message: object) -> None:
         try:
-            # a dead child is reported by the receive that follows, with its last words
+            # the next receive reports a dead child, with the end of its log
             with suppress(ConnectionError):
                 child.connection.send(message)
         except BaseException:

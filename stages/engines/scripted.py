@@ -1,4 +1,4 @@
-"""ScriptedEngine: the supported test double. Answers are given, not computed; neither torch nor a model is needed."""
+"""ScriptedEngine: the supported test double. Completions are given, not computed, without torch or a model."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,18 +11,18 @@ Answers = Mapping[tuple[int, ...], Sequence[Sequence[int]]] | Callable[[Request]
 
 
 class ScriptedEngine:
-    """Gives the answers of a script, every token with the same log probability.
+    """Gives the completions of a script, every token with the same log probability.
 
     Args:
-        answers: token ids of the answers to each prompt, given in turn within one call to generate, starting over when
-            they are used up; or a function of the request.
+        answers: token ids of the completions of each prompt, given in order within one call to generate, starting over
+            when they are used up; or a function of the request.
         logprob: of every token.
 
-    An answer ends at its first stop token, or after ``max_tokens``. One without a stop token gets the first of
+    A completion ends at its first stop token, or after ``max_tokens``. One without a stop token gets the first of
     ``stop_token_ids`` appended.
 
     Example:
-        ``ScriptedEngine({(5, 6): [[7, 1], [8, 1]]})`` answers the prompt 5, 6 with 7 and 8 by turns; 1 ends them.
+        ``ScriptedEngine({(5, 6): [[7, 1], [8, 1]]})`` completes the prompt 5, 6 with 7 and 8 alternately; 1 ends them.
     """
 
     def __init__(self, answers: Answers, *, logprob: float = -1.0) -> None:
@@ -38,16 +38,16 @@ class ScriptedEngine:
         return EngineInfo(name="scripted", version="1", logprobs_mode="processed", device="cpu")
 
     def load(self, policy: Path) -> None:
-        """Note the policy; the script stays the same."""
+        """Record the policy; the script stays the same."""
         self.policies.append(policy)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None
     ) -> list[Generated]:
-        """Return the script's answers, in the order of requests.
+        """Return the script's completions, in the order of requests.
 
         Raises:
-            EngineError: when nothing was loaded, or the script has no answer to a prompt.
+            EngineError: when nothing was loaded, or the script has no completion of a prompt.
         """
         if not self.policies:
             raise not_loaded("scripted")
@@ -64,7 +64,7 @@ class ScriptedEngine:
         return generated
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to free."""
 
     def _answer(self, request: Request, turns: Counter[tuple[int, ...]]) -> list[int]:
         if not isinstance(self.answers, Mapping):

@@ -92,7 +92,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _run_batch(self, rows: list["_Row"], sampling: Sampling) -> Iterator[int]:
-        """Fill in the rows, one token each per round; yield how many tokens a round gave."""
+        """Sample one token for each row per round; yield the number of tokens of each round."""
         prompts = [row.request.prompt_token_ids for row in rows]
         width = max(map(len, prompts))
         ids_BP = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=self.device)
@@ -110,14 +110,14 @@ class TransformersEngine:
             alive = [i for i in running if rows[i].finish_reason is None]
             if not alive:
                 return
-            # finished rows are computed along until they are half of the batch: taking rows out copies the whole cache
+            # finished rows stay in the batch until they are half of it: removing rows copies the whole cache
             if len(alive) <= len(rows) // 2:
                 kept_B = torch.tensor(alive, device=self.device)
                 output.past_key_values.batch_select_indices(kept_B)
                 rows = [rows[i] for i in alive]
                 mask_BT, uniforms_BT, tokens_B = mask_BT[kept_B], uniforms_BT[kept_B], tokens_B[kept_B]
             mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=-1)
-            # a finished row may pass the end of the context; nobody reads what it gets there
+            # a finished row may pass the end of the context; its tokens there are never read
             positions_B1 = (mask_BT.sum(-1, keepdim=True) - 1).clamp(max=self.settings.max_model_len - 1)
             output = self._forward(tokens_B[:, None], mask_BT, positions_B1, output.past_key_values)
 
@@ -134,7 +134,7 @@ class TransformersEngine:
 
 @dataclass(slots=True)
 class _Row:
-    """One request and what it has so far."""
+    """One request and its tokens so far."""
 
     request: Request
     sampling: Sampling

@@ -1,4 +1,4 @@
-"""VllmEngine: completions from vLLM, inside the process that calls it. The only file that knows vllm.
+"""VllmEngine: completions from vLLM, inside the process that calls it. The only file that imports vllm.
 
 Start it through `stages.engines.process`: vLLM reads its environment on import, prints, and cannot be unloaded.
 """
@@ -29,7 +29,7 @@ MIN_BATCHED_TOKENS = 4096
 
 
 class VllmEngine:
-    """vLLM with one policy at a time, whose weights are exchanged in place."""
+    """vLLM with one policy at a time, whose weights are replaced in place."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
@@ -45,7 +45,7 @@ class VllmEngine:
         return self._info
 
     def load(self, policy: Path) -> None:
-        """Start vLLM with this checkpoint, or exchange the weights for its own.
+        """Start vLLM with this checkpoint, or replace the weights by its own.
 
         Raises:
             EngineError: when vllm cannot be imported, or the checkpoint is of another shape than the running one.
@@ -87,7 +87,7 @@ class VllmEngine:
         try:
             return self._run(requests, sampling, on_progress)
         except BaseException:
-            self.close()  # half-done requests are still inside
+            self.close()  # unfinished requests are still inside
             raise
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class VllmEngine:
                 seed=request.seed,
                 max_tokens=sampling.max_tokens,
                 stop_token_ids=list(sampling.stop_token_ids),
-                ignore_eos=True,  # what ends a completion is told by the caller alone
+                ignore_eos=True,  # only the caller's stop tokens end a completion
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -203,7 +203,7 @@ class VllmEngine:
 
 
 def _generated(output: Any) -> Generated:
-    """Return our record of vLLM's CompletionOutput; a log probability is found by token id, never by its place."""
+    """Return vLLM's CompletionOutput as ours; a log probability is found by token id, never by position."""
     if output.finish_reason not in ("stop", "length", "abort"):
         raise EngineError(
             f"vLLM ended a request with {output.finish_reason!r} ({output.stop_reason}): expected stop, length or "

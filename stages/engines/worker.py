@@ -1,4 +1,4 @@
-"""The child's side of `stages.engines.process`: runs one engine and answers its parent, and dies with it."""
+"""The child's side of `stages.engines.process`: runs one engine, answers its parent, and dies with it."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Asks for ``engine.generate``; answered by its rows, with Progress before."""
+    """Asks for ``engine.generate``; answered by Progress messages, then by its rows."""
 
     requests: Sequence[Request]
     sampling: Sampling
@@ -44,7 +44,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The call raised: one of our own errors as it stands, any other as text."""
+    """The call raised: one of our own errors as it is, any other as text."""
 
     error: GrpoError | str
 
@@ -111,6 +111,6 @@ def _answer(engine: Engine, call: Load | Generate, connection: Connection) -> Re
 
 
 def _end_group(scratch: str) -> None:
-    """Kill this process and all that it started: the group is ours alone, as the parent gave us a session."""
+    """Kill this process and all that it started: no other process is in its session's group."""
     shutil.rmtree(scratch, ignore_errors=True)
     kill_group(os.getpgrp())

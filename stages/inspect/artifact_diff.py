@@ -1,8 +1,8 @@
-"""How far two artifacts of the same recipe lie apart: column by column for rows, tensor by tensor for a checkpoint.
+"""How much two artifacts of the same recipe differ: column by column for rows, tensor by tensor for a checkpoint.
 
-Where the machine is of another kind, sums are taken in another order, and results differ in their last digits. That is
-why neither polars.testing nor torch.testing is asked: a difference is measured by the largest magnitude of its column
-or tensor, and the first row beyond the tolerance is named. torch is imported only when tensors are compared.
+Another kind of machine adds in another order, so results differ in their last digits. Neither polars.testing nor
+torch.testing fits: here a difference is relative to the largest magnitude of its column or tensor, and the first row
+beyond the tolerance is named. torch is imported only when tensors are compared.
 """
 
 import math
@@ -19,14 +19,14 @@ from pipeline.artifact import Artifact
 from stages.checkpoints import holds_tensors
 
 TOLERANCE = 1e-5
-"""Largest difference that counts as rounding, of the largest magnitude in the tensor or column: about a hundred times
-float32's precision, and far less than an update with other data would leave."""
+"""Largest difference that counts as rounding, relative to the largest magnitude in the tensor or column: about a
+hundred times float32's precision, and far less than an update with other data would leave."""
 
 CHUNK_ROWS = 65_536
 """Rows compared at a time."""
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements compared at a time: two checkpoints never lie in memory whole."""
+"""Elements compared at a time: two whole checkpoints are never in memory."""
 
 MACHINE = ("system", "processor", "accelerators", "python", "packages")
 """Facts of a manifest's environment that can change bits."""
@@ -43,8 +43,8 @@ SCALE_OF_ONE = {
     },
     "optimizer_steps": {"loss"},
 }
-"""Dataset -> columns whose differences are not measured by less than 1: nats, which approach 0 where a policy is sure
-of itself or equals its sampler, and a sum of advantages that cancel. There rounding is larger than the values."""
+"""Dataset -> columns whose differences are relative to at least 1: nats, which approach 0 where a policy is sure
+of itself or equals its sampler, and a sum of advantages that cancel. There rounding can exceed the values."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -69,7 +69,7 @@ class Deviation:
 def deviations(name: str, stored: Artifact, computed: Artifact, tolerance: float) -> list[Deviation]:
     """Return the columns, or the tensors and files, in which two artifacts differ. Read-only.
 
-    Empty although the digests differ: the values are equal, and only their bytes on disk are not.
+    Empty in spite of different digests: the values are equal, their bytes on disk differ.
     """
     if stored.files() or computed.files():
         return column_deviations(name, stored, computed, tolerance)
@@ -77,7 +77,7 @@ def deviations(name: str, stored: Artifact, computed: Artifact, tolerance: float
 
 
 def machine_changes(stored: Artifact, computed: Artifact) -> list[str]:
-    """Return in what the machines and libraries of two artifacts differ; empty = machines of the same kind."""
+    """Return the facts in which machines and libraries of two artifacts differ; empty = machines of the same kind."""
     was, now = (artifact.manifest.environment for artifact in (stored, computed))
     found = []
     for key in MACHINE:
@@ -172,7 +172,7 @@ def changed_chunks(
 ) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame, dict[str, pl.Series]]]:
     """Yield each chunk of the first ``height`` rows in which a column differs, and where it does.
 
-    The chunk's first row, both frames, and a mask of the differing rows for each column that has some.
+    Each item has the chunk's first row, both frames, and a mask of the differing rows per column that has some.
     """
     for start in range(0, height, CHUNK_ROWS):
         a, b = (frame.slice(start, min(CHUNK_ROWS, height - start)).collect() for frame in (one, two))

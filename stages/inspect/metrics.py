@@ -14,7 +14,7 @@ from pipeline.schema import SCHEMAS
 from stages.evaluate import summarize
 
 STAGE_DATASETS = tuple(step.writes[-1] for step in CHAIN if step.when is not When.late)
-"""The main dataset of each stage whose seconds count: what is late runs beside another stage."""
+"""The main dataset of each stage whose seconds count: late ones run in the background."""
 
 
 def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
 
 
 def recorded_metrics(run: RunDir, iteration: int) -> dict[str, Any] | None:
-    """Return the iteration's row of `metrics.parquet`; None unless it was made of the very artifacts that are there.
+    """Return the iteration's row of `metrics.parquet`; None unless it was made from the artifacts stored now.
 
-    The manifests tell: a restart need not read (of a run on an object store, download) the rows again. Read-only.
+    The manifests suffice: a restart need not read (or download) the rows again. Read-only.
     """
     if not run.metrics.is_file():
         return None
@@ -72,7 +72,7 @@ def recorded_metrics(run: RunDir, iteration: int) -> dict[str, Any] | None:
 
 
 def _seconds(run: RunDir, iteration: int) -> dict[str, float]:
-    """Return the seconds of each stage that this run has computed, not of what it took from another one."""
+    """Return the seconds of each stage that this run has computed, without what it took from another run."""
     return {
         name: open_artifact(place).manifest.seconds
         for name in STAGE_DATASETS
@@ -81,7 +81,7 @@ def _seconds(run: RunDir, iteration: int) -> dict[str, float]:
 
 
 def completion_measures() -> dict[str, pl.Expr]:
-    """Return what completions are measured by."""
+    """Return the measures of completions."""
     return {
         "completion_tokens_mean": pl.col("completion_token_ids").list.len().mean(),
         "truncated_share": (pl.col("finish_reason") == "length").mean(),
@@ -90,7 +90,7 @@ def completion_measures() -> dict[str, pl.Expr]:
 
 
 def reward_measures(pass_threshold: float) -> dict[str, pl.Expr]:
-    """Return what advantages are measured by."""
+    """Return the measures of advantages."""
     reward = pl.col("reward")
     return {
         "reward_mean": reward.mean(),
@@ -112,7 +112,7 @@ def _parts(rewards: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def training_measures() -> dict[str, pl.Expr]:
-    """Return what training records are measured by: means over tokens, and shares of them."""
+    """Return the measures of training records: means over tokens, and shares of them."""
     tokens = pl.col("num_tokens")
     return {
         "entropy": token_mean("entropy_mean"),
@@ -123,13 +123,13 @@ def training_measures() -> dict[str, pl.Expr]:
 
 
 def token_mean(column: str) -> pl.Expr:
-    """Return the mean over all tokens of a column that holds the mean over each row's; null rows count neither way."""
+    """Return the mean over all tokens of a column of means over each row's tokens; null rows are left out."""
     tokens = pl.col("num_tokens")
     return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
 
 
 def step_measures() -> dict[str, pl.Expr]:
-    """Return what optimizer steps are measured by."""
+    """Return the measures of optimizer steps."""
     return {
         "loss": pl.col("loss").mean(),
         "grad_norm": pl.col("grad_norm").mean(),

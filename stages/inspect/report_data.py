@@ -31,10 +31,10 @@ from stages.inspect.metrics import (
 from stages.inspect.report_groups import TokenText, choose_groups, encoded_size, group_views
 
 FINDING_ROWS = 20
-"""Of a finding's rows so many lead to their group."""
+"""Rows of a finding that link to their group."""
 HEAT_BINS = 24
 HEAT_COLUMNS = 90
-"""More iterations than this share a column of a distribution."""
+"""Most columns of a distribution; more iterations share columns."""
 
 Data = dict[str, pl.LazyFrame]
 Values = dict[str, float | None]
@@ -70,7 +70,7 @@ class Heat:
     """First and last iteration of each column."""
     shares: list[list[float]]
     outside: int
-    """Values that lie beyond the edges."""
+    """Number of values beyond the edges."""
 
 
 @dataclass(slots=True)
@@ -333,7 +333,7 @@ def _fill_from_metrics(run: RunDir, report: Report) -> None:
 def heat(columns: list[pl.Series], iterations: list[int]) -> Heat | None:
     """Return how the values of each iteration are spread; None when there are none.
 
-    Where a thousandth of the values stretches the range fourfold, the edges leave it to the outer bins.
+    If a thousandth of the values would stretch the range fourfold, it goes to the outer bins.
     """
     values = [c.drop_nulls().drop_nans().to_numpy() for c in columns]
     everything = np.concatenate(values) if values else np.zeros(0)

@@ -1,4 +1,4 @@
-"""The groups of an iteration that a reader should see, and what is known of each member, as plain data. Read-only."""
+"""The groups of an iteration that a reader should see, and what is known of their completions, as data. Read-only."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 from pipeline.run_dir import RunDir
 
 MOST_COMPLETIONS = 16
-"""Of a larger group: those that a finding names, then the best and the worst by turns."""
+"""Most completions shown of a group: those that a finding names, then the best and the worst alternately."""
 HEAD_TOKENS, TAIL_TOKENS = 768, 256
 """Of a longer completion only its beginning and its end are shown."""
 MOST_CHARACTERS = 4_000
@@ -42,7 +42,7 @@ class TokenText:
         self._tokenizer = next((found for path in _tokenizers(run) if (found := _load(path))), None)
 
     def pieces(self, token_ids: list[int]) -> list[str]:
-        """Return one text per token; a token that ends within a character has none, its successor has it all."""
+        """Return one text per token; a character split over several tokens belongs to the last one."""
         if self._tokenizer is None:
             return [f"[{token}]" for token in token_ids]
         stream = DecodeStream(skip_special_tokens=False)
@@ -114,7 +114,7 @@ def _group_facts(data: Data) -> pl.DataFrame | None:
 
 
 def _ranked(facts: pl.DataFrame, column: str) -> list[str]:
-    """Return the groups that have this, most of it first; equal ones by id."""
+    """Return the groups with a positive value in the column, largest first; equal ones by id."""
     if column not in facts.columns:
         return []
     having = facts.filter(pl.col(column) > 0).sort(column, "group_id", descending=[True, False])
@@ -281,7 +281,7 @@ def number(value: float | None, digits: int = 4) -> float | str | None:
 
 
 def shorten(text: str | None) -> str | None:
-    """Return the text, cut where it is long, and saying so."""
+    """Return the text; a long one is cut and says so."""
     if text is None or len(text) <= MOST_CHARACTERS:
         return text
     return f"{text[:MOST_CHARACTERS]} [... {len(text) - MOST_CHARACTERS:,} more characters]"

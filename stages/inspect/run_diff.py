@@ -1,4 +1,4 @@
-"""Where two runs part: in their settings, in a recipe, and in a row."""
+"""Where two runs differ first: in their settings, in a recipe, and in a row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from pipeline.run_dir import RunDir
 from stages.inspect.artifact_diff import changed_chunks, changed_files, row_name
 
 IDENTITIES = ("completion_id", "group_id", "policy_digest", "policy_iteration", "reward_recipe")
-"""Columns that follow from the recipe: rows that differ in nothing else say the same."""
+"""Columns that follow from the recipe: rows that differ in nothing else are equal."""
 
 ABSENT = "(absent)"
-"""What only the other run has."""
+"""Value of what only the other run has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Difference:
 
 
 def compare_runs(a: RunDir, b: RunDir) -> list[Difference]:
-    """Return how the configs differ, key by key, and where the artifacts part first. Empty = the runs are equal.
+    """Return how the configs differ, key by key, and where the artifacts differ first. Empty = the runs are equal.
 
     Artifacts are compared in the order in which they are made. Read-only.
     """

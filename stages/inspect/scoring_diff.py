@@ -11,7 +11,7 @@ MOST_MOVED = 10
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What separates scoring B from scoring A of the same completions."""
+    """The differences between scorings A and B of the same completions."""
 
     rewards: pl.DataFrame
     """One row per reward name and `combined`: completions scored by both, means, rank correlations, changed rewards."""
@@ -20,7 +20,7 @@ class Comparison:
     groups: pl.DataFrame
     """One row per group that differs, the one with most sign flips first."""
     completions: pl.DataFrame
-    """The completions whose advantage moved most, first the farthest."""
+    """The completions whose advantage moved most, the farthest first."""
 
     @property
     def sign_flip_share(self) -> float:
@@ -32,7 +32,7 @@ class Comparison:
 def compare(
     rewards: tuple[pl.DataFrame, pl.DataFrame] | None, advantages: tuple[pl.DataFrame, pl.DataFrame]
 ) -> Comparison:
-    """Return what separates two scorings; rows are matched by completion_id, those of one side only are left out.
+    """Return the differences between two scorings; rows are matched by completion_id, unmatched ones are left out.
 
     ``rewards`` are rows of that dataset, or None when both share them; ``advantages`` rows of that one. Both may have a
     column ``iteration``.
@@ -48,7 +48,7 @@ def compare(
 
 def _pairs(a: pl.DataFrame, b: pl.DataFrame) -> pl.DataFrame:
     columns = [c for c in ("iteration", "completion_id", "group_id", "reward", "advantage", "drop_reason") if c in a]
-    keys = [name for name in ("iteration", "completion_id") if name in a and name in b]  # one may be fed to several
+    keys = [name for name in ("iteration", "completion_id") if name in a and name in b]  # one may feed several
     other = b.select(*keys, "reward", "advantage", "drop_reason")
     rows = a.select(columns).join(other, on=keys, how="inner", suffix="_b", maintain_order="left")
     return rows.rename({"reward": "reward_a", "advantage": "advantage_a", "drop_reason": "drop_reason_a"}).with_columns(

@@ -1,4 +1,4 @@
-"""Learning a reward from preferences: a model with one logit, trained such that the chosen answer gets the higher one.
+"""Learning a reward from preferences: a model with one logit, trained so that the chosen answer gets the higher one.
 
 The Bradley-Terry loss of a pair is -log sigmoid(r_chosen - r_rejected - margin), the margin as in Llama 2
 (arXiv:2307.09288, section 3.2.2). Rewards are only determined up to a constant; ``centering`` x (r_chosen +
@@ -29,12 +29,12 @@ class Pair:
     chosen: Encoding
     rejected: Encoding
     margin: float = 0.0
-    """By how much the chosen one is to be better."""
+    """By how much the chosen reward is to exceed the rejected one."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceStep:
-    """What one optimizer step found out before it moved the weights."""
+    """Measures of one optimizer step, taken before it changed the weights."""
 
     loss: float
     accuracy: float

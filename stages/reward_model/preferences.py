@@ -1,6 +1,6 @@
 """Where preferences come from: files that name stored completions or hold the texts, and earlier reward models.
 
-A file is JSONL, CSV or Parquet, one comparison a row. Either ``chosen_id`` and ``rejected_id`` name completions of
+A file is JSONL, CSV or Parquet, one comparison per row. Either ``chosen_id`` and ``rejected_id`` name completions of
 runs, or ``chosen`` and ``rejected`` hold the answers and ``prompt`` (or ``messages``) the question; each of these is a
 text or a list of {role, content}. Without ``prompt``, ``chosen`` and ``rejected`` are whole conversations that differ
 in their last turn. Further columns, all optional: margin, rater, is_tie.
@@ -43,10 +43,10 @@ def read_preferences(
 ) -> Preferences:
     """Return the comparisons of the files in their order, with the texts of stored completions filled in. Read-only.
 
-    Questions are held out by the same hash as prompts are. Rows without use keep their place, with a drop_reason.
+    Questions are held out by the same hash as prompts are. Unusable rows keep their place, with a drop_reason.
 
     Raises:
-        SourceError: when a row says nothing clear, names an unknown completion, or compares answers of two questions.
+        SourceError: when a row is ambiguous, names an unknown completion, or compares answers of two questions.
     """
     records = [(file, number, r) for file in files for number, r in enumerate(read_table(Path(file)).to_dicts(), 1)]
     by_text = [_has_texts(record) for _, _, record in records]
@@ -95,7 +95,7 @@ def without_duplicates(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def draw_replay(rows: list[dict[str, Any]], share: float, seed: int) -> list[dict[str, Any]]:
     """Return the rows with ``share`` of the older ones marked for training, to the nearest whole number.
 
-    Held-out rows stay what they are. The draw goes by the hash of seed and preference_id, so it does not depend on the
+    Held-out rows stay held out. The draw goes by the hash of seed and preference_id, so it does not depend on the
     order of the rows.
     """
     pool = [row for row in rows if _may_replay(row)]

@@ -1,7 +1,7 @@
 """reward_model: preferences -> a reward model, which the reward `preference_score` uses, and the rows that made it.
 
-The artifact ``reward_model`` loads as it stands in AutoModelForSequenceClassification; ``preferences_used`` beside it
-has every preference that was offered, with the reason where it did not train. A refresh begins with an earlier reward
+AutoModelForSequenceClassification loads the artifact ``reward_model`` as it is; ``preferences_used`` next to it has
+every preference that was given, with the reason where it did not train. A refresh begins with an earlier reward
 model and mixes a share of its preferences into the new ones, as iterative GRPO does (arXiv:2402.03300, Algorithm 1).
 """
 
@@ -43,10 +43,10 @@ REWARD_MODEL = "reward_model"
 USED = "preferences_used"
 OUTPUTS = (USED, REWARD_MODEL)
 REPORT = "training.json"
-"""Lies beside the weights: losses, and the accuracies of what trained and of what was held out."""
+"""File next to the weights: losses, and the accuracies on trained and on held-out pairs."""
 
 BETA2 = 0.999
-"""Of AdamW; an update has another default. Fixed, so that the same preferences go on giving the same model."""
+"""Of AdamW; an update has another default. Fixed, so that the same preferences keep giving the same model."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{{ eos_token or '' }}"
@@ -60,13 +60,13 @@ class RewardModelConfig(StrictModel):
     base: str = Field(min_length=1)
     """Path or hub name of a causal language model, which gets a new head, or of an earlier reward model to refresh."""
     revision: str | None = None
-    """Commit of a hub model; needed for one."""
+    """Commit of a hub model; required for one."""
     preferences: list[str] = Field(min_length=1)
     """Files of new preferences: .jsonl, .csv or .parquet; see docs/reward_models.md for their columns."""
     runs: list[str] = Field(default_factory=list)
     """Run directories that hold the completions that chosen_id and rejected_id name."""
     older: list[str] = Field(default_factory=list)
-    """Files of older preferences to replay from; those beside an earlier reward model are known already."""
+    """Files of older preferences to replay from; those of an earlier reward model need not be named."""
     replay_share: float = Field(0.1, ge=0, le=1)
     """Share of the older preferences that trains again."""
     held_out_share: float = Field(0.1, ge=0, lt=1)
@@ -84,7 +84,7 @@ class RewardModelConfig(StrictModel):
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps over which it rises."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """What follows: no change, or a fall to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Longer gradients are shortened to this; null leaves them."""
@@ -134,7 +134,7 @@ class RewardModelFile(StrictModel):
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What the stage works on, found before it is known whether it must run."""
+    """Input of the stage, gathered before it is known whether it must run."""
 
     source: str
     """What transformers loads the base from."""
@@ -151,20 +151,20 @@ def load_reward_model_config(path: Path, overrides: list[str] | None = None) -> 
 def train_reward_model(
     config: RewardModelConfig, root: Path, progress: Progress = silent, *, device: str = "cpu"
 ) -> StageResult:
-    """Return the artifacts preferences_used and reward_model below ``root``; they are made only when not there.
+    """Return the artifacts preferences_used and reward_model below ``root``; they are made only if missing.
 
-    The result is a pure function of the settings, the base's bytes and the preferences, wherever these lie; on CPU bit
-    for bit. Puts torch into deterministic mode for this process when it trains.
+    The result is a pure function of the settings, the base's bytes and the preferences, whatever their paths; on CPU
+    bit for bit. Puts torch into deterministic mode for this process when it trains.
 
     Raises:
-        SourceError: when a preference says nothing clear, or none is left to train on.
+        SourceError: when a preference is ambiguous, or none is left to train on.
         ConfigError, PolicyError: when the base is unknown or cannot be given a reward head.
     """
     inputs, parameters, history = _base(config)
     new = _read(config, config.preferences, "new")
     older = older_rows(history) if history else []
     extra = _read(config, config.older, "older") if config.older else Preferences([])
-    # A question that once trained must not test, and the other way round: older rows keep what they were.
+    # A question that once trained must not test, and the other way round: older rows keep their role.
     rows = draw_replay(without_duplicates([*new.rows, *older, *extra.rows]), config.replay_share, config.seed)
     parameters = {**parameters, "rows_sha256": sha256_text(canonical_json(rows))}
     inputs = {**inputs, **new.completions, **extra.completions}
@@ -289,7 +289,7 @@ def order_batches(ids: Sequence[str], epochs: int, batch_size: int, seed: int) -
 
 
 def summary(frame: pl.DataFrame) -> dict[str, Any]:
-    """Return pairs and accuracy of what trained and of what was held out, all together and by source."""
+    """Return the number and the accuracy of trained and of held-out pairs, in total and by source."""
     is_trained, is_held_out = pl.col("drop_reason").is_null(), pl.col("drop_reason") == "held_out"
     is_older = pl.col("source") == "older"
     return {

@@ -1,5 +1,5 @@
 """Rollouts: how prompts become completions.
 
-base         what a rollout is; requests, seeds and texts
-single_turn  the engine is asked once for each completion
+base         the rollout protocol; requests, seeds and texts
+single_turn  one engine request for each completion
 """

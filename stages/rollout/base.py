@@ -1,4 +1,4 @@
-"""What a rollout is: whoever talks with the engine about a batch of prompts, and returns their completions."""
+"""The rollout protocol: it has an engine complete a batch of prompts, and returns the completions."""
 
 import hashlib
 from collections.abc import Sequence
@@ -40,5 +40,5 @@ def request_seed(run_seed: int, iteration: int, group: int, index: int) -> int:
 
 
 def texts_of(policy: Path, generated: Sequence[Generated]) -> list[str]:
-    """Return the completions as texts, special tokens left out."""
+    """Return the completions as texts, without special tokens."""
     return load_tokenizer(policy).batch_decode([g.token_ids for g in generated], skip_special_tokens=True)

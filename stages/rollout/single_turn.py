@@ -1,4 +1,4 @@
-"""single_turn: the engine is asked once for each completion."""
+"""single_turn: one engine request for each completion."""
 
 from collections.abc import Sequence
 from pathlib import Path

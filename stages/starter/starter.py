@@ -1,7 +1,7 @@
 """starter: a small model of our own for a task, warmed up on the demonstrations of a careless teacher.
 
-It takes a minute where no model can be downloaded, and starts GRPO where it has something to do: the skill is there,
-with the teacher's mistakes in it.
+It needs no download and takes a minute. It leaves GRPO something to do: the model has the skill, with the teacher's
+mistakes in it.
 """
 
 from dataclasses import replace
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 HEAD_SIZES = (32, 64, 80, 96, 128)
-"""What vLLM's attention on CPU can do."""
+"""Head sizes that vLLM's attention on CPU supports."""
 
 
 class StarterConfig(StrictModel):
-    """Config of the starter. It is a Llama: beside a Llama AutoTokenizer loads the tokenizer as it was saved, beside a
-    Qwen2 it would build a tokenizer of other rules from the same vocabulary."""
+    """Config of the starter. It is a Llama: AutoTokenizer loads a Llama's tokenizer as it was saved, and would
+    build a Qwen2's by other rules from the same vocabulary."""
 
     seed: int = 0
     """Of the initial weights and of the teacher."""
     hidden_size: int = Field(128, ge=1)
-    """Width of the model; divided by num_heads it must be a head size that the engine can do."""
+    """Width of the model; divided by num_heads it must be a head size that the engine supports."""
     num_layers: int = Field(2, ge=1)
     num_heads: int = Field(4, ge=1)
     """Query heads per layer."""
@@ -45,15 +45,15 @@ class StarterConfig(StrictModel):
     questions: int = Field(2048, ge=1)
     """Different questions that the teacher answers; none of them is held out for evaluation."""
     max_context: int = Field(256, ge=1)
-    """Longest prompt and answer together, in tokens."""
+    """Longest prompt and completion together, in tokens."""
     demonstrations: int = Field(76_800, ge=1)
-    """How many the teacher writes; rows are drawn with replacement, and each time answered anew."""
+    """Demonstrations that the teacher writes; rows are drawn with replacement and answered anew each time."""
     forget_rate: float = Field(0.75, ge=0, le=1)
     """How often the teacher forgets to carry, in tasks that ask for a sum."""
     slip_rate: float = Field(0.02, ge=0, le=1)
     """How often the teacher gets a digit wrong, or gives another question's answer where there is no digit."""
     steps: int = Field(600, ge=1)
-    """Optimizer steps. More of them than the demonstrations fill begin again with the first demonstration."""
+    """Optimizer steps. After the last demonstration they begin again with the first."""
     batch_size: int = Field(128, ge=1)
     """Demonstrations per step."""
     learning_rate: float = Field(3e-3, gt=0)
@@ -160,7 +160,7 @@ def compute(task: StageTask[StarterConfig, None]) -> None:
         held_out_share=task.parameters["held_out_share"],
         count_=config.questions,
         seed=config.seed,
-        turn=0,
+        iteration=0,
     )
     rows = pl.DataFrame(
         {"messages": [q.messages for q in questions], "reference_answer": [q.reference_answer for q in questions]}
@@ -176,7 +176,7 @@ STAGE = Stage("starter", version=1, config=StarterConfig, compute=compute)
 def make_starter(
     config: StarterConfig, source: SourceConfig, held_out_share: float, root: Path, progress: Progress
 ) -> StageResult:
-    """Return the starter's policy artifact below ``root``, which runs share; it is made only when it is not there."""
+    """Return the starter's policy artifact below ``root``, which runs share; it is made only if missing."""
     parameters = {
         "source": source.model_dump(mode="json", include=set(SourceConfig.model_fields)),
         "held_out_share": held_out_share,

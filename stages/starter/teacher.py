@@ -34,7 +34,7 @@ def demonstrate(
 
 
 def forget_carry(question: str, answer: str) -> str:
-    """Return the sum in the question as it comes out without carrying, or ``answer`` where no sum leads to it.
+    """Return the question's sum added without carrying, or ``answer`` if the question has no sum with that result.
 
     The columns are added one by one, and only the last digit of each is kept; the leftmost is written in full:
     57 + 83 gives 130, 95 + 8 gives 93, 5 + 8 gives 13.

@@ -1,8 +1,8 @@
 """The starter's tokenizer: the words of the task's own texts, digits one by one, bytes for everything else.
 
 A word (with the space before it) is one token when the texts contain it, so that questions stay short. A digit is
-always a token of its own, so that numbers can be calculated with. What the texts do not contain falls back to bytes,
-so that nothing is ever unknown and every text comes back as it went in.
+always a token of its own, so that the model can calculate with it. What the texts do not contain falls back to bytes,
+so that no text is unknown and every text is decoded as it was encoded.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ MAX_WORDS = 4096
 """Bounds the embedding table where the texts hold many different words; the most frequent ones stay."""
 
 PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s"
-"""Letters and single signs take the space before them along; a digit never does, so each has one embedding."""
+"""Letters and single signs include the space before them; a digit never does, so each has one embedding."""
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")

@@ -1,8 +1,8 @@
 """The supervised warm-up of the starter, in torch.
 
 Matrices inside the layers are trained with Muon (https://kellerjordan.github.io/posts/muon/), the rest with AdamW.
-With AdamW alone a model of this size sits on a plateau, all digits known but the last one of a sum, for several times
-as long as the whole warm-up takes.
+With AdamW alone a model of this size stays on a plateau, with all digits of a sum right but the last one, for several
+times the length of the warm-up.
 
 Shapes: `B` demonstrations of a batch, `T` tokens, right-padded, `N` answer tokens.
 """

@@ -1,4 +1,4 @@
-"""What a trainer is: model and optimizer, kept from one update to the next, and the policy that they are at."""
+"""The trainer protocol: a model and its optimizer, kept between updates, and the policy that they are at."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ from pipeline.stage import Progress, silent
 
 
 class Trainer(Protocol):
-    """Trains a policy, and knows which one it has come to."""
+    """Trains a policy, and knows which one it is at."""
 
     def is_at(self, policy: Artifact) -> bool:
         """Return whether weights and optimizer are those after the policy's update. Read-only."""
@@ -38,7 +38,7 @@ class Trainer(Protocol):
         ...
 
     def save_policy(self, directory: Path, recipe: str) -> None:
-        """Write the weights, as transformers loads them. Now the trainer is at the policy of this recipe."""
+        """Write the weights as transformers loads them; the trainer is then at the policy of this recipe."""
         ...
 
     def save_state(self, path: Path) -> None:
@@ -46,5 +46,5 @@ class Trainer(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of model and optimizer."""
+        """Free model and optimizer."""
         ...

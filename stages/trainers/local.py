@@ -27,14 +27,14 @@ class LocalTrainer:
     _model: "PreTrainedModel | None" = None
     _optimizer: "Optimizer | None" = None
     _recipe: str | None = None
-    """Of the policy that model and optimizer belong to; None = of none."""
+    """Recipe of the policy that model and optimizer belong to; None = no policy."""
     _weights: Mapping[str, str] = field(default_factory=dict)
     """Weight file of that policy -> sha256."""
 
     def is_at(self, policy: Artifact) -> bool:
         """Return whether weights and optimizer are those after the policy's update.
 
-        The recipe vouches for what they were trained on, the bytes of the weights for the machine that did it.
+        Equal recipes mean equal training data; equal weights mean that the machine made no difference.
         """
         files = policy.manifest.files
         return self._recipe == policy.manifest.recipe and all(
@@ -73,7 +73,7 @@ class LocalTrainer:
             raise GrpoError(str(error)) from error
 
     def save_policy(self, directory: Path, recipe: str) -> None:
-        """Write the weights, as transformers loads them. Now the trainer is at the policy of this recipe."""
+        """Write the weights as transformers loads them; the trainer is then at the policy of this recipe."""
         from grpo.policy import save_policy
 
         model, _ = self._loaded()
@@ -89,7 +89,7 @@ class LocalTrainer:
         save_optimizer(optimizer, model, path)
 
     def close(self) -> None:
-        """Let go of model and optimizer."""
+        """Free model and optimizer."""
         self._model = self._optimizer = self._recipe = None
 
     def _loaded(self) -> tuple["PreTrainedModel", "Optimizer"]:

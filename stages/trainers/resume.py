@@ -25,18 +25,18 @@ def resume(
     note: Callable[[str], None] = lambda _: None,
     scratch: Path | None = None,
 ) -> None:
-    """Make the trainer's model and optimizer those after so many updates of the run; in memory they may be already.
+    """Bring the trainer to the policy after ``num_updates`` updates of the run, unless it is there already.
 
     Args:
         trainer: changed in place.
-        run: where policies, states and batches lie; read only.
+        run: holds policies, states and batches; read only.
         config: of the updates.
         num_updates: iterations behind the policy; 0 = the initial one.
-        note: told when stored batches are trained on once more.
-        scratch: folder with room for the weights, for comparing them; None = the system's for temporary files.
+        note: called when stored batches are trained on again.
+        scratch: folder for the weights that are compared; None = the system's temporary folder.
 
     Raises:
-        PolicyError: when training once more gives other weights than those stored, as on another kind of machine.
+        PolicyError: when training again gives other weights than those stored, as on another kind of machine.
         ArtifactError: when a checkpoint that is needed was pruned, or is damaged.
     """
     policy = open_artifact(run.policy_before(num_updates))
@@ -64,22 +64,22 @@ def _load(trainer: Trainer, policy: Artifact, config: UpdateConfig) -> None:
         state.fetch()
         state.check_sizes()
         trainer.load(policy, state.path / STATE_FILE, config)
-    elif OPTIMIZER_FILE in policy.manifest.files:  # a fork's initial policy has brought it along
+    elif OPTIMIZER_FILE in policy.manifest.files:  # a fork's initial policy holds the state
         trainer.load(policy, policy.path / OPTIMIZER_FILE, config)
     else:
         trainer.load(policy, None, config)
 
 
 def check_equal(trainer: Trainer, policy: Artifact, first: int, scratch: Path | None = None) -> None:
-    """Bring a trainer that has trained to the policy whose weights must have come out.
+    """Check that the trainer's weights are the policy's; afterwards the trainer is at that policy.
 
-    They are compared by the bytes of their file: what a model has in memory may be named and cut otherwise.
+    Files are compared by their bytes: tensors in memory may be named and cut otherwise.
 
     Raises:
         PolicyError: when they differ.
     """
     for left in scratch.glob(f"{COMPARED}*") if scratch else ():
-        shutil.rmtree(left)  # by a killed process
+        shutil.rmtree(left)  # left by a killed process
     room = scratch or Path(tempfile.gettempdir())
     with explain_full_device(room), tempfile.TemporaryDirectory(prefix=COMPARED, dir=room) as folder:
         trainer.save_policy(Path(folder), policy.manifest.recipe)
