@@ -207,7 +207,7 @@ def test_many_empty_files_cannot_fill_the_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [str(PROJECT), __file__, f"{PROJECT}/stages/rewards/code.py", "/etc/shadow", "/etc/passwd", "/home"]
+    "path", [str(PROJECT), __file__, f"{PROJECT}/stages/rewards/code/code.py", "/etc/shadow", "/etc/passwd", "/home"]
 )
 def test_the_machines_files_are_not_there(path: str) -> None:
     assert tried("os.stat(path)", path=path) == [NO_SUCH_FILE]
