@@ -1,4 +1,4 @@
-"""The command line: `grpo`. It imports the module of the command that is asked for, and no other."""
+"""The command line: `grpo`. It imports only the module of the given command."""
 
 import signal
 import sys
@@ -46,7 +46,7 @@ def main() -> None:
     sys.path.insert(0, "")  # reward functions are found in the current directory
     asked = [name for name in sys.argv[1:2] if name in COMMANDS]
     if sys.argv[1:2] and not any(module_of(name).WRITES for name in asked):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a looking command, and is no answer
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a read-only command silently
     try:
         build_app(asked or COMMANDS)()
     except GrpoError as error:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def build_app(names: Iterable[str]) -> typer.Typer:
-    """Return the application with these commands. Help, and what to say to an unknown name, take all of them."""
+    """Return the application with these commands. Help and the error for an unknown name need all of them."""
     app = typer.Typer(
         help="Train language models with GRPO, with every step of it a dataset.",
         callback=lambda: None,  # else a single command would be the application itself
@@ -79,7 +79,7 @@ def build_app(names: Iterable[str]) -> typer.Typer:
 
 
 def module_of(name: str) -> ModuleType:
-    """Return the module of a command. It has a function, or an application of several, that is named like itself."""
+    """Return the module of a command. It has a function, or an application of several, with the command's name."""
     return import_module(f"flows.commands.{name.replace('-', '_')}{'_' * iskeyword(name)}")
 
 

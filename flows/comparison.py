@@ -10,7 +10,7 @@ MOST_GROUPS = 10
 
 
 def print_comparison(found: Comparison, run: RunDir, iterations: list[int], format_: Format) -> None:
-    """Print the tables and counts of a comparison; jsonl and csv have the completions that moved most. Read-only."""
+    """Print the tables and counts of a comparison; jsonl and csv only the completions that moved most. Read-only."""
     completions = _with_texts(found.completions, run, iterations)
     if format_ is not Format.table:
         print_rows(completions.to_dicts(), format_, columns=completions.columns)

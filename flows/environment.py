@@ -1,6 +1,6 @@
 """The process's environment, set before torch and Prefect are imported: no telemetry, time for a slow machine.
 
-Nothing here decides a result. What the user has set already is left alone.
+Nothing here decides a result. Variables that the user has set are left alone.
 """
 
 import os
@@ -17,7 +17,7 @@ DEFAULTS = {
     # the temporary server needs 17 to 36 seconds on a slow machine; Prefect's own limit is 20
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
-    # progress and errors are shown by the command line itself; the log goes to the server
+    # the command line shows progress and errors itself; the log goes to the server
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -44,7 +44,7 @@ def set_defaults() -> None:
 
 
 def is_started_by_prefect() -> bool:
-    """Return whether a Prefect worker or `serve` started this process, and so takes care of its signals."""
+    """Return whether a Prefect worker or `serve` started this process, and so handles its signals."""
     return "PREFECT__FLOW_RUN_ID" in os.environ
 
 
@@ -53,7 +53,7 @@ def _probe(url: str) -> None:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=PROBE_SECONDS):
             return
     except urllib.error.HTTPError:
-        return  # it answers; whether it lets us in is for Prefect to say
+        return  # it answers; Prefect finds out whether it lets us in
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
         raise UsageError(
             f"PREFECT_API_URL is {url}, where no Prefect server answers ({error}): start it with `prefect server "

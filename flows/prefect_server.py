@@ -1,4 +1,4 @@
-"""A small process that ends Prefect's temporary server when this process is killed and cannot do it any more."""
+"""A small process that ends Prefect's temporary server if this process is killed."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ if not farewell:
 
 @contextmanager
 def temporary_server_watched() -> Iterator[None]:
-    """End the temporary server even after kill -9 of this process; does nothing where there is no such server."""
+    """End the temporary server even after kill -9 of this process; do nothing if there is no such server."""
     pids = _temporary_servers()
     if not pids:
         yield

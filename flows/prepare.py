@@ -1,4 +1,4 @@
-"""A run that is about to be trained: its config loaded, compared with what the run was made with, and checked, once."""
+"""Prepares a run for training: loads its config, compares it with the run's own, and checks it, once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,30 +12,30 @@ from stages.preflight import preflight
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run whose config is loaded and checked: nothing is known to be wrong."""
+    """A run whose config is loaded and checked."""
 
     settings: RunConfig
     run: RunDir
     toml: str
-    """The config's file as the user wrote it."""
+    """The config file as the user wrote it."""
     reporter: Reporter = field(default_factory=SilentReporter)
 
 
 def prepare(config: Path, run: str, overrides: list[str] | None = None) -> Prepared:
-    """Return the run of a config's file, checked as far as can be before anything is written. Read-only.
+    """Return the run of a config file, checked as far as possible before anything is written. Read-only.
 
     Raises:
-        GrpoError: of the kind that fits, one message.
+        GrpoError: of the class that fits, with one message.
     """
     settings = load_config(config, overrides)
     return check(settings, run_at(run), config.read_text(encoding="utf-8"))
 
 
 def check(settings: RunConfig, run: RunDir, toml: str) -> Prepared:
-    """Return the run of a config that is loaded already, checked likewise. Read-only.
+    """Return the run of a loaded config, checked in the same way. Read-only.
 
     Raises:
-        GrpoError: of the kind that fits, one message.
+        GrpoError: of the class that fits, with one message.
     """
     check_unchanged(run, settings)
     preflight(settings, run)

@@ -13,7 +13,7 @@ from pipeline.artifact import Artifact
 
 
 class Format(StrEnum):
-    """How a looking command prints."""
+    """Output format of a read-only command."""
 
     table = "table"
     jsonl = "jsonl"
@@ -23,16 +23,16 @@ class Format(StrEnum):
 Row = Mapping[str, Any]
 
 LONGEST_CELL = 120
-"""Characters of a value in a table; jsonl and csv give it whole."""
+"""Most characters of a value in a table; jsonl and csv print it whole."""
 MOST_COLUMNS = 16
 """Wider rows are printed one below the other."""
 
 
 def print_rows(rows: Iterable[Row], format_: Format, *, columns: Sequence[str] | None = None) -> None:
-    """Print rows of one shape. Read-only.
+    """Print rows with the same columns. Read-only.
 
-    A table shortens long values to the width of the terminal; jsonl and csv give every value whole, lists in csv as
-    JSON.
+    A table shortens long values to the width of the terminal; jsonl and csv print every value whole, lists in csv
+    as JSON.
     """
     listed = list(rows)
     names = list(columns) if columns else (list(listed[0]) if listed else [])
@@ -65,7 +65,7 @@ def _print_table(rows: Sequence[Row], names: Sequence[str]) -> None:
         table.add_row(*(Text(_short(row[name])) for name in names))
     screen = console()
     if not sys.stdout.isatty():  # a file or a pipe is as wide as it needs to be
-        # room for every cell and what stands between columns; rich would take as long to measure as to print
+        # room for cells and column separators; rich would take as long to measure as to print
         widest = [max(map(cell_len, [name, *(_short(row[name]) for row in rows)])) for name in names]
         screen.width = max(screen.width, sum(widest) + 4 * len(names))
     screen.print(table)
@@ -93,17 +93,17 @@ def console() -> Any:
 
 
 def number(value: float | None, spec: str = ".4g") -> str:
-    """Return a number as a sentence has it; null is unknown."""
+    """Return a number as text for a sentence."""
     return "unknown" if value is None else format(value, spec)
 
 
 def path_below(artifact: Artifact, root: Path) -> str:
-    """Return the path of an artifact as a reader of the run in ``root`` knows it."""
+    """Return the path of an artifact relative to ``root``."""
     return Path(os.path.relpath(artifact.path.resolve(), root.resolve())).as_posix()
 
 
 def digest_in(artifact: Artifact, format_: Format) -> str:
-    """Return the digest of an artifact, for the eye only its beginning."""
+    """Return the digest of an artifact; in a table only its beginning."""
     return artifact.digest[:16] if format_ is Format.table else artifact.digest
 
 

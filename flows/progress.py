@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar for the current stage, one line per iteration."""
+"""What a user sees during a run: a bar for the current stage, one line per iteration."""
 
 import sys
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ SECONDS_SHOWN = ("generate", "score", "update", "evaluate")
 
 
 class TerminalReporter:
-    """Shows a run on the terminal; on anything else it prints the iterations' lines alone."""
+    """Shows a run on the terminal; elsewhere prints only the iterations' lines."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -64,7 +64,7 @@ class TerminalReporter:
         return move
 
     def finished(self, label: str, result: StageResult) -> None:
-        """Say nothing: the iteration's line tells."""
+        """Print nothing: the iteration's line has it."""
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
@@ -82,7 +82,7 @@ class TerminalReporter:
         self.bar.console.print(f"{cells}  {times}", markup=False)
 
     def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
-        """Print how the policy answers the held-out questions."""
+        """Print the policy's pass rates on the held-out prompts."""
         known = {name: value for name, value in figures.items() if value is not None}
         labels = {"eval_pass_at_1": "greedy", "eval_pass_rate": "sampled", "eval_pass_at_k": "best of k sampled"}
         parts = [f"{labels[name]} {value:.3f}" for name, value in known.items()]

@@ -1,10 +1,10 @@
-"""Computing stored artifacts again from their stored inputs, into a scratch folder, and comparing them.
+"""Computes stored artifacts again from their stored inputs, into a scratch folder, and compares them.
 
-On the same kind of machine they are equal to the bit. On another one sums are taken in another order: then every tensor
-and column of floats must lie within a tolerance, and all else must be equal.
+On the same kind of machine they are equal to the bit. Another machine sums in another order: then every tensor and
+column of floats must be within a tolerance, and everything else must be equal.
 
-What `grpo verify` must take on trust is what only a model or a reward function can say. This is the check of it: tokens
-and log probabilities from the engine, scores from the functions, weights from the update. The run is only read.
+`grpo verify` must trust what only a model or a reward function can compute. Replay checks it: tokens and log
+probabilities from the engine, scores from the functions, weights from the update. The run is only read.
 """
 
 import time
@@ -27,20 +27,20 @@ from stages.trainers.base import Trainer
 from stages.wiring import Call, Wiring
 
 DATASET_OF = {step.name: step.writes[-1] for step in CHAIN if step.when is not When.late}
-"""Step -> its main dataset. What is late is compared with the step that it belongs to."""
+"""Step -> its main dataset. A late step is compared with the step that it belongs to."""
 STAGES = tuple(DATASET_OF)
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """A stored artifact beside the one that was computed again."""
+    """A stored artifact, compared with the one that was computed again."""
 
     iteration: int
     stage: str
     dataset: str
     result: str
-    """equal = to the bit; close = within the tolerance; differs; other recipe = today's code or settings ask for
-    something else, so nothing was computed; not computed = an input is not there any more, for example pruned."""
+    """equal = to the bit; close = within the tolerance; differs; other recipe = the current code or settings
+    have another recipe, so nothing was computed; not computed = an input is gone, for example pruned."""
     stored: str
     computed: str | None
     found: str
@@ -48,7 +48,7 @@ class Replayed:
     deviations: Sequence[Deviation] = ()
     """The columns or tensors that are not equal to the bit."""
     machine: Sequence[str] = ()
-    """In what the machine differs from the one that stored the artifact; only where the artifacts are not equal."""
+    """How the machine differs from the one that stored the artifact; empty where the artifacts are equal."""
 
     @property
     def is_fine(self) -> bool:
@@ -90,7 +90,7 @@ class Replayer:
         seconds = round(time.monotonic() - started, 3)
         for name, artifact in outputs.items():
             digests = stored[name].digest, artifact.digest
-            # the state's digest vouches for the policy too, which may have come out a little different
+            # contents, not digests: a state's digest vouches for its policy too, which may differ a little
             if stored[name].manifest.content == artifact.manifest.content:
                 yield Replayed(iteration, stage, name, "equal", *digests, "", seconds)
                 continue
@@ -115,7 +115,7 @@ class Replayer:
         return found[0] if len(found) == 1 else found or None
 
     def _new_trainer(self, iteration: int) -> Trainer:
-        """Return a trainer whose weights come from the files."""
+        """Return a trainer with the weights in the files."""
         from stages.trainers.local import LocalTrainer, resolve_device
         from stages.trainers.resume import resume
 
@@ -141,7 +141,7 @@ class Replayer:
 
 
 def changes(call: Call, stored: Artifact) -> list[str]:
-    """Return in which respects the call's recipe differs from the stored artifact's: empty = it asks for the same."""
+    """Return the differences between the call's recipe and the stored artifact's; empty = equal."""
     found = []
     for part, name, was, now in recipe_differences(stored.manifest.recipe_parts(), call.recipe_parts()):
         if part == "stage":
@@ -154,7 +154,7 @@ def changes(call: Call, stored: Artifact) -> list[str]:
 
 
 def _found(odd: Sequence[Deviation]) -> str:
-    """Say what is not equal: the first row or part beyond the tolerance, else the largest difference."""
+    """Return what is not equal: the first row or part beyond the tolerance, else the largest difference."""
     if not odd:
         return "equal values, other bytes on disk"
     beyond = [d for d in odd if not d.is_close]
@@ -185,12 +185,12 @@ def _relative(odd: Deviation) -> str:
 
 
 def not_computed(iteration: int, stage: str, error: str) -> Replayed:
-    """Return what stands for an artifact that could not be computed."""
+    """Return the result for an artifact that could not be computed."""
     return Replayed(iteration, stage, DATASET_OF[stage], "not computed", "", None, error, 0.0)
 
 
 def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:
-    """Return the stages of an iteration whose results are stored; only the one that is asked for, if one is. Read-only.
+    """Return the stages of an iteration whose results are stored; with ``stage``, only that one. Read-only.
 
     Raises:
         UsageError: when there is no such stage.

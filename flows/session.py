@@ -1,4 +1,4 @@
-"""What a run keeps alive between its stages: engine, trainer, reward processes, and somebody who watches."""
+"""What a run keeps alive between its stages: engine, trainer, reward processes, reporter."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,31 +30,31 @@ from stages.wiring import Call, Wiring
 
 
 class Reporter(Protocol):
-    """Told what a run does."""
+    """Called with the progress of a run."""
 
     def stage(self, label: str) -> Progress:
-        """A stage begins; the returned callable hears how far it is."""
+        """A stage begins; the returned callable takes its progress."""
         ...
 
     def finished(self, label: str, result: StageResult) -> None:
-        """A stage is done, or was found done."""
+        """A stage has finished, or had finished before."""
         ...
 
     def iteration(self, row: dict[str, Any]) -> None:
-        """An iteration is done; the row is that of `metrics.parquet`."""
+        """An iteration has finished; the row is that of `metrics.parquet`."""
         ...
 
     def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
-        """The policy after so many iterations was evaluated; called for the first and the last one."""
+        """The policy after ``num_updates`` iterations was evaluated; called for the first and the last policy."""
         ...
 
     def note(self, text: str) -> None:
-        """Something worth one line."""
+        """A line for the user."""
         ...
 
 
 class SilentReporter:
-    """Says nothing."""
+    """Ignores all progress."""
 
     def stage(self, label: str) -> Progress:
         return silent
@@ -80,7 +80,7 @@ class Session:
     _scorer: Scorer | None = None
     _publishing: Lock = field(default_factory=Lock)
     _is_due: bool = False
-    """Something is finished that is not published."""
+    """Something finished is not published yet."""
 
     @property
     def wiring(self) -> Wiring:
@@ -89,10 +89,10 @@ class Session:
     def perform(self, name: str, iteration: int) -> Artifact:
         """Return the main artifact of a step in an iteration, computed or found; see `pipeline.chain`.
 
-        In an offline iteration the completions of another run take the place of prompts and completions.
+        In an offline iteration another run's prompts and completions take the place of its own.
 
         Raises:
-            UsageError: when it would generate for an iteration whose completions are another run's.
+            UsageError: when it would generate for an iteration that refers to another run's completions.
         """
         step = STEPS[name]
         if name in ("prompts", "generate") and self.config.stored(iteration):
@@ -108,10 +108,10 @@ class Session:
         return result.main
 
     def _run(self, label: str, call: Call, resources: Any = None, progress: Progress | None = None) -> StageResult:
-        """Return the artifacts of a call, computed or found; they are published, and the reporter is told."""
+        """Return the artifacts of a call, computed or found, after publishing them and telling the reporter."""
         result = run_stage(call, resources, progress or self.reporter.stage(label))
         self._is_due |= not result.reused
-        while self._is_due and self._publishing.acquire(blocking=False):  # else the thread that is at it does this too
+        while self._is_due and self._publishing.acquire(blocking=False):  # else the publishing thread does it
             try:
                 self._is_due = False
                 publish(self.run)
@@ -121,7 +121,7 @@ class Session:
         return result
 
     def initial_policy(self) -> Artifact:
-        """Return the initial policy, taken from where the config says; a starter is made first, unless it exists."""
+        """Return the initial policy that the config names; make a starter first, unless it exists."""
         model = self.config.policy.model
         source = None
         if self.config.starter is not None:
@@ -139,7 +139,7 @@ class Session:
         return self._run("policy", call, source).main
 
     def member_policy(self, name: str) -> Artifact:
-        """Return the policy of a member from outside, taken into the run."""
+        """Return the run's copy of the policy of a group member from outside."""
         member = next(m for m in self.config.generate.plan() if m.name == name)
         return self._run("policy", self.wiring.member_policy(member), checkpoint_path(member.policy)).main
 
@@ -148,7 +148,7 @@ class Session:
         return self._run("prompts", self.wiring.held_out_prompts()).main
 
     def metrics(self, iteration: int) -> Path:
-        """Put the iteration's row into `metrics.parquet`, show it, return the file. May run next to other stages."""
+        """Add the iteration's row to `metrics.parquet`, show it, return the file. May run in the background."""
         row = recorded_metrics(self.run, iteration)
         if row is None:
             row = iteration_metrics(self.run, iteration, self.config.evaluate.pass_threshold)
@@ -157,7 +157,7 @@ class Session:
         return self.run.metrics
 
     def is_done(self, iteration: int) -> bool:
-        """Return whether every artifact that makes the next policy is there, of this very config. Read-only."""
+        """Return whether every artifact up to the next policy exists, made with this config. Read-only."""
         if not is_finished(self.run.place(iteration, "policy")):
             return False
         taken = ("prompts", "generate") if self.config.stored(iteration) else ()
@@ -165,7 +165,7 @@ class Session:
         return all(find_finished(self.wiring.call(step.name, iteration)) is not None for step in needed)
 
     def is_evaluated(self, iteration: int) -> bool:
-        """Return whether the evaluation of the policy after the iteration is there, of this very config. Read-only."""
+        """Return whether the evaluation of the policy after the iteration exists, made with this config. Read-only."""
         run = self.run
         if not (is_finished(run.place(iteration, "evaluations")) and is_finished(run.held_out_prompts)):
             return False
@@ -180,7 +180,7 @@ class Session:
             )
 
     def _remove_stale_state(self, iteration: int) -> None:
-        """Remove an optimizer's state that belongs to a policy which lay here before."""
+        """Remove an optimizer state that belongs to an earlier policy in this place."""
         place = self.run.place(iteration, "optimizer")
         if is_finished(place) and state_of(open_artifact(self.run.policy_before(iteration + 1))) is None:
             remove_artifact(place)
@@ -197,7 +197,7 @@ class Session:
         return found[0] if len(found) == 1 else found or None
 
     def warm_up(self, iteration: int) -> None:
-        """Start engine and reward processes early, beside other work, when this iteration will need them."""
+        """Start engine and reward processes in the background if this iteration will need them."""
         if not self.run.has(iteration, "completions"):
             if self.config.stored(iteration) is None:
                 self.engine()
@@ -211,7 +211,7 @@ class Session:
         return engine
 
     def engine(self) -> Engine:
-        """Return the engine, started when first asked for; it takes its time in a process of its own."""
+        """Return the engine; the first call starts it in its own process and does not wait for it."""
         if self._engine is None:
             self.run.logs.mkdir(parents=True, exist_ok=True)
             policy = open_artifact(self.run.initial_policy).fetch()
@@ -228,7 +228,7 @@ class Session:
         return self._scorer
 
     def trainer_after(self, num_updates: int) -> Trainer:
-        """Return the trainer as it is after so many iterations; it keeps model and optimizer between them."""
+        """Return the trainer as it is after ``num_updates`` iterations; it keeps model and optimizer between them."""
         if self._trainer is None:
             self._trainer = LocalTrainer(device=resolve_device(self.config.resources.device))
             self.run.logs.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ class Session:
         return self._trainer
 
     def close(self) -> None:
-        """End the processes of engine and reward functions and everything they started; let go of the trainer."""
+        """End the processes of engine and reward functions, with their descendants; release the trainer."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -260,19 +260,19 @@ def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:
 
 
 def starters_root(run: RunDir) -> Path:
-    """Return where starters lie: beside the runs, which share them."""
+    """Return the folder of the starters: next to the runs, which share them."""
     return beside(run, "starters")
 
 
 def starter(config: RunConfig, root: Path, progress: Progress) -> StageResult:
-    """Return the policy artifact that the config's [starter] table describes; it is made unless it exists."""
+    """Return the policy artifact that the config's [starter] table describes; make it unless it exists."""
     assert config.starter is not None
     return make_starter(config.starter, config.prompts, config.held_out_share, root, progress)
 
 
 @contextmanager
 def open_session(config: RunConfig, run: RunDir, reporter: Reporter | None = None) -> Iterator[Session]:
-    """Hold the run for writing; whatever happens, leave no child process behind."""
+    """Lock the run for writing; leave no child process behind."""
     with lock(run):
         session = Session(config, run, reporter or SilentReporter())
         try:

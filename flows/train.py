@@ -25,15 +25,15 @@ from stages.wiring import outside_members
 P = ParamSpec("P")
 Tasks = Mapping[str, Task[[int], str]]
 METRICS = "metrics"
-"""Not a step of the chain: the row of `metrics.parquet`, made of what the steps have left."""
+"""Not a step of the chain: the row of `metrics.parquet`, computed from the steps' artifacts."""
 
 
 _handed_over: dict[tuple[str, str, tuple[str, ...]], Prepared] = {}
-"""From a command of this process to the flow that it calls next, so that a config is loaded and checked once."""
+"""Passed from a command of this process to the flow that it calls, so that a config is loaded and checked once."""
 
 
 def train_prepared(prepared: Prepared, config: Path, overrides: list[str] | None = None) -> str:
-    """Run the flow on what `prepare` has checked already; return the path of the last checkpoint."""
+    """Run the flow on a prepared run; return the path of the last checkpoint."""
     run = prepared.run
     where = run.name if run.copy else str(run.root.resolve())
     key = (str(config.resolve()), where, tuple(overrides or ()))
@@ -95,13 +95,13 @@ def train_all(session: Session, tasks: Tasks, background: Background) -> None:
 def train_iteration(session: Session, tasks: Tasks, background: Background, iteration: int) -> bool:
     """Run the steps of an iteration; return whether this config had run them. Finished ones cost no Prefect task.
 
-    In an offline iteration the completions of another run take the place of the first two steps. While the engine
-    samples, there is time for what it does not need: the next prompts, and what the last iteration has left to write.
+    In an offline iteration another run's completions replace the first two steps. While the engine samples, background
+    tasks write the next prompts and the rest of the last iteration.
     """
     if session.is_done(iteration):
         return True
     if iteration and not background.is_begun("optimizer", iteration - 1):
-        have_state(session, background, iteration - 1)  # a lost one: before the engine measures what memory it may take
+        have_state(session, background, iteration - 1)  # a lost state, before the engine measures free memory
     session.warm_up(iteration)
     for step in CHAIN:
         match step.when:
@@ -112,7 +112,7 @@ def train_iteration(session: Session, tasks: Tasks, background: Background, iter
             case When.in_order:
                 background.raise_failed()
                 if "trainer" in step.uses:
-                    background.settle(METRICS)  # a killed run lacks the figures of its last iteration at most
+                    background.settle(METRICS)  # a killed run lacks at most its last iteration's metrics
                     have_state(session, background, iteration - 1)
                 tasks[step.name](iteration)
             case When.late:
@@ -121,7 +121,7 @@ def train_iteration(session: Session, tasks: Tasks, background: Background, iter
 
 
 def have_state(session: Session, background: Background, iteration: int) -> None:
-    """Have the optimizer's state after an iteration on disk: it may be there, on its way, or lost."""
+    """Make sure that the optimizer state after an iteration is on disk: wait for it, or make a lost one again."""
     if iteration == INITIAL:
         return
     policy = open_artifact(session.run.policy_before(iteration + 1))
@@ -130,7 +130,7 @@ def have_state(session: Session, background: Background, iteration: int) -> None
 
 
 def report(session: Session, background: Background, iteration: int, *, was_done: bool) -> None:
-    """Put the iteration's row into `metrics.parquet` and show it; in the background when the iteration was run now."""
+    """Add the iteration's row to `metrics.parquet` and show it; in the background if the iteration ran just now."""
     if was_done:
         background.settle(METRICS)  # one at a time
         session.metrics(iteration)
@@ -139,7 +139,7 @@ def report(session: Session, background: Background, iteration: int, *, was_done
 
 
 def step_tasks(session: Session) -> Tasks:
-    """Return a Prefect task for each step, which returns the path of what it has made."""
+    """Return a Prefect task for each step; it returns the path of the step's artifact."""
 
     def perform(name: str) -> Callable[[int], str]:
         return lambda iteration: str(session.perform(name, iteration).path)
@@ -149,7 +149,7 @@ def step_tasks(session: Session) -> Tasks:
 
 
 def run_task(make: Callable[..., Artifact], *arguments: str) -> None:
-    """Run as a Prefect task what comes before the first iteration."""
+    """Run a function as a Prefect task, before the first iteration."""
     _task(make.__name__, lambda: str(make(*arguments).path))()
 
 

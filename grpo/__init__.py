@@ -3,11 +3,11 @@
 settings     the table [update]: what decides an update besides rows and weights
 strict       the base of this package's tables
 losses       the per-token losses, chosen by name
-correction   weights for what lies between sampler and proximal policy
+correction   weights for the difference between sampler and proximal policy
 kl           estimators of a KL divergence
 advantages   rewards of a group -> advantages
 groups       groups of rewards and their statistics
-combine      several rewards -> the one of a completion
+combine      several rewards -> one per completion
 aggregation  means over tokens, as denominators of rows
 batching     rows -> microbatches, trainable tokens, logprobs over the whole vocabulary
 collate      rows -> tensors

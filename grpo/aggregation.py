@@ -1,8 +1,8 @@
-"""The means over tokens, as denominators: what the summed token losses of each row are divided by. No torch: they are
-data, long before a loss.
+"""The means over tokens, as denominators: what the summed token losses of each row are divided by. No torch: they
+become data long before a loss.
 
 The loss of an optimizer step is the sum over its tokens of ``weight * loss / denominator`` (`weigh_tokens`), so a
-denominator belongs to the whole step, not to a microbatch. Rows without a token that trains are no rows here.
+denominator belongs to the whole step, not to a microbatch. Rows without a trainable token are left out.
 
 Shapes: `B` rows of an optimizer step.
 """
@@ -17,16 +17,16 @@ from grpo.groups import Floats, Integers
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The rows of an optimizer step, and what else counts in a mean over them.
+    """The rows of an optimizer step, and what else its means count.
 
-    That is the step's share of the rows that tell nothing, where they are kept in the denominator: they have no
-    gradient and stand in no step. Fractions, since they are shared evenly among the steps.
+    The extras are the step's share of the rows without a signal, where these are kept in the denominator: they have no
+    gradient and belong to no step. The steps share them evenly, hence fractions.
     """
 
     tokens_B: Integers
-    """Tokens that train."""
+    """Trainable tokens."""
     prompt_B: Integers
-    """Number of the row's prompt; members of a group share it."""
+    """Number of the row's prompt; the rows of a group share it."""
     constant: int | None = None
     """Tokens by which `constant_length` divides."""
     extra_tokens: float = 0.0
@@ -45,14 +45,14 @@ def row_mean(rows: StepRows) -> Floats:
 
 
 def constant_length(rows: StepRows) -> Floats:
-    """Return rows x constant: the mean over rows of their token sums by a constant (Dr. GRPO, arXiv:2503.20783)."""
+    """Return rows x constant: the mean over rows of token sums divided by a constant (Dr. GRPO, arXiv:2503.20783)."""
     if rows.constant is None:
         raise ValueError("constant_length has no constant: expected the tokens to divide by; set it")
     return np.full(len(rows.tokens_B), (len(rows.tokens_B) + rows.extra_rows) * rows.constant)
 
 
 def prompt_mean(rows: StepRows) -> Floats:
-    """Return prompts x tokens of the prompt: the mean over prompts of their token means (DAPO as its paper has it)."""
+    """Return prompts x tokens of the prompt: the mean over prompts of their token means (DAPO as in its paper)."""
     tokens_of: Floats = np.bincount(rows.prompt_B, rows.tokens_B).astype(np.float64)
     return tokens_of[rows.prompt_B] * (len(np.unique(rows.prompt_B)) + rows.extra_prompts)
 

@@ -1,4 +1,4 @@
-"""Rows before they train: what counts of them, and their cut into microbatches. No torch: here the order becomes data,
+"""Rows before training: trainable tokens, logprobs, and the cut into microbatches. No torch: the order becomes data
 long before a forward.
 """
 
@@ -8,7 +8,7 @@ import polars as pl
 
 
 def loss_tokens() -> pl.Expr:
-    """Return the number of tokens that train of each row of completions or batches."""
+    """Return the number of trainable tokens of each row of completions or batches."""
     masked = pl.col("loss_mask").list.eval(pl.element().cast(pl.Int32)).list.sum()
     return pl.when(pl.col("loss_mask").is_null()).then(pl.col("completion_token_ids").list.len()).otherwise(masked)
 
@@ -16,7 +16,7 @@ def loss_tokens() -> pl.Expr:
 def full_vocabulary_logprobs(*, has_kept_mass: bool) -> pl.Expr:
     """Return the sampling logprobs of completions without the renormalization of truncated sampling.
 
-    So the trainer's ratios compare like with like. ``has_kept_mass`` says whether any row has a kept_mass.
+    The trainer's ratios then compare like with like. ``has_kept_mass`` says whether any row has a kept_mass.
     """
     logprobs, mass = pl.col("sampling_logprobs"), pl.col("kept_mass")
     if not has_kept_mass:
@@ -28,7 +28,7 @@ def cut_microbatches(lengths: Sequence[int], budget: int) -> list[int]:
     """Return the microbatch index of each row, ascending from 0, for rows in the order given.
 
     A microbatch takes the next row as long as rows x longest length stays within ``budget``, its padded tokens. A row
-    longer than the budget gets a microbatch of its own. Sort by length first: neighbours then pad each other little.
+    longer than the budget gets a microbatch of its own. Sort by length first, to pad little.
 
     Raises:
         ValueError: if the budget is not positive.

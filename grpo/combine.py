@@ -1,4 +1,4 @@
-"""The one combined reward of a completion."""
+"""Combines the named rewards of a completion into one."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,8 +13,8 @@ def combine(rewards_long: pl.DataFrame, weights: Mapping[str, float]) -> pl.Data
     """Return completion_id, group_id and reward: the weighted sum of each completion's named rewards.
 
     Takes one row per completion and ``reward_name``; returns completions in order of first appearance. The sum is null
-    when a reward of nonzero weight is null, NaN, infinite or has no row: a partial sum would compare members of a group
-    by different measures. Rewards of weight 0, and names without a weight, do not take part.
+    when a reward of nonzero weight is null, NaN, infinite or has no row: a partial sum would compare the completions of
+    a group by different measures. Rewards of weight 0, and names without a weight, are ignored.
 
     Raises:
         ValueError: if no weight is nonzero.
@@ -26,10 +26,10 @@ def combine(rewards_long: pl.DataFrame, weights: Mapping[str, float]) -> pl.Data
 def normalize_each(
     rewards_long: pl.DataFrame, weights: Mapping[str, float], *, ddof: Literal[0, 1] = 1, eps: float = 1e-4
 ) -> pl.DataFrame:
-    """Return what `combine` does and ``signal``: the weighted sum of rewards normalized one by one (GDPO).
+    """Return the columns of `combine` and ``signal``: the weighted sum of rewards normalized one by one (GDPO).
 
-    Each reward is first normalized in its group, ``(R - mean) / (std + eps)``, and exactly 0 where the group's members
-    have equal rewards; so a weight says how much influence a reward has, whatever its range. The paper
+    Each reward is first normalized in its group, ``(R - mean) / (std + eps)``, and exactly 0 where the group has zero
+    variance. So a weight is the influence of a reward, whatever the reward's range. The paper
     (arXiv:2601.05242) then normalizes the sum over the batch: that is ``scale="batch_std"`` of `advantages`.
 
     Raises:
@@ -38,7 +38,7 @@ def normalize_each(
     ids, columns, used = _columns(rewards_long, weights)
     group = group_numbers(ids)
     normalized = []
-    # a member that lacks one of the rewards is unscored: the others must not move its group either
+    # a completion that lacks one reward is unscored: its other rewards must not change the group's statistics
     is_scored = ~np.isnan(np.sum([known(column) for column in columns], axis=0))
     for column in columns:
         values = np.where(is_scored, known(column), np.nan)
@@ -88,7 +88,7 @@ def _grouped(rewards_long: pl.DataFrame, names: list[str]) -> pl.DataFrame:
         pl.when(pl.col("reward_name") == name).then(pl.col("reward").cast(pl.Float64)).alias(f"_reward_{index}")
         for index, name in enumerate(names)
     ]
-    # A completion has one row for a name, so the maximum that skips nulls is that row's reward, or null without one.
+    # A completion has one row per name, so the maximum that skips nulls is that row's reward, or null without one.
     return (
         rewards_long.select("completion_id", "group_id", *named)
         .group_by("completion_id", maintain_order=True)

@@ -1,10 +1,10 @@
 """Constant weights for tokens that another policy or another engine sampled: proximal over sampler, bounded.
 
-The clip of a loss compares the current weights with the proximal ones; what lies between the proximal weights and
-the sampler is corrected here, by a factor outside of the clip (decoupled PPO, arXiv:2110.00641).
+The clip of a loss compares the current weights with the proximal ones; the difference between the proximal
+weights and the sampler is corrected here, by a factor outside the clip (decoupled PPO, arXiv:2110.00641).
 
 Shapes: `N` trainable tokens of a microbatch, rows laid end to end; `B` rows of a microbatch. A correction never changes
-a denominator: survivors would be scaled up exactly where the data is worst.
+a denominator: the other tokens would be scaled up exactly where the data is worst.
 """
 
 import math
@@ -21,17 +21,17 @@ from grpo.settings import CorrectionConfig, CorrectionKind
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """What a correction makes of each token."""
+    """The result of a correction."""
 
     weight_N: Tensor
     """Never negative, finite, without gradient."""
     reasons: Mapping[str, Tensor]
-    """Why a token has weight 0: name -> bool, shape [N]. Of several reasons the first one is recorded."""
+    """Why a token has weight 0: name -> bool, shape [N]. The first of several is recorded."""
 
 
 @dataclass(frozen=True)
 class SamplerRatios:
-    """``w = proximal / sampler`` of each token, and what it comes to over a row."""
+    """``w = proximal / sampler`` of each token, and its sums and products over a row."""
 
     log_w_N: Tensor
     """0 where the sampler is unknown."""
@@ -54,7 +54,7 @@ class SamplerRatios:
         return x_N.new_zeros(self.num_rows).index_add(0, self.row_N, x_N)
 
     def row_mean(self, x_N: Tensor) -> Tensor:
-        """Return the sum over each row's tokens by the number of those with a known sampler, shape [B]."""
+        """Return the sum over each row's tokens, divided by the number of those with a known sampler, shape [B]."""
         return self.row_sum(x_N) / self.row_sum(self.is_known_N.to(x_N.dtype)).clamp(min=1)
 
 
@@ -69,7 +69,7 @@ def token_truncate(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
 
 
 def token_clip(ratios: SamplerRatios, config: CorrectionConfig) -> Tensor:
-    """Return w, moved into [low, high]."""
+    """Return w, clipped to [low, high]."""
     return ratios.w_N.clamp(config.low, config.high)
 
 
@@ -120,7 +120,7 @@ def correct(inputs: LossInputs, config: CorrectionConfig) -> TokenWeights:
     """Return the weight of each token.
 
     A sampling logprob that is not finite is unknown: such a token takes no part in the products, means and vetoes of
-    its row, and has weight 0 under every kind. Vetoes see log ratios unbounded.
+    its row, and has weight 0 under every kind. Vetoes use unbounded log ratios.
 
     Reasons: ``veto`` (a token of the row is extreme), ``unknown_sampler``, ``correction`` (the kind gives weight 0).
     """
@@ -135,7 +135,7 @@ def correct(inputs: LossInputs, config: CorrectionConfig) -> TokenWeights:
 
 
 def _is_inside(x: Tensor, config: CorrectionConfig) -> Tensor:
-    """Return where the value lies inside [low, high]; elementwise."""
+    """Return where the value is inside [low, high]; elementwise."""
     return (x >= config.low) & (x <= config.high)
 
 
@@ -152,5 +152,5 @@ def _is_extreme(log_w_N: Tensor, config: CorrectionConfig) -> Tensor:
 
 
 def _bounded_exp(x: Tensor) -> Tensor:
-    """Return exp of the argument bounded to what stays finite; elementwise."""
+    """Return exp of the argument, bounded so that it stays finite; elementwise."""
     return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

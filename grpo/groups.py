@@ -11,33 +11,33 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 ZERO_VARIANCE_TOLERANCE = 1e-9
-"""Relative spread below which a group says nothing: sums of equal float64 rewards differ by less than this."""
+"""Relative spread below which a group has zero variance: sums of equal float64 rewards differ by less than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """One entry per group, of its scored members: those whose reward is a number."""
+    """One entry per group, over its scored completions: those whose reward is a number."""
 
     size: Integers
     mean: Floats
-    """NaN where no member is scored."""
+    """NaN where no completion is scored."""
     std: Floats
     """NaN where ddof leaves it undefined."""
     is_flat: Flags
-    """All scored members are equal, but for rounding."""
+    """Zero variance: all scored completions have the same reward, up to rounding."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The values that are compared, one per member, and the groups that they are compared in.
+    """The values to compare, one per completion, and their groups.
 
-    Arrays have an entry per member, in row order, except those of ``statistics``.
+    Arrays have an entry per completion, in row order, except those of ``statistics``.
     """
 
     values: Floats
-    """Rewards, or what stands for them; NaN where unknown."""
+    """Rewards, or signals in their place; NaN where unknown."""
     number: Integers
-    """The member's group, from 0."""
+    """Number of the completion's group, from 0."""
     statistics: GroupStatistics
     """Of the values; one entry per group."""
     ddof: int
@@ -45,7 +45,7 @@ class Groups:
 
     @cached_property
     def size(self) -> Integers:
-        """Scored members of the member's group."""
+        """Number of scored completions in the completion's group."""
         return self.statistics.size[self.number]
 
     @cached_property
@@ -55,12 +55,12 @@ class Groups:
 
     @property
     def std(self) -> Floats:
-        """The standard deviation of the member's group."""
+        """The standard deviation of the completion's group."""
         return self.statistics.std[self.number]
 
     @property
     def is_compared(self) -> Flags:
-        """Whether the member is scored and so is another one of its group."""
+        """Whether the completion and another one of its group are scored."""
         return ~np.isnan(self.values) & (self.size >= 2)
 
 
@@ -74,7 +74,7 @@ def statistics(values: Floats, group: Integers, ddof: int) -> GroupStatistics:
     num_groups = int(group.max()) + 1 if len(group) else 0
     is_known = ~np.isnan(values)
     values, group = values[is_known], group[is_known]
-    if np.any(np.diff(group) < 0):  # members of a group stand apart
+    if np.any(np.diff(group) < 0):  # the completions of a group are not adjacent
         order = np.argsort(group, kind="stable")
         values, group = values[order], group[order]
     size = np.bincount(group, minlength=num_groups)
@@ -92,7 +92,7 @@ def statistics(values: Floats, group: Integers, ddof: int) -> GroupStatistics:
         squares = per_group(np.add, (values - mean[group]) ** 2, np.nan)
         std = np.where(size > ddof, np.sqrt(squares / (size - ddof)), np.nan)
     lowest, highest = per_group(np.minimum, values, 0.0), per_group(np.maximum, values, 0.0)
-    # Equal rewards have a mean that is off by rounding, and eps would blow the rest up into an advantage.
+    # Rounding shifts the mean of equal rewards, and division by eps would turn the difference into an advantage.
     magnitude = np.maximum(1.0, np.maximum(np.abs(lowest), np.abs(highest)))
     return GroupStatistics(size, mean, std, highest - lowest <= ZERO_VARIANCE_TOLERANCE * magnitude)
 
@@ -102,7 +102,7 @@ def group_numbers(frame: pl.DataFrame) -> Integers:
     groups = frame["group_id"]
     runs = groups.rle_id().to_numpy().astype(np.int64)
     starts = np.flatnonzero(np.diff(runs, prepend=-1))
-    if groups.gather(starts).n_unique() == len(starts):  # every group stands together
+    if groups.gather(starts).n_unique() == len(starts):  # the completions of every group are adjacent
         return runs
     numbers = groups.unique(maintain_order=True).to_frame().with_row_index("number")
     joined = groups.to_frame().join(numbers, on="group_id", how="left", maintain_order="left")

@@ -35,7 +35,7 @@ def token_logprobs(
     """Return the logprob of each target and the entropy of its distribution, float32 in nats, shape [N] each.
 
     ``position_N`` indexes the flattened [B, T] grid: the position *before* the target, whose hidden state predicts it.
-    Logits are divided by the temperature; a logprob at another temperature cannot be had from this one by division.
+    Logits are divided by the temperature; a logprob at another temperature cannot be derived from this one.
     Gradients flow through the logprobs only.
 
     The rows must be padded on the right, and no attention mask is passed: causal attention never looks at what follows,
@@ -121,8 +121,8 @@ class ChunkedHead(torch.autograd.Function):
 def check_supported(model: PreTrainedModel) -> None:
     """Raise unless ``token_logprobs`` gives what the model's own forward gives, on a probe of six tokens.
 
-    The model's forward may do more than hidden states times head: soft-cap logits, scale them, add to them. Instead of
-    a list of such architectures there is one measurement, with the hidden states enlarged so that the logits reach
+    The model's forward may do more than hidden states times head: soft-cap logits, scale them, add to them. One
+    measurement replaces a list of such architectures: the hidden states are enlarged so that the logits reach
     ``PROBE_LOGIT``, where a soft cap of a freshly initialised model shows too. A second measurement changes the last
     token, which must not move what is predicted before it.
 

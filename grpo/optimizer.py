@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from grpo.settings import AdamWConfig
 
 STATE_TENSORS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW knows about a parameter."""
+"""AdamW's state of a parameter."""
 
 
 @dataclass
 class Optimizer:
-    """AdamW and how far it has come; outlives a call, and is saved beside the policy."""
+    """AdamW and its number of steps; outlives a call, and is saved next to the policy."""
 
     adamw: torch.optim.AdamW
     num_steps: int = 0
@@ -52,7 +52,7 @@ def save_optimizer(optimizer: Optimizer, model: PreTrainedModel, path: str | os.
     """Write the state by parameter name, as safetensors; the same state always gives the same bytes."""
     tensors = {}
     for name, parameter in _trainable(model).items():
-        # A parameter that has had no gradient yet has no state; zeros are what AdamW would start it with.
+        # A parameter that has had no gradient yet has no state; AdamW would start it with zeros.
         state = optimizer.adamw.state.get(parameter) or _fresh_state(parameter)
         for key in STATE_TENSORS:
             tensors[f"{name}/{key}"] = state[key].detach().cpu().contiguous()
@@ -110,7 +110,7 @@ def _trainable(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def _fresh_state(parameter: Tensor, device: str | None = None) -> dict[str, Tensor]:
-    """Return what AdamW starts a parameter with."""
+    """Return AdamW's initial state of a parameter."""
     return {
         "exp_avg": torch.zeros_like(parameter, device=device),
         "exp_avg_sq": torch.zeros_like(parameter, device=device),

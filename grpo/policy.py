@@ -14,7 +14,7 @@ from grpo.logprobs import check_supported
 
 WEIGHTS_FILE = "model.safetensors"
 POLICY_FILES = ("config.json", "generation_config.json", WEIGHTS_FILE)
-"""What ``save_policy`` writes. The tokenizer is no part of a policy here: rows hold token ids."""
+"""What ``save_policy`` writes. The tokenizer is not part of a policy here: rows hold token ids."""
 
 ONE_FILE = "1000TB"
 """Shard size that no model reaches: one weight file keeps the checkpoint's layout independent of its size."""
@@ -35,7 +35,7 @@ def load_policy(
 
     Raises:
         ValueError: if there is no checkpoint, it is not a causal language model, weights are missing from it, or its
-            forward does what the chunked head does not repeat.
+            forward does more than the chunked head.
     """
     source = str(path_or_name)
     is_local = _is_local(path_or_name)
@@ -77,7 +77,7 @@ def save_policy(model: PreTrainedModel, directory: str | Path) -> None:
 
 
 def _is_local(path_or_name: str | Path) -> bool:
-    """Return whether this is a place on disk; a hub name has at most one slash and no folder of that name here."""
+    """Return whether this is a path on disk; a hub name has at most one slash and is no local path."""
     text = str(path_or_name)
     looks_like_path = isinstance(path_or_name, Path) or text.startswith(("/", "./", "../", "~")) or text.count("/") > 1
     return looks_like_path or Path(text).exists()
@@ -107,8 +107,8 @@ def _check_checkpoint(source: str, is_local: bool, revision: str | None) -> None
 def _checkpoint_gradients(model: PreTrainedModel) -> None:
     """Make the model recompute its layers in backward, with dropout still off.
 
-    transformers checkpoints a layer only in training mode. So the layers alone get that mode, and not the modules
-    inside them; the dropout that some layers (OPT) apply themselves is a number they hold, and becomes 0.
+    transformers checkpoints a layer only in training mode. So only the layers get that mode, not the modules inside
+    them. Some layers (OPT) apply dropout themselves, at a rate in an attribute, which becomes 0.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
@@ -121,7 +121,7 @@ def _checkpoint_gradients(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the progress bars of transformers, and put them back as they were."""
+    """Hide the progress bars of transformers, then restore them."""
     bars: Any = transformers_logging
     was_enabled = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What an update leaves behind about each completion: the rows of the training_records dataset.
+"""What an update records about each completion: the rows of the training_records dataset.
 
 Shapes: `N` trainable tokens of a microbatch, rows laid end to end; `B` rows of a microbatch. Sums and means are
 float64, taken in token order on one thread, so that the same tokens always give the same bits.
@@ -42,7 +42,7 @@ RECORD_SCHEMA = pl.Schema(
         "entropies": pl.List(pl.Float32),
     }
 )
-"""A number over no token is null, and so is one that compares with a sampler nobody recorded."""
+"""A statistic over no token is null, and so is one that needs an unknown sampling logprob."""
 
 TOKEN_LISTS = ("trainer_logprobs", "sampling_logprobs", "importance_ratios", "correction_weights", "entropies")
 """One element per completion token, null where the token did not train; null lists unless tokens are recorded."""
@@ -55,18 +55,18 @@ TOKEN_RECORD_SCHEMA = pl.Schema(
         "token_losses": pl.List(pl.Float32),
     }
 )
-"""Of records with tokens. The last three columns are absent from others, whose bytes must not depend on them."""
+"""Schema of records with tokens. Others lack the last three columns, on which their bytes must not depend."""
 
 FLOATS = (*TOKEN_LISTS, "kl_to_sampler", "logprob_differences", "losses")
-"""Of `TokenFacts`."""
+"""Float fields of `TokenFacts`."""
 
 NONE = ""
-"""Stands for no reason until the reasons are a column, where it is null."""
+"""No reason; null in the column."""
 
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What one forward found out about the trainable tokens of a microbatch; shape [N], no gradient."""
+    """What one forward computed for the trainable tokens of a microbatch; shape [N], no gradient."""
 
     trainer_logprobs: Tensor
     sampling_logprobs: Tensor
@@ -79,16 +79,16 @@ class TokenFacts:
     losses: Tensor
     """The token's share of the loss of the optimizer step."""
     clip_reasons: Mapping[str, Tensor]
-    """Why the loss leaves a token no gradient, as the loss says it: name -> bool."""
+    """Why a token has no gradient, from the loss: name -> bool."""
     mask_reasons: Mapping[str, Tensor]
-    """Why a token has weight 0, as the correction says it: name -> bool."""
+    """Why a token has weight 0, from the correction: name -> bool."""
 
 
 def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts, *, with_tokens: bool) -> pl.DataFrame:
     """Return one row of ``RECORD_SCHEMA`` for each row of the microbatch, in order.
 
-    With tokens the rows are of ``TOKEN_RECORD_SCHEMA``, and every list has an element for each completion token: the
-    sum of ``token_losses`` in token order, as float64, is ``loss``.
+    With tokens the rows have ``TOKEN_RECORD_SCHEMA``, and every list has one element per completion token. The float64
+    sum of ``token_losses`` in token order is ``loss``.
 
     ``kl_to_sampler`` and ``logprob_difference_max`` are over tokens with a known sampling logprob, everything else is
     over all trainable tokens. ``masked_tokens`` counts the trainable ones whose correction weight is 0.
@@ -133,7 +133,7 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
 
 
 def _first(reasons: Mapping[str, FlagArray], num_tokens: int) -> TextArray:
-    """Return the first reason that holds of each token, `NONE` where none does."""
+    """Return the first reason that applies to each token, `NONE` where none does."""
     if not reasons:
         return np.full(num_tokens, NONE)
     return np.select(list(reasons.values()), list(reasons), default=NONE)
@@ -159,14 +159,14 @@ def _null_without_tokens(x_B: FloatArray, count_B: IntArray) -> pl.Series:
 
 
 def _as_lists(x_N: FloatArray, place_N: IntArray, completion_B: IntArray) -> pl.Series:
-    """Return one list per row, as long as the completion, null where no trainable token stands."""
+    """Return one list per row, as long as the completion, null for a token that does not train."""
     every = np.full(int(completion_B.sum()), np.nan, dtype=np.float32)
     every[place_N] = x_N
     return _cut(pl.Series(every).fill_nan(None), completion_B)
 
 
 def _as_texts(text_N: TextArray, untrained: str, place_N: IntArray, completion_B: IntArray) -> pl.Series:
-    """Return one list per row, as long as the completion: ``untrained`` where no trainable token stands."""
+    """Return one list per row, as long as the completion, ``untrained`` for a token that does not train."""
     every = np.full(int(completion_B.sum()), untrained, dtype=object)
     every[place_N] = text_N
     texts = pl.Series(every.tolist(), dtype=pl.String)

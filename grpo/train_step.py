@@ -2,9 +2,9 @@
 
 Shapes: `N` trainable tokens of a microbatch, rows laid end to end; `B` rows of a microbatch; `T` input tokens, padded.
 
-Three policies meet here. The current one is being trained. The proximal one is the weights at the start of the call;
+There are three policies. The current one is being trained. The proximal one is the weights at the start of the call;
 the clip acts on current / proximal. The sampler wrote the tokens; the constant weight proximal / sampler corrects for
-it, outside of the clip (decoupled PPO, arXiv:2110.00641). Nothing here is random.
+it, outside the clip (decoupled PPO, arXiv:2110.00641). Nothing here is random.
 """
 
 import math
@@ -46,11 +46,11 @@ def train_on_batches(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Train in place; return the records of the completions (``RECORD_SCHEMA``) and the steps (``STEP_SCHEMA``).
 
-    With ``record_tokens`` the records are of ``TOKEN_RECORD_SCHEMA``; weights and all other numbers stay the same.
+    With ``record_tokens`` the records have ``TOKEN_RECORD_SCHEMA``; weights and all other numbers stay the same.
 
     ``frame`` holds the rows in training order with the columns that ``collate`` needs, and optimizer_step, microbatch
     and completion_id. An optimizer step is one gradient: the sum over its microbatches, each divided by the rows'
-    ``loss_denominator``, so how rows are cut into microbatches changes nothing but rounding.
+    ``loss_denominator``, so the cut into microbatches changes only rounding.
 
     The proximal logprobs of the first optimizer step are the current ones, detached: no forward is spent on them.
     Later steps get theirs from a forward before the first step. ``on_microbatch(optimizer_step, microbatch)`` is
@@ -94,7 +94,7 @@ def train_on_batches(
 def _accumulate_gradient(
     model: PreTrainedModel, batch: MicroBatch, proximal_logprobs_N: Tensor | None, config: UpdateConfig
 ) -> TokenFacts:
-    """Add the gradient of one microbatch to the parameters; return what the forward found out."""
+    """Add the gradient of one microbatch to the parameters; return what the forward computed."""
     trainer_N, entropy_N = _logprobs(model, batch, config)
     proximal_N = trainer_N.detach() if proximal_logprobs_N is None else proximal_logprobs_N
     sampling_N = batch.sampling_logprobs_N
@@ -133,7 +133,7 @@ def _logprobs(model: PreTrainedModel, batch: MicroBatch, config: UpdateConfig) -
 
 @torch.no_grad()
 def _proximal_logprobs(model: PreTrainedModel, rows: pl.DataFrame, config: UpdateConfig) -> list[Tensor]:
-    """Return the logprobs under the weights as they are, one tensor per microbatch."""
+    """Return the logprobs under the current weights, one tensor per microbatch."""
     batches = (collate(batch_rows) for batch_rows in rows.partition_by("microbatch", maintain_order=True))
     return [_logprobs(model, batch.to(model.device), config)[0] for batch in batches]
 
@@ -168,6 +168,6 @@ def _check_finite_loss(record: pl.DataFrame) -> None:
 
 
 def _named(rows: pl.DataFrame) -> str:
-    """Return the completions of these rows for a message: the first ones by id, the others by number."""
+    """Return the completions of these rows for a message: the first ones by id, the rest as a count."""
     shown = ", ".join(rows["completion_id"].head(8))
     return f"completions {shown}" + (f" and {rows.height - 8} more" if rows.height > 8 else "")

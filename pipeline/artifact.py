@@ -1,6 +1,6 @@
 """Finished artifacts: a directory of Parquet parts, or a checkpoint, plus `manifest.json`, which is written last.
 
-A directory without a manifest is debris, and a finished artifact never changes: `pipeline.writer` makes it, this module
+A directory without a manifest is debris. A finished artifact never changes: `pipeline.writer` writes it, this module
 reads and verifies it.
 """
 
@@ -47,14 +47,14 @@ class Artifact:
 
     @property
     def is_on_store(self) -> bool:
-        """Whether it lies on an object store too; then files may be missing here until they are read."""
+        """Whether the artifact is also on an object store; its files may then be missing here until they are read."""
         return (self.path / STORE_NOTE).is_file()
 
     def fetch(self) -> Path:
-        """Return the directory with every file in it; those that are on an object store only are brought and verified.
+        """Return the directory, after downloading and verifying the files that are only on an object store.
 
         Raises:
-            ArtifactDamaged: naming the first object that is not what the manifest says.
+            ArtifactDamaged: naming the first object that differs from the manifest.
         """
         if self.is_on_store:
             from pipeline.fetch import fetch_files
@@ -83,10 +83,10 @@ class Artifact:
         _verify(self.path, self.manifest.digest)
 
     def check_schema(self, schemas: "Mapping[str, pa.Schema] | None" = None) -> None:
-        """Compare the columns of the rows, if it holds rows, with the documented schema. Read-only.
+        """Compare the columns of the artifact's rows, if it has any, with the documented schema. Read-only.
 
         Raises:
-            SchemaError: when another version of the program has written them.
+            SchemaError: when they differ, for example because another version of the program wrote them.
         """
         import pyarrow.parquet as pq
 
@@ -99,7 +99,7 @@ class Artifact:
     def check_sizes(self, *, is_read: bool = True) -> None:
         """Compare every file's size with the manifest: the cheap part of `verify`. Read-only.
 
-        A file that `grpo prune` dropped is missed only where the artifact is going to be read.
+        A file that `grpo prune` dropped is an error only if the artifact will be read (``is_read``).
 
         Raises:
             ArtifactMissing: when a file that is needed was pruned.
@@ -108,7 +108,7 @@ class Artifact:
         for name, facts in self.manifest.files.items():
             path = self.path / name
             if not path.is_file() and self.is_on_store:
-                continue  # verified when it comes
+                continue  # verified when it is downloaded
             if not path.is_file() and name in pruned_files(self):
                 if not is_read:
                     continue
@@ -173,15 +173,15 @@ def _remedy(path: Path) -> str:
 
 
 PRUNED_NOTE = "pruned.json"
-"""Beside the manifest: names and SHA-256 of the files that were dropped on purpose."""
+"""Next to the manifest: names and SHA-256 of the files that were dropped on purpose."""
 WEIGHTS = ".safetensors"
-"""What is dropped: weights and optimizer states. Configuration and tokenizer stay, so that rows can still be read."""
+"""Suffix of what is dropped: weights and optimizer states. Configuration and tokenizer stay, to read rows."""
 
 
 def pruned_files(artifact: Artifact) -> frozenset[str]:
     """Return the names of the files that were dropped on purpose. Read-only.
 
-    Only a note that names a file with the manifest's own hash counts: a note from elsewhere hides no damage.
+    A note counts only if it has the manifest's hash of the file: a note from elsewhere hides no damage.
     """
     try:
         noted = json.loads((artifact.path / PRUNED_NOTE).read_text(encoding="utf-8"))["files"]

@@ -1,7 +1,7 @@
 """The chain of stages: the one list from which everything that names a stage or a dataset is derived.
 
-It holds names only. What a stage computes is imported when it is asked for (`load_stage`), so that a command which only
-looks does not pay for it. A new stage is one module and one line here; see docs/decisions/0012.
+It holds names only: `load_stage` imports a stage on demand, so that read-only commands start fast. A new stage is one
+module and one line here; see docs/decisions/0012.
 """
 
 import importlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class From(StrEnum):
-    """Where a stage takes an input from."""
+    """Where an input of a stage comes from."""
 
     here = "the dataset of the input's name, of the same iteration"
     initial = "the initial policy"
@@ -29,7 +29,7 @@ class From(StrEnum):
 
 
 class When(StrEnum):
-    """When a training run comes to a stage."""
+    """When a training run executes a stage."""
 
     in_order = "after the step before it"
     ahead = "in the background, while the iteration before samples: it needs nothing of its own iteration"
@@ -47,9 +47,9 @@ class Step:
     """Datasets, which are folder names; the last is the main one, whose existence means that the stage is done."""
     reads: Mapping[str, From]
     uses: tuple[str, ...] = ()
-    """Live helpers that decide no result: engine, scorer, trainer."""
+    """Running helpers, which decide no result: engine, scorer, trainer."""
     tensors: tuple[str, ...] = ()
-    """Those of ``writes`` that are checkpoints; all others hold rows."""
+    """The datasets of ``writes`` that are checkpoints; all others hold rows."""
     when: When = When.in_order
     stage: str = ""
     """``module:STAGE``; empty = ``stages.<name>:STAGE``."""
@@ -79,29 +79,29 @@ CHAIN = (
         when=When.evaluation,
     ),
 )
-"""In the order in which an iteration comes to them."""
+"""In the order in which an iteration executes them."""
 
 STEPS = {step.name: step for step in CHAIN}
 DATASETS = tuple(dataset for step in CHAIN for dataset in step.writes)
-"""Folders of an iteration, in the order in which they are made."""
+"""Folders of an iteration, in the order in which they are written."""
 CHECKPOINTS = tuple(dataset for step in CHAIN for dataset in step.tensors)
-"""Those that hold tensors."""
+"""The datasets that hold tensors."""
 WRITER = {dataset: step for step in CHAIN for dataset in step.writes}
 """Dataset -> the step that writes it."""
 INITIAL = -1
-"""In place of an iteration: before the first one. The evaluation of the initial policy belongs to it."""
+"""The index before the first iteration; the evaluation of the initial policy has it."""
 
 
 @cache
 def known_schemas() -> "Mapping[str, pa.Schema]":
-    """Return the schema of every dataset that holds rows, those of stages from outside among them."""
+    """Return the schema of every dataset that holds rows, including those of custom stages."""
     from pipeline.schema import SCHEMAS
 
     return {**SCHEMAS, **{name: schema for s in CHAIN if s.stage for name, schema in load_stage(s).schemas.items()}}
 
 
 def load_stage(step: Step) -> "Stage[Any, Any]":
-    """Return the step's stage; its module is imported when it is first asked for."""
+    """Return the step's stage; the first call imports its module."""
     module, _, name = (step.stage or f"stages.{step.name}:STAGE").partition(":")
     stage: Stage[Any, Any] = getattr(importlib.import_module(module), name)
     return stage

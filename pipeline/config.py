@@ -1,4 +1,4 @@
-"""Strict configuration: TOML in, frozen pydantic models out, every problem named at once with its key and remedy."""
+"""Strict configuration: TOML in, frozen pydantic models out; one error names every problem and its remedy."""
 
 import difflib
 import tomllib
@@ -22,23 +22,23 @@ class StrictModel(BaseModel):
 
 Model = TypeVar("Model", bound=BaseModel)
 DECIDES_NOTHING = "DECIDES_NOTHING"
-"""Class variable of a config table: names of its settings that decide no row, so that no recipe holds them."""
+"""Class variable of a config table: the settings that decide no row and are in no recipe."""
 DECIDES_ELSEWHERE = "DECIDES_ELSEWHERE"
-"""Class variable of a config table: names of its settings that a parameter of the stage stands for in the recipe."""
+"""Class variable of a config table: the settings that a stage parameter replaces in the recipe."""
 
 
 def chosen(model: BaseModel) -> dict[str, Any]:
-    """Return the settings that stand in a recipe, as JSON-like values: those that decide, and differ from the default.
+    """Return a recipe's settings, as JSON-like values: those that decide rows and differ from the default.
 
-    So a setting that a later version adds, at its default, changes no recipe; and who changes a default raises the
-    version of the stage. See docs/decisions/0013.
+    A setting that a later version adds changes no recipe while it has its default. Whoever changes a default raises
+    the stage's version. See docs/decisions/0013.
     """
     found: dict[str, Any] = _walk(model, model.model_dump(mode="json"), with_defaults=False)
     return found
 
 
 def deciding(model: BaseModel) -> dict[str, Any]:
-    """Return every setting that decides, at its default or not, as JSON-like values."""
+    """Return every setting that decides rows, defaults included, as JSON-like values."""
     found: dict[str, Any] = _walk(model, model.model_dump(mode="json"), with_defaults=True)
     return found
 
@@ -49,7 +49,7 @@ def default_of(table: type[BaseModel], name: str) -> Any:
 
 
 def _walk(value: Any, dumped: Any, *, with_defaults: bool) -> Any:
-    """Return ``dumped``, the JSON-like form of ``value``, without what stands in no recipe."""
+    """Return ``dumped``, the JSON-like form of ``value``, without the settings that are in no recipe."""
     if isinstance(value, BaseModel):
         left_out = set(getattr(type(value), DECIDES_NOTHING, ()))
         if not with_defaults:
@@ -59,7 +59,7 @@ def _walk(value: Any, dumped: Any, *, with_defaults: bool) -> Any:
             item = getattr(value, name)
             is_tag = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
             is_default = not field.is_required() and item == field.get_default(call_default_factory=True)
-            # a tag says which class the table is of: its default is no setting's
+            # a tag names the table's class: it is kept even at its default
             if name not in left_out and (with_defaults or is_tag or not is_default):
                 found[name] = _walk(item, dumped[name], with_defaults=with_defaults)
         return found
@@ -89,7 +89,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def without_nulls(tables: dict[str, object]) -> dict[str, object]:
-    """Return the tables without nulls, which TOML cannot say: a key that is absent has its default."""
+    """Return the tables without nulls, which TOML cannot express; an absent key has its default."""
 
     def clean(value: object) -> object:
         if isinstance(value, dict):
@@ -100,7 +100,7 @@ def without_nulls(tables: dict[str, object]) -> dict[str, object]:
 
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the tables with ``key.path=value`` applied; a value is read as TOML, and as text where it is none.
+    """Return the tables with ``key.path=value`` applied; a value that is not TOML is text.
 
     Raises:
         ConfigError: when an override has no ``=`` or leads through something that is not a table.
@@ -149,9 +149,9 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 
 def _without_tags(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], type[BaseModel] | None]:
-    """Return the keys that lead to a problem, and the class of the table that the last one is a key of.
+    """Return the keys that lead to a problem, and the class of the table that has the last key.
 
-    Where a table is of one of several classes, pydantic puts the tag of the class behind the table's key.
+    Where a table can have several classes, pydantic puts the class's tag after the table's key.
     """
     keys: list[str] = []
     inside: type[BaseModel] | None = model
@@ -170,7 +170,7 @@ def _without_tags(model: type[BaseModel], location: Sequence[Any]) -> tuple[list
 
 
 def _tables(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Return the classes that a field's tables can be of, by their tags."""
+    """Return the classes that a field's tables can have, by tag."""
     found: dict[str, type[BaseModel]] = {}
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         tags = [str(data.tag) for data in getattr(candidate, "__metadata__", ()) if isinstance(data, Tag)]

@@ -1,4 +1,4 @@
-"""Do rows have the documented schema? Checked on every write and when a stage reads."""
+"""Checks rows against the documented schemas, on every write and when a stage reads."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,11 +10,10 @@ from pipeline.schema import SCHEMAS, TOKEN_COLUMNS
 
 
 def conform(frame: pl.DataFrame | pa.Table, name: str, schema: pa.Schema | None = None) -> pa.Table:
-    """Return the rows as a table of exactly the schema of the dataset ``name``, or of the one that is given.
+    """Return the rows as a table with exactly ``schema``, by default that of the dataset ``name``.
 
     Raises:
-        SchemaError: when columns are missing or unknown, a value does not fit its type, or a null stands where none
-            may.
+        SchemaError: when columns are missing or unknown, a value does not fit its type, or a null is not allowed.
     """
     table = frame.to_arrow() if isinstance(frame, pl.DataFrame) else frame
     schema = _without_tokens(schema or SCHEMAS[name], table.column_names)
@@ -56,7 +55,7 @@ def check_schema(found: pa.Schema, name: str, where: object, schemas: Mapping[st
 
 
 def _without_tokens(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
-    """Return the schema without the columns of tokens where ``names`` has none of them."""
+    """Return the schema without its token columns if ``names`` has none of them."""
     optional = {field.name for field in TOKEN_COLUMNS}
     if not optional.isdisjoint(names):
         return schema

@@ -1,4 +1,4 @@
-"""Every exception that a user can meet.
+"""Every exception that a user can see.
 
 GrpoError
   UsageError            wrong option, argument or combination of them

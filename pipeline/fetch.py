@@ -1,4 +1,4 @@
-"""Bringing the files of an artifact from an object store, each verified."""
+"""Downloads the files of an artifact from an object store and verifies each."""
 
 import json
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from pipeline.object_store import Store, open_store
 
 
 def fetch_files(place: Path, files: Mapping[str, dict[str, Any]]) -> None:
-    """Download the files of an artifact that are not here; each gets its name only when it is what the manifest says.
+    """Download an artifact's missing files; each gets its name only after it was verified against the manifest.
 
     Raises:
-        ArtifactDamaged: naming the first object that is not.
+        ArtifactDamaged: naming the first object that differs from the manifest.
     """
     if all((place / name).is_file() for name in files):
         return
     note = place / STORE_NOTE
-    with locked(note):  # of two who read the same artifact one downloads
+    with locked(note):  # of two readers of the same artifact, one downloads
         store = open_store(json.loads(note.read_text(encoding="utf-8"))["url"])
         for name, facts in files.items():
             target = place / name

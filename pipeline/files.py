@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.errors import OutOfSpace
 
 WRITER_LOCK = ".lock"
-"""In a directory that one process at a time may write."""
+"""Lock file of a directory that one process at a time may write."""
 
 
 def sha256_file(path: Path) -> str:
@@ -28,7 +28,7 @@ def sha256_text(text: str) -> str:
 
 @contextmanager
 def explain_full_device(path: Path) -> Iterator[None]:
-    """Turn "no space left", from whichever library it comes, into OutOfSpace."""
+    """Turn "no space left", from any library, into OutOfSpace."""
     try:
         yield
     except Exception as error:
@@ -48,7 +48,7 @@ def _is_full_device(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # safetensors (Rust) and Arrow (C++) give the system's words but not always its number
+        # safetensors (Rust) and Arrow (C++) give the system's message but not always its errno
         if "No space left on device" in str(error) or f"[Errno {errno.ENOSPC}]" in str(error):
             return True
         error = error.__cause__ or error.__context__
@@ -57,7 +57,7 @@ def _is_full_device(error: BaseException | None) -> bool:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success sync it and rename it, on failure remove it."""
+    """Yield a temporary path next to ``path``; on success sync it and rename it, on failure remove it."""
     temporary = path.with_name(f".{path.name}.tmp")
     with explain_full_device(path):
         try:
@@ -78,12 +78,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a file; the system releases it when the process ends, however it ends.
+    """Hold the lock of a file; the system releases it when the process ends, even when it is killed.
 
-    The file is made where there is none; what it holds stays.
+    The file is created if it does not exist; its contents do not change.
 
     Raises:
-        BlockingIOError: when another process has it and we do not ``wait``.
+        BlockingIOError: when another process holds it and ``wait`` is false.
     """
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,5 +112,5 @@ def sync_file(path: Path) -> None:
 
 
 def identity(*parts: object) -> str:
-    """Return a short opaque id for what the parts name: 16 hexadecimal digits."""
+    """Return a short opaque id of the parts: 16 hexadecimal digits."""
     return sha256_text("\x1f".join(str(part) for part in parts))[:16]

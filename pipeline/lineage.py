@@ -19,10 +19,10 @@ class Node:
 
     depth: int
     name: str
-    """Which input it is of the artifact above it; empty for the first."""
+    """Its input name in the artifact above it; empty for the first."""
     artifact: Artifact
     is_repeated: bool
-    """It is listed above with all that it was made from, and is not followed again."""
+    """It was yielded before; its inputs are not yielded again."""
 
 
 def ancestry(artifact: Artifact, depth: int | None = None) -> Iterator[Node]:
@@ -30,11 +30,11 @@ def ancestry(artifact: Artifact, depth: int | None = None) -> Iterator[Node]:
 
     Args:
         artifact: where the chain ends.
-        depth: of the tree at most; None = back to the first prompt.
+        depth: largest depth of the tree; None = back to the first prompt.
 
     Raises:
         ArtifactMissing: when an input is gone.
-        ArtifactDamaged: when an input is another artifact than the one that was used.
+        ArtifactDamaged: when another artifact is in an input's place.
     """
     seen: set[str] = set()
     stack = [Node(0, "", artifact, is_repeated=False)]
@@ -58,7 +58,7 @@ def open_inputs(artifact: Artifact) -> dict[str, Artifact]:
     """
     found = {}
     for name, facts in artifact.manifest.inputs.items():
-        # as the manifest says: relative to this artifact, wherever the run was moved
+        # relative to this artifact, so that a run can be moved
         source = open_artifact(Path(os.path.normpath(artifact.path.resolve() / facts["path"])))
         if source.digest != facts["digest"]:
             raise ArtifactDamaged(
@@ -71,7 +71,7 @@ def open_inputs(artifact: Artifact) -> dict[str, Artifact]:
 
 @dataclass(frozen=True, slots=True)
 class TrainedOn:
-    """What one update made a policy of."""
+    """One update: the policy that it made, and from what."""
 
     policy: Artifact
     parent: Artifact
@@ -82,7 +82,7 @@ class TrainedOn:
 
 
 def updates_of(policy: Artifact) -> Iterator[TrainedOn]:
-    """Yield the updates behind a policy, the last one first, with the rows that made each. Read-only."""
+    """Yield the updates behind a policy, the last one first, with their numbers of rows. Read-only."""
     while {"batches", "policy"} <= set(policy.manifest.inputs):
         inputs = open_inputs(policy)
         rows = inputs["batches"].scan().select("completion_id", is_kept=pl.col("drop_reason").is_null())
@@ -94,7 +94,7 @@ def updates_of(policy: Artifact) -> Iterator[TrainedOn]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One fact on the way of a completion: in which artifact it stands, and what that says about it."""
+    """One fact about a completion: the artifact that holds it, and what it says."""
 
     what: str
     artifact: Artifact
@@ -102,13 +102,12 @@ class Step:
 
 
 def trace(run: RunDir, completion_id: str) -> list[Step]:
-    """Return the way of a completion: its prompt, its author, its rewards, and every policy it helped to train.
+    """Return the history of a completion: its prompt, its author, its rewards, and every policy it helped to train.
 
-    A policy is helped directly by the update that trained on the row, and indirectly by each later update that began
-    with such a policy. Read-only.
+    Those are the policy whose update trained on the row, and each later policy that descends from it. Read-only.
 
     Raises:
-        UsageError: when the run has no such completion, or the beginning of an id names several.
+        UsageError: when the run has no completion, or several, whose id begins so.
     """
     iteration, full_id = find_completion(run, completion_id)
     is_it = pl.col("completion_id") == full_id
@@ -118,8 +117,8 @@ def trace(run: RunDir, completion_id: str) -> list[Step]:
     inputs = open_inputs(completions)
     if "prompts" in inputs:
         prompt = inputs["prompts"].scan().filter(pl.col("prompt_id") == row["prompt_id"]).collect().to_dicts()
-        question = prompt[0]["messages"][-1]["content"] if prompt else "unknown"
-        steps.append(Step("prompt", inputs["prompts"], f"{row['prompt_id']}: {question}"))
+        text = prompt[0]["messages"][-1]["content"] if prompt else "unknown"
+        steps.append(Step("prompt", inputs["prompts"], f"{row['prompt_id']}: {text}"))
     for name, author in inputs.items():
         if author.digest == row["policy_digest"]:
             steps.append(Step("author", author, f"{name}, {_updates(row['policy_iteration'])}"))
@@ -140,10 +139,10 @@ _SAYS = {
 
 
 def open_if_there(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
-    """Return an artifact of an iteration; None where there is none, or it lies in another run that is gone. Read-only.
+    """Return an artifact of an iteration; None if it does not exist, or is in another run that is gone. Read-only.
 
     Raises:
-        ArtifactDamaged: when another artifact lies there by now.
+        ArtifactDamaged: when another artifact is in its place.
     """
     try:
         return run.open(iteration, dataset)
@@ -156,10 +155,10 @@ def _updates(count: int | None) -> str:
 
 
 def find_completion(run: RunDir, completion_id: str, iteration: int | None = None) -> tuple[int, str]:
-    """Return the iteration and the whole id of a completion, given its beginning. Read-only.
+    """Return the iteration and the full id of the completion whose id begins with ``completion_id``. Read-only.
 
     Raises:
-        UsageError: when none or several begin so, in the run or in the iteration.
+        UsageError: when the run, or the iteration, has none or several.
     """
     found: set[tuple[int, str]] = set()
     for index in run.iterations() if iteration is None else [iteration]:

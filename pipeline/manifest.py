@@ -17,7 +17,7 @@ from pipeline.files import sha256_file, sha256_text
 MANIFEST_VERSION = 2
 MANIFEST = "manifest.json"
 STORE_NOTE = ".store.json"
-"""In an artifact of a working copy: its URL on the object store, where the files are that are not here."""
+"""In an artifact of a working copy: its URL on the object store, which has the missing files."""
 
 
 def canonical_json(value: object) -> str:
@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     inputs: Mapping[str, str]
     """Name -> digest."""
     settings: Mapping[str, Any]
-    """The whole config and the parameters, for readers: in no hash."""
+    """The whole config and the parameters, for readers; part of no hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class Manifest:
     config: dict[str, Any]
     """The stage's resolved configuration and parameters (seed, iteration, hashes of user code), for readers."""
     chosen: dict[str, Any]
-    """What of it is in the recipe: the parameters, and the settings that differ from the defaults of that version."""
+    """The part of ``config`` in the recipe: parameters, and settings that differ from that version's defaults."""
     inputs: dict[str, dict[str, str]]
     """Name -> path relative to this artifact, and digest."""
     files: dict[str, dict[str, Any]]
     """Name -> rows (null for files that hold no rows), bytes, sha256."""
     rows: int | None
     drops: dict[str, int]
-    """Rows that stand in the data with a drop_reason, counted by reason."""
+    """Number of rows with each drop_reason; they stay in the data."""
     environment: dict[str, Any]
     started_at: str
     seconds: float
@@ -77,7 +77,7 @@ class Manifest:
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether a finished artifact stands at ``path``. Read-only."""
+    """Return whether ``path`` is a finished artifact. Read-only."""
     return (path / MANIFEST).is_file()
 
 
@@ -93,7 +93,7 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 class RecipeDifference(NamedTuple):
-    """One thing in which two recipes differ."""
+    """One difference between two recipes."""
 
     part: str
     """stage, config or input."""
@@ -105,9 +105,9 @@ class RecipeDifference(NamedTuple):
 
 
 def recipe_differences(a: Recipe, b: Recipe, absent: object = None) -> Iterator[RecipeDifference]:
-    """Yield in what two recipes differ: the stage, then the config by key, then the inputs by name.
+    """Yield the differences between two recipes: the stage, then the config by key, then the inputs by name.
 
-    ``absent`` stands for what only the other one has: with None, a missing key equals null.
+    ``absent`` is the value of a key that a recipe lacks: with None, a missing key equals null.
     """
     if (a.stage, a.version) != (b.stage, b.version):
         yield RecipeDifference("stage", "", f"{a.stage} {a.version}", f"{b.stage} {b.version}")
@@ -130,7 +130,7 @@ def is_part_of(chosen: Any, config: Any) -> bool:
 
 
 def content_hash(dataset: str, files: dict[str, dict[str, Any]]) -> str:
-    """Return the hash of what came out: the kind of data and every file's name and bytes."""
+    """Return the hash of the result: the dataset, and every file's name and bytes."""
     return sha256_text(canonical_json([dataset, {name: facts["sha256"] for name, facts in files.items()}]))
 
 
@@ -140,7 +140,7 @@ def digest_of(recipe: str, content: str) -> str:
 
 
 class WrongBytes(NamedTuple):
-    """The first thing in which a file differs from what a manifest says of it."""
+    """The first difference between a file and its manifest."""
 
     fact: str
     """``bytes`` or ``sha256``."""
@@ -158,7 +158,7 @@ class WrongBytes(NamedTuple):
 
 
 def wrong_bytes(path: Path, facts: Mapping[str, Any], *, hashed: bool = True) -> WrongBytes | None:
-    """Compare a file's size, then its SHA-256 unless not ``hashed``, with a manifest; None = as it says. Read-only."""
+    """Compare a file's size, and if ``hashed`` its SHA-256, with a manifest; None = equal. Read-only."""
     size = path.stat().st_size
     if size != facts.get("bytes"):
         return WrongBytes("bytes", size)

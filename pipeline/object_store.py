@@ -1,8 +1,8 @@
-"""Object stores: the objects below a URL, and where their working copy lies on this machine.
+"""Object stores: the objects below a URL, and the place of their working copy on this machine.
 
-Stages, polars and vLLM work on local files. What lies at a URL therefore has a working copy below `work_directory()`,
-at the URL's own path (s3://bucket/runs/demo -> s3/bucket/runs/demo), so that a relative path from one run to another
-means the same at both places. fsspec is imported when a URL is first opened: local runs do not pay for it.
+Stages, polars and vLLM read local files. So the objects below a URL have a working copy below `work_directory()`, at
+the URL's own path (s3://bucket/runs/demo -> s3/bucket/runs/demo): a relative path from one run to another is the same
+in both places. fsspec is imported when a URL is first opened: local runs do not pay for it.
 """
 
 import json
@@ -21,13 +21,13 @@ WORK_VARIABLE = "GRPO_WORK"
 PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs",
 }  # fmt: skip
-"""What fsspec needs for a protocol."""
+"""Protocol -> the package that fsspec needs for it."""
 ORIGIN = ".origin.json"
-"""Beside downloaded files: what the store said of each when it was downloaded."""
+"""Next to downloaded files: the fingerprint of each when it was downloaded."""
 
 
 def local_path(where: str | Path) -> Path | None:
-    """Return the path that a user's name of a place means on this machine; None for the URL of a store."""
+    """Return the local path that the user named; None for the URL of a store."""
     text = str(where)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
@@ -52,11 +52,11 @@ def url_of(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What a listing says of an object."""
+    """What a listing says about an object."""
 
     size: int
     fingerprint: str
-    """Of everything the store says (tag, time, size); another one means that the object may have changed."""
+    """Hash of everything the store says (tag, time, size); if it differs, the object may have changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Store:
         return sorted(info["name"].rstrip("/").rpartition("/")[2] for info in found if info["type"] == "directory")
 
     def find(self, name: str = "") -> Listed | None:
-        """Return what the store says of one object, None when there is none. Read-only."""
+        """Return what the store says about one object, None when there is none. Read-only."""
         with _explained(f"{self.url}/{name}".rstrip("/"), "read"):
             try:
                 info = self.fs.info(self._path(name))
@@ -97,7 +97,7 @@ class Store:
         return _listed(info) if info["type"] == "file" else None
 
     def read(self, names: Collection[str]) -> dict[str, bytes]:
-        """Return the bytes of objects that exist, at once where the store can. Read-only."""
+        """Return the bytes of objects that exist, concurrently where the store supports it. Read-only."""
         if not names:
             return {}
         with _explained(self.url, "read"):
@@ -121,24 +121,24 @@ class Store:
             self.fs.put_file(str(source), self._path(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write an object, in place of the one of the same name."""
+        """Write an object; replace one of the same name."""
         with _explained(f"{self.url}/{name}", "written"):
             self.fs.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object unless there is one; return whether it was written. Atomic where the store can do that."""
+        """Write an object unless it exists; return whether it was written. Atomic where the store supports it."""
         try:
             self.fs.pipe_file(self._path(name), data, mode="create")
         except FileExistsError:
             return False
-        except Exception:  # a store without conditional writes; one that cannot be written fails again, explained
+        except Exception:  # no conditional writes; a store that cannot be written fails again, explained
             if self.find(name) is not None:
                 return False
             self.write(name, data)
         return True
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove objects; those that are gone already do not matter."""
+        """Remove objects; a missing one is no error."""
         with _explained(self.url, "written"), suppress(FileNotFoundError):
             if names:
                 self.fs.rm([self._path(name) for name in names])
@@ -148,7 +148,7 @@ class Store:
 
 
 def open_store(url: str) -> Store:
-    """Return the store at a URL; nothing is asked of it yet.
+    """Return the store at a URL; sends no request yet.
 
     Raises:
         StoreError: when the protocol is unknown or its package is not installed.
@@ -168,7 +168,7 @@ def open_store(url: str) -> Store:
 
 
 def download_file(url: str) -> Path:
-    """Return the working copy of one file; it is asked for once in this process, so that it cannot change under a run.
+    """Return the working copy of one file; a process checks it once, so that it cannot change during a run.
 
     Raises:
         StoreError: when it does not exist or cannot be read.
@@ -177,7 +177,7 @@ def download_file(url: str) -> Path:
 
 
 def download_folder(url: str, suffixes: Collection[str]) -> Path:
-    """Return the working copy of a folder's own files of these kinds; asked for once in this process.
+    """Return the working copy of a folder's direct files with these suffixes; a process checks it once.
 
     Raises:
         StoreError: when there are none, or they cannot be read.
@@ -209,7 +209,7 @@ def _download_folder(url: str, suffixes: tuple[str, ...], _: Path) -> Path:
 
 
 def _bring(store: Store, folder: Path, wanted: dict[str, tuple[str, Listed]]) -> None:
-    """Download objects into a folder unless they are there as the store has them now."""
+    """Download the objects that a folder lacks, or has in another version than the store."""
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f"{ORIGIN}.lock"):
         _bring_new(store, folder, wanted)

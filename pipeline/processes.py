@@ -1,7 +1,7 @@
-"""Child processes: started in a session of their own, watched, and ended with all that they started.
+"""Child processes: started in their own session, watched, and ended with their descendants.
 
-Whoever starts a child ends it. A child that must not outlive a parent that was killed sees to that itself:
-`die_with_parent` where its parent's main thread has started it, else `when_parent_ends`.
+The process that starts a child ends it. A child that must not outlive a killed parent calls `die_with_parent` if the
+parent's main thread started it, else `when_parent_ends`.
 """
 
 import ctypes
@@ -16,10 +16,10 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 TERM_SECONDS = 2.0
-"""Time to end by itself after SIGTERM, before SIGKILL."""
+"""Time between SIGTERM and SIGKILL."""
 
 WATCH_SECONDS = 0.25
-"""How often a child looks whether its parent lives."""
+"""Interval at which a child checks whether its parent is alive."""
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 1 << 16
@@ -29,9 +29,9 @@ PR_SET_PDEATHSIG = 1
 def start_python(
     arguments: Sequence[str], *, pass_fds: Collection[int], environment: Mapping[str, str], log: Path | None
 ) -> "subprocess.Popen[bytes]":
-    """Start Python as the leader of a session of its own, which Ctrl-C does not reach.
+    """Start Python as the leader of its own session, which Ctrl-C does not reach.
 
-    What it prints is appended to the log; without one it goes where ours goes.
+    Its output is appended to the log; without a log it goes where ours goes.
     """
     with log.open("ab") if log else nullcontext() as output:
         return subprocess.Popen(
@@ -63,32 +63,32 @@ def end(process: "subprocess.Popen[bytes]") -> int:
 
 
 def kill_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Send a signal to a process group, if there is one of this number that is ours."""
+    """Send a signal to a process group, if it exists and is ours."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 
 def wait_for_exit(process: "subprocess.Popen[bytes]", seconds: float = TERM_SECONDS) -> None:
-    """Give a child the time to exit by itself; it is not reaped."""
+    """Wait until a child exits, for at most ``seconds``; do not reap it."""
     deadline = time.monotonic() + seconds
     while not has_exited(process) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
 def has_exited(process: "subprocess.Popen[bytes]") -> bool:
-    """Return whether the child is dead, without reaping it: until then nobody else can get its group's number."""
+    """Return whether the child has exited, without reaping it: until it is reaped, its group's id is not reused."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when the thread that started it ends."""
+    """Have the kernel kill this process when the thread that started it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call above
+    if os.getppid() != parent:  # the parent ended before the call above
         os._exit(1)
 
 
 def when_parent_ends(parent: int, act: Callable[[], None]) -> None:
-    """Call ``act`` from a thread of this process when its parent is gone, whichever thread of it has started us."""
+    """Call ``act`` from a thread of this process when its parent process is gone, whichever thread started us."""
 
     def watch() -> None:
         while os.getppid() == parent:

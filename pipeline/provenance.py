@@ -28,7 +28,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 
 @cache
 def environment() -> dict[str, Any]:
-    """Return the facts that stand in every manifest: versions, code, processor and accelerators."""
+    """Return the facts that every manifest records: versions, code, processor and accelerators."""
     code = git_state()
     return {
         "python": platform.python_version(),
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 @cache
 def git_state() -> dict[str, Any]:
-    """Return the commit of this program's source and the uncommitted difference to it; nulls outside a checkout."""
+    """Return the commit of this program's source and the uncommitted diff; nulls outside a checkout."""
     commit = _git("rev-parse", "HEAD")
     return {"commit": commit, "diff": _git("diff", "HEAD") if commit else None}
 

@@ -1,8 +1,8 @@
-"""Pruning: checkpoints of a run are dropped, rows and manifests never.
+"""Pruning: drops checkpoints of a run, never rows or manifests.
 
-What is dropped is first written down in the artifact, in `pruned.json`; then the files go. A kill in between leaves the
-note and some of the files, and the same command drops the rest. A note without effect does no harm: a file that is
-still there is compared with its manifest as ever.
+`pruned.json` in the artifact names the files before they are removed. A kill in between leaves the note and some of the
+files; the same command removes the rest. The note hides no damage: a file that is still there is compared with its
+manifest.
 """
 
 import json
@@ -20,7 +20,7 @@ from pipeline.run_dir import RunDir, state_of
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """A policy, or the optimizer's state beside it, whose files are dropped, or would be."""
+    """A policy, or the optimizer state next to it, whose files are dropped, or would be."""
 
     num_updates: int
     """Iterations behind the policy; 0 = the initial one."""
@@ -30,7 +30,7 @@ class Pruned:
 
 
 def is_resumable(policy: Artifact) -> bool:
-    """Return whether weights and state of the policy of an update are there, so that training can go on. Read-only."""
+    """Return whether a policy has its weights and its optimizer state, so that training can continue. Read-only."""
     state = state_of(policy)
     return state is not None and all(_has_weights(artifact) for artifact in (policy, state))
 
@@ -41,12 +41,11 @@ def _has_weights(artifact: Artifact) -> bool:
 
 
 def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:
-    """Return the policies whose checkpoints may go, each after its optimizer's state, oldest first. Read-only.
+    """Return the checkpoints that may be dropped, oldest first, each policy after its optimizer state. Read-only.
 
-    The last ``keep_policies`` stay, and those after ``needed`` updates, which the run's next iterations load. So does
-    the last one with a state of the optimizer, without which a run cannot go on. The initial policy stays unless
-    ``initial``: without it a run can neither be continued nor replayed from its start. A policy that lies in another
-    run belongs to that run.
+    These policies stay: the last ``keep_policies``; those after ``needed`` updates, which the next iterations load; the
+    last one with an optimizer state, without which a run cannot continue. The initial policy stays unless ``initial``:
+    without it a run can neither be continued nor replayed from its start. A policy in another run belongs to that run.
 
     Raises:
         UsageError: when no policy would be kept, or the initial policy is needed.
@@ -87,11 +86,11 @@ def prune(items: Collection[Pruned]) -> Iterator[Pruned]:
         noted = pruned_files(item.artifact) | set(item.files)
         note = {"files": {name: files[name]["sha256"] for name in sorted(noted)}}
         write_text(item.artifact.path / PRUNED_NOTE, json.dumps(note, indent=2) + "\n")
-        sync_file(item.artifact.path)  # the note's name is on the device before the first file goes
+        sync_file(item.artifact.path)  # the note is on the device before the first file is removed
         for name in item.files:
             path = item.artifact.path / name
             path.unlink(missing_ok=True)
             if path.parent != item.artifact.path:
-                with suppress(OSError):  # another file lies there too
+                with suppress(OSError):  # it has other files
                     path.parent.rmdir()
         yield item

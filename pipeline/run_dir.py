@@ -1,4 +1,4 @@
-"""The names inside a run directory; nothing else in the program knows them."""
+"""The names inside a run directory; no other module knows them."""
 
 import json
 import os
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 RESOLVED_CONFIG = "config.resolved.json"
 RECORDS = ("config.toml", "fork.toml", RESOLVED_CONFIG, "environment.json", "metrics.parquet")
-"""Files beside the artifacts; they may change."""
+"""Files next to the artifacts; they may change."""
 REFERENCE = ".reference.json"
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """The places of one run.
+    """The paths of one run.
 
     runs/<name>/
         config.toml  config.resolved.json  environment.json  metrics.parquet
         initial_policy/                 the policy that iteration 0 samples from
         members/<name>/                 other policies from outside that write group members
-        held_out_prompts/               the questions of every evaluation
+        held_out_prompts/               the prompts of every evaluation
         evaluations/                    of the initial policy
         iterations/000000/              one folder per dataset: prompts, completions, rewards, advantages, batches,
                                         training_records, optimizer_steps, policy and optimizer (after the update),
                                         evaluations;
-                                        <dataset>.reference.json stands for one that lies in another run
-        logs/                           what the inference engine printed
+                                        <dataset>.reference.json points to one in another run
+        logs/                           output of the inference engine
 
     A run on an object store has the same names there, without logs; ``root`` is its working copy on this machine.
     """
 
     root: Path
     copy: "WorkingCopy | None" = None
-    """Of a run on an object store: what keeps the two in step."""
+    """Keeps ``root`` and the object store in step; None for a local run."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class RunDir:
         return (url_of(self.root) if self.copy else None) or str(self.root)
 
     def shown(self, path: Path) -> str:
-        """Return what to call a path of this run: relative to the current directory, or a URL."""
+        """Return a path of this run for messages: relative to the current directory, or a URL."""
         return (url_of(path) if self.copy else None) or os.path.relpath(path)
 
     @property
@@ -103,7 +103,7 @@ class RunDir:
         return tables
 
     def read_metrics(self) -> "pl.DataFrame":
-        """Return `metrics.parquet`, which exists. Read-only.
+        """Return the rows of `metrics.parquet`, which must exist. Read-only.
 
         Raises:
             ArtifactDamaged: when the file cannot be read.
@@ -134,7 +134,7 @@ class RunDir:
         return self.place(index - 1, "policy") if index else self.initial_policy
 
     def optimizer_before(self, index: int) -> Path | None:
-        """Return the place of the optimizer's state that belongs to that policy; the initial policy has none."""
+        """Return the place of the optimizer state of `policy_before`; the initial policy has none."""
         return self.place(index - 1, "optimizer") if index else None
 
     def iterations(self) -> list[int]:
@@ -145,7 +145,7 @@ class RunDir:
         return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Yield every finished artifact, referred ones too, in the order in which it was made. Read-only."""
+        """Yield every finished artifact, also those in other runs, in the order in which they were made. Read-only."""
         for path in self.outside_iterations():
             if is_finished(path):
                 yield open_artifact(path)
@@ -160,7 +160,7 @@ class RunDir:
         return [self.initial_policy, *members, self.held_out_prompts, self.place(INITIAL, "evaluations")]
 
     def records(self) -> list[Path]:
-        """Return the files that stand beside the artifacts, as `is_record` names them. Read-only."""
+        """Return the files next to the artifacts; see `is_record`. Read-only."""
         references = sorted(self.root.glob(f"iterations/*/*{REFERENCE}"))
         return [*references, *(self.root / name for name in RECORDS if (self.root / name).is_file())]
 
@@ -169,11 +169,11 @@ class RunDir:
         return is_finished(self.place(index, dataset)) or self._reference(index, dataset).is_file()
 
     def open(self, index: int, dataset: str) -> Artifact:
-        """Return a finished artifact of an iteration; it may lie in another run, see `refer`. Read-only.
+        """Return a finished artifact of an iteration; it may be in another run, see `refer`. Read-only.
 
         Raises:
-            ArtifactMissing: when it is not there, or no longer where the reference says.
-            ArtifactDamaged: when another artifact lies there by now.
+            ArtifactMissing: when it does not exist, here or where the reference says.
+            ArtifactDamaged: when another artifact is in its place.
         """
         place, reference = self.place(index, dataset), self._reference(index, dataset)
         if is_finished(place) or not reference.is_file():
@@ -216,7 +216,7 @@ class RunDir:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         if url is not None and self.copy is None:
-            noted = url  # the working copy may go
+            noted = url  # the working copy may be deleted
         else:
             noted = Path(os.path.relpath(artifact.path.resolve(), path.parent.resolve())).as_posix()
         note = {"path": noted, "digest": artifact.digest}
@@ -236,16 +236,16 @@ class RunDir:
         write_text(self.resolved_config, json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
 
     def record_environment(self, facts: dict[str, Any]) -> None:
-        """Append the environment to the list of those this run has seen, unless it is the last one."""
+        """Append the environment to the run's list unless it equals the last one."""
         seen = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.is_file() else []
         if not seen or seen[-1] != facts:
             write_text(self.environment, json.dumps([*seen, facts], indent=2, ensure_ascii=False) + "\n")
 
 
 def state_of(policy: Artifact) -> Artifact | None:
-    """Return the state of the optimizer after the update that made this policy, pruned or not; None = missing.
+    """Return the optimizer state after the update that made this policy, pruned or not; None = missing.
 
-    It lies beside the policy. One that was made of another policy does not count. Read-only.
+    It is next to the policy. The state of another policy counts as missing. Read-only.
     """
     place = policy.path.with_name("optimizer")
     state = open_artifact(place) if is_finished(place) else None
@@ -254,12 +254,12 @@ def state_of(policy: Artifact) -> Artifact | None:
 
 
 def is_record(name: str) -> bool:
-    """Return whether an object of a run stands beside the artifacts: small, and it may change."""
+    """Return whether an object of a run is a record: a small file next to the artifacts that may change."""
     return PurePosixPath(name).name in RECORDS or name.endswith(REFERENCE)
 
 
 def _target(reference: Path, noted: str) -> Path:
-    """Return where the artifact lies that a reference names by relative path or URL; one on a store is brought here."""
+    """Return the place of the artifact that a reference names by path or URL; fetch its manifest from a URL."""
     url = noted if "://" in noted else None
     target = Path(os.path.normpath(reference.parent / noted))
     if url is None and not is_finished(target):

@@ -1,4 +1,4 @@
-"""Runs: opened by path or URL, held for writing, and published where they lie on an object store."""
+"""Runs: opened by path or URL, locked for writing, and published if they are on an object store."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +14,7 @@ from pipeline.run_dir import RESOLVED_CONFIG, RunDir, is_record, state_of
 
 
 def run_at(where: str | Path) -> RunDir:
-    """Return the run at a path or URL, whether it exists or not; of one on a store the manifests are brought here."""
+    """Return the run at a path or URL, whether it exists or not; download the manifests of one on a store."""
     path = local_path(where)
     if path is not None:
         return RunDir(path)
@@ -63,7 +63,7 @@ def open_run(where: str | Path) -> RunDir:
 
 @contextmanager
 def lock(run: RunDir) -> Iterator[None]:
-    """Hold the run for writing; the system releases it when the process ends, however it ends.
+    """Lock the run for writing; the system releases the lock when the process ends, even when it is killed.
 
     Raises:
         UsageError: when another process is writing this run.
@@ -80,13 +80,13 @@ def lock(run: RunDir) -> Iterator[None]:
             raise UsageError(f"{run.root} cannot be written ({error}): name a directory that can (--run)") from error
         if run.copy is not None:
             held.enter_context(run.copy.writing())
-            publish(run)  # what a killed process had finished
+            publish(run)  # what a killed process finished but did not publish
         yield
         publish(run)
 
 
 def publish(run: RunDir) -> None:
-    """Bring the store up to date with what is finished here; a run in a local directory needs nothing."""
+    """Upload what is finished here to the store; a local run needs nothing."""
     if run.copy is not None:
         places = [run.place(index, dataset) for index in run.iterations() for dataset in DATASETS]
         places = [place for place in places if place.name != "optimizer" or _is_of_its_policy(place)]
@@ -99,7 +99,7 @@ def _is_of_its_policy(state: Path) -> bool:
 
 
 def beside(run: RunDir, name: str) -> Path:
-    """Return a folder beside the runs, which they share, such as that of the starters."""
+    """Return a folder next to the runs that they share, such as that of the starters."""
     folder = run.root.parent / name
     if run.copy is not None:
         from pipeline.working_copy import WorkingCopy
@@ -110,5 +110,5 @@ def beside(run: RunDir, name: str) -> Path:
 
 
 def share(run: RunDir, artifact: Artifact) -> Artifact:
-    """Return an artifact from `beside` as all machines see it: on a store it is published, unless one is there."""
+    """Return an artifact from `beside` as all machines see it: publish it unless the store has one."""
     return artifact if run.copy is None else run.copy.share(artifact)

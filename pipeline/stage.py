@@ -1,7 +1,7 @@
-"""Stages: what is computed, from what, and whether it has been computed already.
+"""Stages: what is computed, from what, and whether it was computed before.
 
 A stage module has a config, a pure core (frames in, frames out) and a `Stage` record. `run_stage` supplies the rest:
-the recipe, reuse of a finished artifact, refusal of a foreign one, atomic parts, the manifest.
+the recipe, reuse of a finished artifact, refusal of another recipe's, atomic parts, the manifest.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from pipeline.writer import ArtifactWriter, remove_artifact
 
 
 class Progress(Protocol):
-    """Told how far a stage is; the default listens to nothing."""
+    """Called with a stage's progress; the default, `silent`, ignores it."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
 
@@ -35,16 +35,16 @@ def silent(done: int, total: int, text: str = "") -> None:
 C = TypeVar("C", bound=BaseModel)
 """The stage's config."""
 R = TypeVar("R")
-"""The live helpers that the stage uses, such as a running engine; they decide no result."""
+"""The running helpers that the stage uses, such as an engine; they decide no result."""
 
 
 @dataclass(slots=True)
 class StageTask(Generic[C, R]):
-    """What a stage's compute function is given."""
+    """The argument of a stage's compute function."""
 
     config: C
     parameters: Mapping[str, Any]
-    """Beyond the config, what decides the result: seed, iteration, hashes of user code."""
+    """What decides the result besides the config: seed, iteration, hashes of user code."""
     inputs: Mapping[str, Artifact]
     writers: Mapping[str, ArtifactWriter]
     """Output name -> writer."""
@@ -60,7 +60,7 @@ class StageTask(Generic[C, R]):
 
 @dataclass(frozen=True, slots=True)
 class Stage(Generic[C, R]):
-    """The record of a stage. Which datasets it reads and writes stands in `pipeline.chain`."""
+    """The record of a stage. `pipeline.chain` says which datasets it reads and writes."""
 
     name: str
     """The verb: module, config table and command have the same name."""
@@ -69,14 +69,14 @@ class Stage(Generic[C, R]):
     config: type[C]
     compute: Callable[[StageTask[C, R]], None]
     schemas: Mapping[str, pa.Schema] = field(default_factory=dict)
-    """Of the datasets that it writes, or reads, and that `pipeline.schema` does not have."""
+    """Schemas of the datasets that it writes or reads and that `pipeline.schema` lacks."""
     wants: tuple[str, ...] = ()
-    """What it needs of the run beyond its config: ``seed``, ``iteration``. In the recipe."""
+    """What it needs from the run besides its config: ``seed``, ``iteration``. Part of the recipe."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """The artifacts of a stage, and whether they were there already."""
+    """The artifacts of a stage, and whether they existed before."""
 
     outputs: Mapping[str, Artifact]
     reused: bool
@@ -98,7 +98,7 @@ class StageCall(Generic[C, R]):
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def recipe_parts(self) -> Recipe:
-        """Return everything that decides the result, readable; its hash is the recipe."""
+        """Return everything that decides the result, in readable form; its hash is the recipe."""
         parameters = dict(self.parameters)
         inputs = {name: artifact.digest for name, artifact in self.inputs.items()}
         settings = {**self.config.model_dump(mode="json"), **parameters}
@@ -115,7 +115,7 @@ def run_stage(call: StageCall[C, R], resources: R, progress: Progress = silent) 
     Secondary outputs of a stage whose main output is missing are debris of a killed process and are made again.
 
     Raises:
-        RecipeMismatch: when a finished artifact of another recipe stands in the main output's place.
+        RecipeMismatch: when a finished artifact of another recipe is in the main output's place.
         OutOfSpace: when the device is full; nothing half-written is left.
     """
     finished = find_finished(call)
@@ -149,17 +149,17 @@ def run_stage(call: StageCall[C, R], resources: R, progress: Progress = silent) 
         }
     except OutOfSpace:
         for writer in writers.values():
-            writer.drop_unfinished()  # a checkpoint that fits only in part takes the room that others need
+            writer.drop_unfinished()  # a partial checkpoint takes space that others need
         raise
     return StageResult(sealed, reused=False)
 
 
 def find_finished(call: StageCall[Any, Any]) -> StageResult | None:
-    """Return the finished artifacts of this very recipe, or None when the main one does not exist. Read-only.
+    """Return the finished artifacts of this recipe, or None when the main one does not exist. Read-only.
 
     Raises:
-        RecipeMismatch: when another recipe's artifact stands there.
-        ArtifactDamaged: when its rows are not what its manifest says. Checkpoints are only verified when they are read.
+        RecipeMismatch: when another recipe's artifact is there.
+        ArtifactDamaged: when its rows differ from its manifest. Checkpoints are verified only when they are read.
     """
     main = list(call.places.values())[-1]
     if not is_finished(main):
@@ -179,7 +179,7 @@ def find_finished(call: StageCall[Any, Any]) -> StageResult | None:
 
 
 def _difference(call: StageCall[Any, Any], found: Artifact) -> str:
-    """Say in which respect a finished artifact's recipe differs from the wanted one."""
+    """Return the first difference between a finished artifact's recipe and the wanted one."""
     for part, name, was, now in recipe_differences(found.manifest.recipe_parts(), call.recipe_parts()):
         if part == "stage":
             return f"stage {was}, wanted {now}"

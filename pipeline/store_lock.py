@@ -1,9 +1,9 @@
-"""The lock of a run on an object store: an object that names its holder, who renews it while it lives.
+"""The lock of a run on an object store: an object that names its holder, which renews it while it runs.
 
-It is a lease, because nobody releases what a machine that died has held. Taking it is atomic where the store can
-create an object only if there is none (S3 and Google can); elsewhere it is written and read back, and two processes
-that start in the same second may both pass. Whoever publishes asks first whether the lock is still its own. Clocks of
-two machines may differ by less than the lease.
+The lock is a lease, because a machine that died cannot release it. Taking it is atomic where the store can create an
+object only if it does not exist (S3 and Google can). Elsewhere it is written and read back, and two processes that
+start in the same second may both get it. A holder checks its lock before it publishes. The clocks of two machines must
+differ by less than the lease.
 """
 
 import json
@@ -22,19 +22,19 @@ from pipeline.object_store import Store
 
 STORE_LOCK = "lock.json"
 LEASE_SECONDS = 120.0
-"""After so long without renewal the holder counts as dead."""
+"""After this time without renewal the holder counts as dead."""
 RENEW_SECONDS = 20.0
 """Six renewals may fail before the lease ends."""
 
 
 @contextmanager
 def hold(store: Store, owner: str) -> Iterator[Callable[[], None]]:
-    """Hold the lock object; yield a check to be called before anything is published.
+    """Hold the lock; yield a check to call before anything is published.
 
-    ``owner`` names this working copy: the lock of an earlier process of it, which was killed, is taken over at once.
+    ``owner`` names this working copy: a lock that its own killed process left is taken over at once.
 
     Raises:
-        UsageError: when another working copy is being written.
+        UsageError: when another working copy holds the lock.
     """
     _take(store, owner)
     stop = threading.Event()
@@ -51,7 +51,7 @@ def hold(store: Store, owner: str) -> Iterator[Callable[[], None]]:
 
 
 def owner_of(work: Path) -> str:
-    """Return the name of a working copy on this machine; it is given once."""
+    """Return the name of a working copy on this machine; it never changes."""
     note = work / ".owner"
     if not note.is_file():
         write_text(note, uuid.uuid4().hex)
@@ -61,7 +61,7 @@ def owner_of(work: Path) -> str:
 def _take(store: Store, owner: str) -> None:
     found = _read(store)
     if found is None:
-        store.create(STORE_LOCK, _note(owner))  # one who came first is found below
+        store.create(STORE_LOCK, _note(owner))  # `_check` sees a process that came first
     elif found["owner"] == owner or time.time() - found["renewed_at"] >= LEASE_SECONDS:
         store.write(STORE_LOCK, _note(owner))
     _check(store, owner)

@@ -1,12 +1,11 @@
-"""The working copy of a run on an object store: brings manifests and files here, and publishes what was made here.
+"""The working copy of a run on an object store: downloads manifests and files, and publishes what was made here.
 
-Looking and continuing begin with `sync`: of an artifact on the store the manifest alone is brought, beside a note
-(`STORE_NOTE`) that says where its files are. They come when they are read, verified by size and SHA-256
-(`fetch_files`, called by `Artifact.fetch`). An artifact made here has no note until it is published: its files first,
-its manifest last. On a store there is no rename of a directory, so the manifest alone makes an artifact exist.
+Every command begins with `sync`, which downloads an artifact's manifest and writes a note (`STORE_NOTE`) next to it
+that says where the files are. A file is downloaded when it is read, and verified by size and SHA-256 (`fetch_files`,
+called by `Artifact.fetch`). An artifact made here has no note until it is published: its files first, its manifest
+last. A store cannot rename a directory, so the manifest alone makes an artifact exist.
 
-Where the two differ, the store is right, but nothing whole is thrown away for something that is missing there: that is
-published again.
+Where the two differ, the store is right. But a whole artifact that the store lacks is kept and published again.
 """
 
 import json
@@ -26,7 +25,7 @@ from pipeline.writer import remove_artifact
 
 SYNC_LOCK = ".sync.lock"
 SEEN = ".seen.json"
-"""Fingerprints of the objects that were brought, so that they are not brought again; may be deleted."""
+"""Fingerprints of downloaded objects, so that they are not downloaded again; may be deleted."""
 
 
 @dataclass(slots=True)
@@ -35,7 +34,7 @@ class WorkingCopy:
 
     store: Store
     is_record: Callable[[str], bool]
-    """Whether an object is one of the small files that stand beside artifacts and may change."""
+    """Whether an object is one of the small files next to artifacts that may change."""
     _sent: dict[str, str] = field(default_factory=dict)
     _check_lock: Callable[[], None] | None = None
 
@@ -44,9 +43,9 @@ class WorkingCopy:
         return self.store.work
 
     def sync(self) -> None:
-        """Bring manifests and records that are new on the store. Writes nothing there.
+        """Download manifests and records that are new on the store. Writes nothing there.
 
-        A process of this machine that is writing the run is ahead of the store; then there is nothing to bring.
+        A process of this machine that writes the run is ahead of the store; then nothing is downloaded.
         """
         listed = self.store.listing()
         if not listed and not self.root.is_dir():
@@ -58,9 +57,9 @@ class WorkingCopy:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the run's lock on the store, beginning with what the store has now. The caller holds the local lock."""
+        """Hold the run's lock on the store, after a sync. The caller holds the local lock."""
         with hold(self.store, owner_of(self.root)) as check:
-            with locked(self.root / SYNC_LOCK):  # one who looks may be at it
+            with locked(self.root / SYNC_LOCK):  # a read-only command may be syncing
                 self._sync(self.store.listing())
             self._check_lock = check
             try:
@@ -69,7 +68,7 @@ class WorkingCopy:
                 self._check_lock = None
 
     def publish(self, places: Iterable[Path], records: Iterable[Path]) -> None:
-        """Bring the store up to date: artifacts that were made here in their order, then records that changed."""
+        """Upload artifacts that were made here, in their order, then records that changed."""
         assert self._check_lock is not None, "publish inside of writing()"
         for place in places:
             if is_finished(place) and not (place / STORE_NOTE).is_file():
@@ -83,7 +82,7 @@ class WorkingCopy:
                 self._sent[name] = digest
 
     def share(self, artifact: Artifact) -> Artifact:
-        """Return an artifact that runs share, such as a starter, as it stands on the store: who was first has won."""
+        """Return an artifact that runs share, such as a starter, as it is on the store: the first published wins."""
         if not (artifact.path / STORE_NOTE).is_file():
             url = self._url(artifact.path)
             found = _remote_manifest(url)
@@ -115,7 +114,7 @@ class WorkingCopy:
         write_text(note, json.dumps({n: listed[n].fingerprint for n in known}) + "\n")
 
     def _forget(self, listed: Collection[str], records: Iterable[str]) -> None:
-        """Take back what is no longer on the store; what is whole here stays, to be published again."""
+        """Remove what is no longer on the store; an artifact that is whole here stays, to be published again."""
         for name in records:
             (self.root / name).unlink(missing_ok=True)
         for note in sorted(self.root.rglob(STORE_NOTE)):
@@ -127,7 +126,7 @@ class WorkingCopy:
 
 
 def bring(url: str) -> Path:
-    """Return the working copy of one artifact on a store; its files come when they are read.
+    """Return the working copy of one artifact on a store; its files are downloaded when they are read.
 
     Raises:
         ArtifactMissing: when there is none.
@@ -141,7 +140,7 @@ def bring(url: str) -> Path:
 
 
 def adopt(place: Path, url: str, manifest: bytes) -> None:
-    """Make the artifact here the one whose manifest was found on the store; an equal one here keeps its files."""
+    """Replace the artifact here by the one whose manifest is on the store; an equal one keeps its files."""
     ours = _digest((place / MANIFEST).read_bytes()) if is_finished(place) else None
     theirs = _digest(manifest)
     if ours is not None and theirs is None:
@@ -164,7 +163,7 @@ def adopt(place: Path, url: str, manifest: bytes) -> None:
 
 
 def _publish(artifact: Artifact, url: str, check_lock: Callable[[], None]) -> None:
-    """Upload an artifact, its manifest last; another one in its place ends to exist before its files are touched."""
+    """Upload an artifact, its manifest last; the manifest of another one in its place is removed first."""
     store, files = open_store(url), artifact.manifest.files
     check_lock()
     there = _remote_manifest(url)
@@ -174,7 +173,7 @@ def _publish(artifact: Artifact, url: str, check_lock: Callable[[], None]) -> No
         for name in files:
             store.upload(artifact.path / name, name)
         found = store.listing()
-        store.remove([name for name in found if name not in files])  # of a publication that was cut off
+        store.remove([name for name in found if name not in files])  # left by an interrupted upload
         wrong = [name for name, facts in files.items() if name not in found or found[name].size != facts["bytes"]]
         if wrong:
             raise StoreError(

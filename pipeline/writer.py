@@ -1,6 +1,6 @@
 """Writing an artifact: parts first, the manifest last, then one rename.
 
-An artifact is written in a hidden directory next to its place. Every part is renamed into it when it is whole, so a
+An artifact is written in a hidden directory next to its place. Every part is renamed into it when complete, so a
 killed process leaves finished parts that the next one keeps. Sealing writes the manifest and renames the directory.
 """
 
@@ -32,7 +32,7 @@ HASH_THREADS = 2
 
 
 def remove_artifact(place: Path) -> None:
-    """Remove an artifact such that a kill in between leaves no half one under its name."""
+    """Remove an artifact; a kill in between leaves no half of it under its name."""
     doomed = doomed_directory(place)
     shutil.rmtree(doomed, ignore_errors=True)
     place.rename(doomed)
@@ -40,7 +40,7 @@ def remove_artifact(place: Path) -> None:
 
 
 def doomed_directory(place: Path) -> Path:
-    """Return where an artifact goes that is being removed; debris unless a process is at it."""
+    """Return where an artifact is moved before it is deleted; debris unless a process is deleting it."""
     return place.with_name(f".{place.name}.doomed")
 
 
@@ -48,17 +48,17 @@ def doomed_directory(place: Path) -> Path:
 class ArtifactWriter:
     """Writes one artifact; see the module's description for what survives a kill.
 
-    A writer whose place holds unfinished parts of the same recipe takes them over.
+    A writer keeps the finished parts that an earlier process with the same recipe left.
     """
 
     place: Path
     dataset: str
     recipe: str
     schema: "pa.Schema | None" = None
-    """Of its rows; None = that of `pipeline.schema`."""
+    """Schema of its rows; None = that of `pipeline.schema`."""
     started: float = field(default_factory=time.time)
     _counts: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)
-    """Of the parts that this process has written: rows, and rows dropped for each reason."""
+    """Part written by this process -> its rows, and its dropped rows by reason."""
 
     @property
     def directory(self) -> Path:
@@ -68,7 +68,7 @@ class ArtifactWriter:
     def open(self) -> None:
         """Make the hidden directory; keep finished parts of the same recipe, remove all other debris.
 
-        A directory without manifest in the artifact's place is debris too, such as an interrupted copy leaves.
+        A directory without a manifest in the artifact's place is debris too: an interrupted copy leaves one.
         """
         note = self.directory / RECIPE_NOTE
         shutil.rmtree(doomed_directory(self.place), ignore_errors=True)
@@ -82,7 +82,7 @@ class ArtifactWriter:
             self.drop_unfinished()
 
     def drop_unfinished(self) -> None:
-        """Remove what no later process could go on with: all but finished parts."""
+        """Remove everything that no later process can use: all but finished parts."""
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             if path.name != RECIPE_NOTE and not fnmatch(path.name, PARTS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -108,7 +108,7 @@ class ArtifactWriter:
         self._counts[self.part_path(index).name] = _drops(frame)
 
     def _finish_files(self, names: list[str]) -> dict[str, str]:
-        """Return the files' hashes, their bytes safe on the device. Parts were synced when they were committed."""
+        """Sync the files and return their hashes. Parts were synced when they were committed."""
         paths = [self.directory / name for name in names]
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             for path in paths:
@@ -129,7 +129,7 @@ class ArtifactWriter:
         inputs: dict[str, Artifact],
         environment: dict[str, Any],
     ) -> Artifact:
-        """Write the manifest, then give the directory its name: from here on the artifact exists."""
+        """Write the manifest, then give the directory its name: now the artifact exists."""
         found = (path for path in self.directory.rglob("*") if path.is_file() and path.name != RECIPE_NOTE)
         names = sorted(path.relative_to(self.directory).as_posix() for path in found)
         drops: Counter[str] = Counter()
@@ -166,7 +166,7 @@ class ArtifactWriter:
             )
             write_text(self.directory / MANIFEST, manifest.to_json())
             (self.directory / RECIPE_NOTE).unlink()
-            # All bytes are on the device. The rename itself may go with the power; then the artifact is made again.
+            # All bytes are on the device. A power failure may undo the rename; then the artifact is made again.
             self.directory.rename(self.place)
         return Artifact(self.place, manifest)
 

@@ -1,4 +1,4 @@
-"""`grpo audit`: what a run's rows say about reward hacking. It never writes, and answers without torch."""
+"""`grpo audit`: what a run's rows say about reward hacking. Read-only; imports no torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +32,7 @@ def audit(
 def audit_run(path: str | Path, config_path: Path | None, format_: Format) -> int:
     """Print the findings of a run; return the exit code: 1 when one is a warning, else 0. Read-only.
 
-    A table also tells which checks found nothing and which lack their data; jsonl and csv give findings only.
+    A table also shows which checks found nothing and which lack their data; jsonl and csv print only findings.
     """
     from stages.inspect.audit import audit as checks
 

@@ -1,4 +1,4 @@
-"""`grpo diff`: where two runs part; with `--rewards`, what separates two scorings of the same completions."""
+"""`grpo diff`: where two runs differ; with `--rewards`, how two scorings of the same completions differ."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,10 +50,9 @@ def print_diff(a: str | Path, b: str | Path, format_: Format) -> bool:
 
 
 def diff_rewards(a: str | Path, b: str | Path, threshold: float, format_: Format) -> bool:
-    """Print what separates two scorings of the same completions; return whether they agree. Read-only.
+    """Print how two scorings of the same completions differ; return whether they agree. Read-only.
 
-    They agree when no larger share of the completions than the threshold has an advantage of another sign in B than in
-    A.
+    They agree when the share of completions whose advantage has another sign in B than in A is at most ``threshold``.
 
     Raises:
         ArtifactMissing: when the runs share no scored completions.

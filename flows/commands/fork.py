@@ -69,15 +69,15 @@ def fork_tables(
     tables = derive_tables(source, config, overrides)
     wished = apply_overrides(load_toml(config), overrides)
     if "offline" not in wished:
-        tables.pop("offline", None)  # what the other run was fed is its own affair
+        tables.pop("offline", None)  # the fork has its own offline iterations
     policy = source.policy_before(at)
     if not is_finished(policy):
         raise ArtifactMissing(
             f"{source.name} has no policy after {at} updates ({policy} does not exist): choose --at among those of "
             f"`grpo ls {source.name}`"
         )
-    if not is_begun:  # else the fork has its copy
-        open_artifact(policy).check_sizes()  # a pruned one says so
+    if not is_begun:  # else the fork has its own copy
+        open_artifact(policy).check_sizes()  # raises if it was pruned
     own = {key: value for key, value in wished.get("policy", {}).items() if key == "keep_optimizer"}
     tables["policy"] = {"model": source.shown(policy) if source.copy else str(policy.resolve()), **own}
     if at and own.get("keep_optimizer", True) and not is_begun:

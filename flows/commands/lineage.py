@@ -1,6 +1,6 @@
-"""`grpo lineage`: what an artifact was made from; of a policy also the rows of every update behind it.
+"""`grpo lineage`: what an artifact was made from; for a policy also the rows of every update behind it.
 
-With `--completion` the way of one completion: from its prompt to every policy that it helped to train.
+With `--completion`, the history of one completion: from its prompt to every policy that it helped to train.
 """
 
 from pathlib import Path
@@ -86,5 +86,5 @@ def lineage(
 
 
 def _root(path: Path) -> Path:
-    """Return the run that the artifact lies in, else the folder around it."""
+    """Return the run that the artifact is in, else the folder around it."""
     return next((p for p in path.resolve().parents if RunDir(p).resolved_config.is_file()), path.parent)

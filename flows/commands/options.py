@@ -1,4 +1,4 @@
-"""What the commands share: the types of their arguments, what these stand for, signals, the exit code of no."""
+"""What the commands share: types of their arguments, default places, signals, exit code 1."""
 
 import signal
 from pathlib import Path
@@ -27,7 +27,7 @@ def last_iteration(run: RunDir, dataset: str) -> int:
     """Return the last iteration that has this dataset. Read-only.
 
     Raises:
-        ArtifactMissing: when none has.
+        ArtifactMissing: when no iteration has it.
     """
     for iteration in reversed(run.iterations()):
         if run.has(iteration, dataset):
@@ -40,7 +40,7 @@ def last_iteration(run: RunDir, dataset: str) -> int:
 def start_working() -> None:
     """Set the environment, and let SIGTERM unwind like Ctrl-C, so that child processes end too.
 
-    Under Prefect's own runner signals are left alone: it sees to them itself.
+    Under Prefect's own runner signals are left alone: Prefect handles them.
     """
     from flows.environment import is_started_by_prefect, set_defaults
 
@@ -54,7 +54,7 @@ def start_working() -> None:
 
 
 def named_after(run: str, suffix: object) -> str:
-    """Return the place of a run that is made of another one, beside it."""
+    """Return the place of a run that is made from another one: next to it."""
     return f"{run.rstrip('/')}-{suffix}"
 
 

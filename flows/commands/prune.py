@@ -32,7 +32,7 @@ def prune(
 
     run_dir = open_run(run)
     with lock(run_dir):
-        # opened again: now nobody else finishes a policy
+        # opened again: under the lock no other process adds a policy
         items = prunable(run_dir, keep_policies, _needed(open_run(run)), initial=initial)
         done: Sequence[Pruned] = items if dry_run else list(drop(items))
     rows = [
@@ -54,12 +54,12 @@ def prune(
 
 
 def _needed(run: RunDir) -> set[int]:
-    """Return the policies, by number of updates, that write members of the run's coming groups."""
+    """Return the numbers of updates behind the policies that coming iterations have as group members."""
     from stages.config import recorded_config
     from stages.members import member_updates
 
     count = sum(is_finished(run.policy_before(index + 1)) for index in run.iterations())
     members = recorded_config(run).generate.plan()
-    coming = range(count, 2 * count + 1)  # by then even the oldest age is past the policies that exist
+    coming = range(count, 2 * count + 1)  # later iterations use no policy that exists now
     found = {member_updates(member, iteration) for member in members for iteration in coming}
     return {number for number in found if number is not None and number <= count}

@@ -59,8 +59,7 @@ def print_replay(
     engine: "Engine | None" = None,
     tolerance: float | None = None,
 ) -> bool:
-    """Compute stages again, print a row for each artifact, and return whether all are equal or close. The run is only
-    read.
+    """Compute stages again, print a row per artifact, return whether all are equal or close. The run is only read.
 
     Args:
         path: the run.
@@ -68,8 +67,8 @@ def print_replay(
         stage: one stage; None = all whose results are stored.
         format_: how to print.
         scratch: folder that keeps what is computed; None = a temporary one.
-        engine: a running engine; None = one of the run's settings is started when it is needed.
-        tolerance: largest difference of floats, of the largest magnitude in their tensor or column; None = TOLERANCE.
+        engine: a running engine; None = one with the run's settings is started when it is needed.
+        tolerance: largest difference of floats, relative to the largest in their tensor or column; None = TOLERANCE.
     """
     from flows.replayer import Replayer, not_computed, wanted_stages
     from stages.inspect.artifact_diff import TOLERANCE
@@ -84,7 +83,7 @@ def print_replay(
             for name in wanted_stages(run, iteration, stage):
                 try:
                     rows += replayer.replay(name, iteration)
-                except GrpoError as error:  # what was computed so far shall not be lost
+                except GrpoError as error:  # keep what was computed so far
                     rows.append(not_computed(iteration, name, str(error)))
             if scratch is None:
                 shutil.rmtree(folder / f"{iteration:06d}", ignore_errors=True)
@@ -138,7 +137,7 @@ def _plain(odd: "Deviation") -> dict[str, Any]:
 
 
 def _verdict(rows: "Sequence[Replayed]", tolerance: float) -> Iterator[str]:
-    """Yield what the results mean, for a person."""
+    """Yield what the results mean, as text."""
     words = {
         "equal": "equal to the bit",
         "close": "close",

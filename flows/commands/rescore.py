@@ -1,4 +1,4 @@
-"""`grpo rescore`: new rewards and advantages over completions that exist."""
+"""`grpo rescore`: new rewards and advantages for stored completions."""
 
 import time
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def rescore(
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
-    """What a re-scoring did."""
+    """The result of a re-scoring."""
 
     run: RunDir
     iterations: Sequence[int]
@@ -72,10 +72,10 @@ def rescore_run(
     overrides: list[str],
     reporter: "Reporter",
 ) -> Rescored:
-    """Score stored completions anew, into a run that refers to them by path and digest. The same call continues.
+    """Score stored completions again, into a run that refers to them by path and digest. The same call continues.
 
     Raises:
-        GrpoError: of the kind that fits, before anything is written when it can be known by then.
+        GrpoError: of the class that fits, where possible before anything is written.
     """
     import tomli_w
 
@@ -124,7 +124,7 @@ def parse_iterations(text: str | None) -> list[int] | None:
     """Return the numbers of ``3``, ``0-9`` or ``0,4,8-10``; None for None.
 
     Raises:
-        UsageError: when the text is nothing of that kind.
+        UsageError: when the text has another form.
     """
     if text is None:
         return None

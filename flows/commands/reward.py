@@ -1,4 +1,4 @@
-"""`grpo reward try`: the loop in which a reward function is written."""
+"""`grpo reward try`: scores a few stored completions while a reward function is written."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +62,7 @@ def try_(
 
 
 def _choose(completions: "pl.LazyFrame", limit: int, group: str | None) -> "pl.DataFrame":
-    """Return a handful spread over the iteration; of a group its first. First of one group, then of the next."""
+    """Return a few completions spread over the iteration; with ``group``, the first ones of that group."""
     import polars as pl
 
     if group is not None:
@@ -71,7 +71,7 @@ def _choose(completions: "pl.LazyFrame", limit: int, group: str | None) -> "pl.D
             raise UsageError(f"no group's id begins with {group!r}: see `grpo groups`")
         return found
     count = int(completions.select(pl.len()).collect().item())
-    # one answer of a group says little: two neighbours each
+    # one completion of a group says little: take two neighbours
     step = max(count // max(-(-limit // 2), 1), 1)
     rows = sorted({min(first + more, count - 1) for first in range(0, count, step) for more in (0, 1)})[:limit]
     return completions.with_row_index("_row").filter(pl.col("_row").is_in(rows)).drop("_row").collect()

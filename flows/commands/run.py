@@ -34,7 +34,7 @@ def run(
 
 
 def train_run(prepared: "Prepared", config: Path, overrides: list[str] | None) -> None:
-    """Train, shown on the terminal."""
+    """Train, with progress on the terminal."""
     start_working()
     from flows.progress import TerminalReporter
     from flows.train import train_prepared

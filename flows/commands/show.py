@@ -1,4 +1,4 @@
-"""`grpo show`: one group, its prompt and its members, to be read."""
+"""`grpo show`: one group: its prompt and its completions."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WRITES = False
 LONG_ANSWER = 60
-"""Characters from which answers get lines of their own instead of a cell in a table."""
+"""A completion with at least this many characters gets its own lines instead of a table cell."""
 
 
 def show(
@@ -81,7 +81,7 @@ def _member_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_member(row: dict[str, Any]) -> None:
-    """Print a member whose answer needs lines of its own."""
+    """Print a completion that needs its own lines."""
     from rich.padding import Padding
     from rich.text import Text
 

@@ -38,5 +38,5 @@ def stage(
         is_new = name == "update" and not is_finished(run_dir.place(iteration, "policy"))
         made = session.perform(name, iteration)
         if is_new:
-            session.perform("optimizer", iteration)  # else the next update would have to train on these rows once more
+            session.perform("optimizer", iteration)  # else the next update would have to train on these rows again
     print(run_dir.shown(made.path))

@@ -1,7 +1,7 @@
 """`grpo tokens`: what an update made of one completion, a line per token. Imports neither torch, vllm nor prefect.
 
-Texts, token ids and the sampler's log probabilities are stored for every completion. What the trainer said of a token
-is there where the run has ``update.record_tokens``.
+Texts, token ids and the sampler's log probabilities are stored for every completion. The trainer's numbers are
+stored if the run has ``update.record_tokens``.
 """
 
 import json
@@ -34,7 +34,7 @@ COLUMNS = (
     "clip_reason",
     "mask_reason",
 )
-"""Of jsonl and csv. Null = not recorded, unknown, or without meaning for a token that did not train."""
+"""Columns of jsonl and csv. Null = not recorded, unknown, or meaningless for a token that did not train."""
 
 LISTS = {
     "trainer_logprob": "trainer_logprobs",
@@ -52,12 +52,12 @@ UNTRAINED = "loss_mask"
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A completion and what is stored of it."""
+    """A completion and what is stored about it."""
 
     iteration: int
     completion: dict[str, Any]
     batch: dict[str, Any] | None
-    """Its row of the batches, of its first optimizer step; None = the iteration has none yet."""
+    """Its row of batches, in its first optimizer step; None = the iteration has no batches yet."""
     records: list[dict[str, Any]]
     """One for each optimizer step that trained on it."""
 
@@ -94,7 +94,7 @@ def tell(run: RunDir, iteration: int | None, completion_id: str) -> Told:
     """Return a completion of a run with its rows of batches and training_records. Read-only.
 
     Raises:
-        UsageError: when no completion has an id that begins so, or several have.
+        UsageError: when no completion, or several, have an id that begins so.
     """
     import polars as pl
 
@@ -112,7 +112,7 @@ def tell(run: RunDir, iteration: int | None, completion_id: str) -> Told:
 
 
 def token_rows(run: RunDir, told: Told) -> Iterator[dict[str, Any]]:
-    """Yield a row of ``COLUMNS`` for each token of each optimizer step; once where none trained on it. Read-only.
+    """Yield a row of ``COLUMNS`` for each token of each optimizer step; once if none trained on it. Read-only.
 
     Raises:
         ArtifactDamaged: when a list of training_records has another length than the completion.
@@ -156,7 +156,7 @@ def _list(told: Told, record: dict[str, Any], column: str) -> list[Any]:
 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row for the eye: short names, and quotes that show white space."""
+    """Return a row for the table: short names, and quotes that show white space."""
     reasons = [row[name] for name in ("mask_reason", "clip_reason") if row[name]]
     return {
         "": row["position"],

@@ -1,4 +1,4 @@
-"""`grpo verify`: is a run what it says it is? Only `--deep` imports torch."""
+"""`grpo verify`: checks files, chain and meaning of a run. Only `--deep` imports torch."""
 
 import sys
 from dataclasses import asdict
@@ -45,10 +45,10 @@ def verify(
 
 
 def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "DeepSettings | None" = None) -> bool:
-    """Audit a run; print the table of checks and what is wrong; return whether nothing is. Read-only.
+    """Verify a run; print the checks and what is wrong; return whether nothing is. Read-only.
 
-    A table goes on with the wrong rows; jsonl and csv print the wrong rows alone, and nothing when all is fine. With
-    ``deep`` the sampler's log probabilities are computed again, and the mismatch of each iteration is printed too: in
+    A table of checks comes first, then the wrong rows; jsonl and csv print only the wrong rows. With ``deep`` the
+    sampler's log probabilities are computed again, and the mismatch of each iteration is printed too: in
     jsonl and csv as rows whose ``kind`` is mismatch.
     """
     from stages.inspect.verify.ledger import CHECKS

@@ -44,7 +44,7 @@ def whatif(
     before, after, per_iteration = [], [], []
     for index in indices:
         stored = run_dir.open(index, "advantages").read().with_columns(pl.lit(index).alias("iteration"))
-        # advantages of an iteration are those of a batch: scale = batch_std must not see the others
+        # one iteration is one batch: scale = batch_std must not see other iterations
         fresh = normalize_rows(run_dir.open(index, "rewards").scan(), wanted)
         per_iteration.append({"iteration": index, **compare(None, (stored, fresh)).advantages})
         before.append(stored)

@@ -1,5 +1,5 @@
-"""The page of `grpo report`: one HTML file that opens offline. Its template, script and styles lie in page/.
+"""The page of `grpo report`: one HTML file that opens offline. Its template, script and styles are in page/.
 
-render   the page, from what stages.inspect.report_data collects
+render   the page, from the data of stages.inspect.report_data
 figures  its figures, drawn as SVG
 """

@@ -1,4 +1,4 @@
-"""The figures of a report: which measures stand together, what they mean, and how they are drawn.
+"""The figures of a report: which measures each shows, what they mean, and how they are drawn.
 
 matplotlib draws each as SVG without a window. Its colours become CSS variables and its inline styles attributes, so
 that one drawing serves light, dark and paper, and the page needs no permission for inline styles.
@@ -27,7 +27,7 @@ from stages.inspect.report_data import Heat, Report
 
 FIGURES = Path(__file__).parent / "page" / "figures.toml"
 WIDTH, HEIGHT = 500, 285
-"""Units of the view box: one figure of two columns on a desk, of one on a phone."""
+"""Units of the view box: a figure in two columns on a desktop, in one on a phone."""
 MOST_LINES = 8
 MOST_LABEL = 28
 RAMP = 8
@@ -39,7 +39,7 @@ VARIABLES = {
     **{color: f"line-{i}" for i, color in enumerate(LINES)},
     **{color: f"heat-{i}" for i, color in enumerate(SHADES)},
 }  # fmt: skip
-"""Colours that stand for a variable of the style sheet."""
+"""Colour -> variable of the style sheet."""
 DASHES = ("-", "--", (0, (1, 1.6)), "-.")
 MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
 SETTINGS: dict[str, Any] = {
@@ -70,7 +70,7 @@ class FigureSpec:
     title: str
     caption: str
     needs: str
-    """The dataset without which there is no figure."""
+    """The dataset that the figure needs."""
     lines: dict[str, str] = field(default_factory=dict)
     family: str | None = None
     heat: str | None = None
@@ -86,7 +86,7 @@ class Drawn:
     svg: str
     """Empty where no value ever changes."""
     series: dict[str, list[float | None]]
-    """Label -> values along the report's iterations; of a distribution there are none."""
+    """Label -> values along the report's iterations; empty for a distribution."""
     box: tuple[float, float, float, float]
     """Left, right, top and bottom of the axes in the view box."""
     limits: tuple[float, float]
@@ -101,7 +101,7 @@ def figure_specs() -> list[FigureSpec]:
 
 
 def draw(spec: FigureSpec, report: Report) -> Drawn | None:
-    """Return the figure, or None where the run has none of its numbers."""
+    """Return the figure, or None if the run has none of its numbers."""
     settings: Any = {**SETTINGS, "svg.hashsalt": spec.name}  # matplotlib's type for it lists every key
     with matplotlib.rc_context(settings):
         if spec.heat is not None:
@@ -133,7 +133,7 @@ def _draw_lines(spec: FigureSpec, report: Report) -> Drawn | None:
     all_positive = len(positive) == sum(v is not None for label in shown for v in series[label])
     if spec.is_log and all_positive and max(positive) > 30 * min(positive):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))  # the default is mathematics
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))  # the default is math text
         axes.yaxis.set_minor_formatter(NullFormatter())
     handles = [_line(axes, i, report.iterations, series[label]) for i, label in enumerate(shown)]
     if spec.is_share:
@@ -147,7 +147,7 @@ def _draw_lines(spec: FigureSpec, report: Report) -> Drawn | None:
 
 
 def _is_constant(values: Sequence[float | None]) -> bool:
-    """Return whether the values differ by rounding at most: a curve of them would show nothing, hugely enlarged."""
+    """Return whether the values differ at most by rounding, which a curve would enlarge."""
     known = [v for v in values if v is not None]
     return all(math.isclose(v, known[0], rel_tol=1e-5, abs_tol=1e-12) for v in known[1:])
 
@@ -179,7 +179,7 @@ def _draw_heat(spec: FigureSpec, heat: Heat | None) -> Drawn | None:
         left, right = first - 0.5, last + 0.5
         for share, low, high in zip(column, heat.edges, heat.edges[1:], strict=False):
             if share > 0:
-                # the root, so that rare values can be seen beside common ones
+                # the square root makes rare values visible next to common ones
                 level = min(RAMP - 1, int(math.sqrt(share / top) * RAMP))
                 cells.setdefault(level, []).append([(left, low), (right, low), (right, high), (left, high)])
     for level, polygons in cells.items():  # one path per shade: a path per cell would be most of the page
@@ -217,7 +217,7 @@ def _label(text: str) -> str:
 def _finish(spec: FigureSpec, figure: Figure, axes: Axes, series: dict[str, list[float | None]], note: str) -> Drawn:
     file = io.StringIO()
     with warnings.catch_warnings():
-        # the browser's fonts have the letters that the font measured with here lacks
+        # the browser's fonts have letters that matplotlib's font lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     left, right = (float(x) for x in axes.get_xlim())
@@ -246,7 +246,7 @@ def _for_page(svg: str, name: str) -> str:
                 element.set(key, f"var(--{VARIABLES[value]})")
             elif "url(#" in value:
                 element.set(key, value.replace("url(#", f"url(#{name}-"))
-            elif key.endswith("}href"):  # HTML knows the attribute without its name space
+            elif key.endswith("}href"):  # in HTML the attribute has no namespace
                 del element.attrib[key]
                 element.set("href", f"#{name}-{value[1:]}")
             elif key in ("d", "x", "y"):

@@ -1,7 +1,7 @@
 """`grpo report`: one HTML file about a run that opens anywhere, without a network.
 
-The page is data plus a fixed script and style sheet, whose hashes stand in its Content-Security-Policy: nothing that a
-model wrote can run, be loaded, or change how the page looks. Completions travel as JSON and become text nodes.
+The page is data plus a fixed script and style sheet, whose hashes are in its Content-Security-Policy: nothing that a
+model wrote can run, be loaded, or change how the page looks. Completions are stored as JSON and become text nodes.
 """
 
 import base64
@@ -43,7 +43,7 @@ GLANCE = {
     "ess_rows": ("effective sample size", True),
     "grad_norm": ("gradient norm", False),
 }
-"""Measure -> its name for a reader, and whether it is a share."""
+"""Measure -> its label, and whether it is a share."""
 
 
 def write_report(
@@ -60,7 +60,7 @@ def write_report(
     ``findings`` is a file that `stages.inspect.report_data.read_findings` reads. The run itself is only read.
 
     Raises:
-        UsageError: when an argument makes no sense, or the findings cannot be read.
+        UsageError: when an argument is invalid, or the findings cannot be read.
         ArtifactMissing: when there is no run.
         ArtifactDamaged: when a file of the run differs from its manifest.
     """
@@ -133,7 +133,7 @@ def render(report: Report) -> str:
 
 
 def content_security_policy(style: str, script: str) -> str:
-    """Return a policy under which nothing is loaded, and nothing but these two texts runs or styles."""
+    """Return a policy that loads nothing, and permits only this style sheet and this script."""
     return (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -145,7 +145,7 @@ def _hash(text: str) -> str:
 
 
 def for_script(value: Any) -> Markup:
-    """Return JSON that cannot end, or be taken for, the script element it stands in."""
+    """Return JSON that cannot end the script element around it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -158,7 +158,7 @@ def count(number: int, noun: str) -> str:
 
 
 def say(value: float | None, *, is_share: bool = False) -> str:
-    """Return a number as a reader wants it: four digits, shares in percent, nothing for what is not stored."""
+    """Return a number as text: four digits, shares in percent, nothing for None."""
     if value is None:
         return ""
     if is_share:
@@ -230,7 +230,7 @@ def _summary(report: Report, label: str, values: list[float | None], is_share: b
 
 
 def _table(report: Report, drawn: Drawn) -> dict[str, Any]:
-    """Return the rows under a figure: all iterations, or so many spread evenly from the first to the last."""
+    """Return the rows under a figure: all iterations, or TABLE_ROWS spread evenly from the first to the last."""
     total = len(report.iterations)
     positions = range(total)
     shown = ""

@@ -1,6 +1,6 @@
 """Baselines: what a reward is measured against. Each is a function of the groups that returns ``R - baseline``.
 
-All arrays have an entry per member, in row order; NaN where the reward is unknown.
+All arrays have an entry per completion, in row order; NaN where the reward is unknown.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def group_mean(groups: Groups) -> Floats:
 
 
 def leave_one_out(groups: Groups) -> Floats:
-    """Return ``n / (n - 1) * (R - mean)``: R minus the mean of the other members (RLOO, arXiv:2402.14740)."""
+    """Return ``n / (n - 1) * (R - mean)``: R minus the mean of the other completions (RLOO, arXiv:2402.14740)."""
     return groups.centred * groups.size / (groups.size - 1)
 
 

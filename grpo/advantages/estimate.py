@@ -1,7 +1,7 @@
 """Advantages of scored groups: a baseline, a scale, and the reasons for an advantage of 0.
 
 Everything here is float64 and keyed by ``group_id``: groups may be uneven, scattered over the frame, and hold unscored
-members. Sums run over each group in row order in one thread, so that the same rows give the same bits. No torch.
+completions. Sums run over each group in row order in one thread, so that the same rows give the same bits. No torch.
 """
 
 from typing import Literal
@@ -38,21 +38,21 @@ def advantages(
 ) -> pl.DataFrame:
     """Return ``ADVANTAGE_COLUMNS``, one row per input row, in input row order.
 
-    ``rewards`` has completion_id, group_id and reward, as `combine` returns them. The advantage is what ``baseline``
-    leaves of the reward, made comparable by ``scale``: names of `BASELINES` and `SCALES`, or functions like those.
+    ``rewards`` has completion_id, group_id and reward, as `combine` returns them. The advantage is the
+    reward minus the ``baseline``, divided by the ``scale``: names of `BASELINES` and `SCALES`, or functions like those.
     ``ddof`` is that of every standard deviation.
 
-    Where the frame has a column ``signal``, as `normalize_each` returns it, that takes the place of ``R`` in the
-    advantage; the group statistics are still those of the reward.
+    A column ``signal``, as `normalize_each` returns it, replaces the reward in the advantage; the group statistics
+    stay those of the reward.
 
-    A reward that is null, NaN or infinite is unknown: it moves no statistic and gets advantage 0. So does the member of
-    a group without comparison (one scored member, or all rewards equal), except where baseline and scale are both
-    ``none`` and nothing is compared. ``drop_reason`` says which: ``unscored``, ``singleton``, ``zero_variance``.
+    A reward that is null, NaN or infinite is unknown: it enters no statistic, and its advantage is 0. The advantage is
+    also 0 in a group with one scored completion or zero variance, unless baseline and scale are both ``none``.
+    ``drop_reason`` says which: ``unscored``, ``singleton``, ``zero_variance``.
 
-    ``group_size`` counts scored members; ``group_reward_std`` is null where ``ddof`` leaves it undefined.
+    ``group_size`` counts scored completions; ``group_reward_std`` is null where ``ddof`` leaves it undefined.
 
     Raises:
-        ValueError: for an unknown option; for a function that does not give every compared member a finite number.
+        ValueError: for an unknown option; for a function that does not give every compared completion a finite number.
     """
     _check_options(baseline, scale, ddof, eps)
     number = group_numbers(rewards)
@@ -83,7 +83,7 @@ def advantages(
 
 
 def _check_finite(raw: Floats, is_used: Flags, of: str) -> None:
-    """Raise unless there is one number for each member, finite where it is used."""
+    """Raise unless there is one number for each completion, finite where it is used."""
     if np.shape(raw) != is_used.shape:
         raise ValueError(f"the {of} gave an array of shape {np.shape(raw)}: expected {is_used.shape}; correct it")
     odd = np.flatnonzero(is_used & ~np.isfinite(raw))

@@ -1,6 +1,6 @@
-"""Scales: what makes the advantages of different groups comparable. Each divides what the baseline has left.
+"""Scales: what makes the advantages of different groups comparable. Each divides the reward minus the baseline.
 
-All arrays have an entry per member, in row order; ``eps`` is added to a standard deviation.
+All arrays have an entry per completion, in row order; ``eps`` is added to a standard deviation.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def group_std(raw: Floats, groups: Groups, eps: float) -> Floats:
 
 
 def batch_std(raw: Floats, groups: Groups, eps: float) -> Floats:
-    """Return the values divided by the standard deviation of ``R - mean`` over all members that are compared."""
+    """Return the values divided by the standard deviation of ``R - mean`` over all completions that are compared."""
     return raw / (standard_deviation(groups.centred[groups.is_compared], groups.ddof) + eps)
 
 

@@ -1,4 +1,4 @@
-"""What a loss is given, what it returns, and the sum that turns tokens into one loss.
+"""The inputs and the result of a loss, and each token's share of the step's loss.
 
 Shapes: `N` trainable tokens of a microbatch, rows laid end to end; `B` rows of a microbatch. Masked tokens are absent
 from `N` (see ``collate``), so no loss multiplies by a mask, and a NaN under a mask cannot reach one.
@@ -24,7 +24,7 @@ class LossInputs:
     proximal_logprobs_N: Tensor
     """Under the weights at the start of the update."""
     sampling_logprobs_N: Tensor
-    """Under the policy that wrote the token; NaN where unknown."""
+    """Under the policy that sampled the token; NaN where unknown."""
     advantage_N: Tensor
     row_N: Tensor
     """Row of the token, ascending; a row is never cut, so sums over rows are whole."""
@@ -38,12 +38,12 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What a loss makes of each token."""
+    """The result of a loss."""
 
     loss_N: Tensor
     """To be minimised; has a gradient."""
     reasons: Mapping[str, Tensor]
-    """Why a token has no gradient: name -> bool, shape [N]. Of several reasons the first one is recorded."""
+    """Why a token has no gradient: name -> bool, shape [N]. The first of several is recorded."""
 
 
 def importance_ratio(trainer_logprobs_N: Tensor, proximal_logprobs_N: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ def importance_ratio(trainer_logprobs_N: Tensor, proximal_logprobs_N: Tensor) ->
 def weigh_tokens(loss_N: Tensor, weight_N: Tensor, denominator_B: Tensor, row_N: Tensor) -> Tensor:
     """Return each token's share of the optimizer step's loss, ``weight * loss / denominator``, shape [N].
 
-    The loss of the step is the sum of all shares, over whatever microbatches they come from: so the denominator must
-    belong to the whole step, not to the microbatch (grpo/aggregation.py). A weight of 0 gives exactly 0, whatever the
-    loss is; it does not change the denominator.
+    The loss of the step is the sum of the shares in all its microbatches, so the denominator must belong to the whole
+    step, not to the microbatch (grpo/aggregation.py). A weight of 0 gives exactly 0, whatever the loss is; it does not
+    change the denominator.
     """
     share_N = loss_N * weight_N / denominator_B[row_N]
     return torch.where(weight_N == 0, torch.zeros_like(share_N), share_N)

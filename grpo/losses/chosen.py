@@ -11,14 +11,14 @@ from grpo.losses.clip import ppo_clip
 from grpo.losses.options import CustomLoss, LossConfig
 
 LOSSES: dict[str, Callable[[LossInputs, Any], TokenLosses]] = {"ppo_clip": ppo_clip}
-"""Name -> function of the inputs and of the class of options that has this name (`LossConfig`)."""
+"""Name -> function of the inputs and of the options with this name (`LossConfig`)."""
 
 
 def token_losses(inputs: LossInputs, config: LossConfig) -> TokenLosses:
-    """Return what the loss that the config names makes of each token.
+    """Return the token losses of the loss that the config names.
 
     Raises:
-        ValueError: when a function from outside returns something else than a loss and reasons for each token.
+        ValueError: when a custom function does not return a loss and reasons for each token.
     """
     if not isinstance(config, CustomLoss):
         return LOSSES[config.name](inputs, config)
@@ -28,7 +28,7 @@ def token_losses(inputs: LossInputs, config: LossConfig) -> TokenLosses:
 
 
 def _checked(result: Any, shape: torch.Size, name: str) -> TokenLosses:
-    """Return what a function from outside returned; a wrong shape would be broadcast in silence."""
+    """Return the result of a custom function; a wrong shape would be broadcast silently."""
     if not isinstance(result, TokenLosses):
         found = type(result).__name__
     else:

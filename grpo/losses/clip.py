@@ -14,8 +14,7 @@ def ppo_clip(inputs: LossInputs, options: PpoClip) -> TokenLosses:
 
     PPO clip with separate bounds (DAPO, arXiv:2503.14476); equal bounds give GRPO; a bound of None does not clip, and
     without both the loss is the plain ratio policy gradient ``-r * A``.
-    ``dual_clip=c`` bounds the loss of A < 0 by ``c * |A|`` (arXiv:1912.09729): there a large ratio is clipped by
-    nothing else.
+    ``dual_clip=c`` bounds the loss of A < 0 by ``c * |A|`` (arXiv:1912.09729): nothing else clips a large ratio there.
 
     Reasons: ``clipped_low`` and ``clipped_high``, each on the side that the sign of the advantage makes active (A < 0
     and r < 1 - clip_low; A > 0 and r > 1 + clip_high), and ``dual_clip``, where that bound is the loss.

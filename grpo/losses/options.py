@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from grpo.strict import StrictModel
 
 CUSTOM = "module:function"
-"""Tag of a loss that somebody else has written."""
+"""Tag of a custom loss."""
 
 
 class PpoClip(StrictModel):
@@ -42,7 +42,7 @@ class CustomLoss(StrictModel):
 
 
 def _tag(value: Any) -> str | None:
-    """Return which class a table is of; one without a name is of the first."""
+    """Return the tag of a table's class; a table without a name has the first class."""
     name = value.get("name", "ppo_clip") if isinstance(value, dict) else getattr(value, "name", None)
     if not isinstance(name, str):
         return None
