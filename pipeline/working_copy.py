@@ -1,9 +1,9 @@
 """The working copy of a run on an object store: downloads manifests and files, and publishes what was made here.
 
-Every command begins with `sync`, which downloads an artifact's manifest and writes a note (`STORE_NOTE`) next to it
-that says where the files are. A file is downloaded when it is read, and verified by size and SHA-256 (`fetch_files`,
-called by `Artifact.fetch`). An artifact made here has no note until it is published: its files first, its manifest
-last. A store cannot rename a directory, so the manifest alone makes an artifact exist.
+A command that looks or continues begins with `sync`, which downloads an artifact's manifest and writes a note
+(`STORE_NOTE`) next to it that says where the files are. A file is downloaded when it is read, and verified by size and
+SHA-256 (`fetch_files`, called by `Artifact.fetch`). An artifact made here has no note until it is published: its files
+first, its manifest last. A store cannot rename a directory, so the manifest alone makes an artifact exist.
 
 Where the two differ, the store is right. But a whole artifact that the store lacks is kept and published again.
 """

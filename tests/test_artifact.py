@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -146,12 +147,21 @@ def test_what_a_killed_removal_left_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / ".rewards.doomed").exists()
 
 
-def test_a_manifest_with_another_input_or_setting_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("forged", "message"),
+    [
+        ({"chosen": {"recipe": "forged"}}, "do not add up to its recipe"),
+        ({"inputs": {"x": {"path": "x", "digest": "forged"}}}, "do not add up to its recipe"),
+        ({"config": {"recipe": "forged"}}, "its config is not the one of its recipe"),
+    ],
+)
+def test_a_manifest_with_another_input_or_setting_is_refused(
+    tmp_path: Path, forged: dict[str, Any], message: str
+) -> None:
     write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0, 0.0]))
     path = tmp_path / "rewards" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "config": {"recipe": "forged"}}))
-    with pytest.raises(ArtifactDamaged, match="do not add up to its recipe"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **forged}))
+    with pytest.raises(ArtifactDamaged, match=message):
         open_artifact(tmp_path / "rewards")
 
 

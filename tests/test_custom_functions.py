@@ -88,7 +88,7 @@ def test_a_loss_from_outside_that_does_the_same_gives_the_same_bits(tmp_path: Pa
     ours, theirs = (run.open(0, "policy").manifest for run in (built_in, own))
     assert ours.files == theirs.files
     assert SOURCES not in ours.config
-    assert set(theirs.config[SOURCES]) == {"loss"}
+    assert set(theirs.config[SOURCES]) == {"update.loss.name"}
     assert ours.recipe != theirs.recipe
     assert verify_run(own).problems == []
 
@@ -226,7 +226,7 @@ def test_advantages_by_functions_that_changed_are_not_judged(tmp_path: Path, tin
         for stage in ("prompts", "generate", "score", "normalize"):
             session.perform(stage, 0)
     assert is_finished(other.place(0, "advantages"))
-    assert set(Wiring(config, other).normalize(0).parameters[SOURCES]) == {"baseline"}
+    assert set(Wiring(config, other).call("normalize", 0).parameters[SOURCES]) == {"normalize.baseline"}
     assert ("advantages", CHANGED) not in verify_run(other).notes
     (tmp_path / "own_advantages.py").write_text(ADVANTAGES.replace("nanmedian", "nanmax"))
     source_hashes.cache_clear()

@@ -98,8 +98,11 @@ def test_rescoring_again_finds_what_is_there_and_another_config_is_refused(run: 
     before = contents(tmp_path / "new")
     rescored(run, REWARDS, tmp_path / "new", [1])
     assert contents(tmp_path / "new") == before
-    with pytest.raises(RecipeMismatch, match=r"max_failed_share was 0.1, now 0.5"):
-        rescored(run, "[score]\nmax_failed_share = 0.5\n" + REWARDS, tmp_path / "new", [1])
+    rescored(run, "[score]\nmax_failed_share = 0.5\n" + REWARDS, tmp_path / "new", [1])  # decides no row
+    again = contents(tmp_path / "new")
+    assert {name for name in before if again[name] != before[name]} == {"config.toml", "config.resolved.json"}
+    with pytest.raises(RecipeMismatch, match=r"normalize.eps was 0.0001, now 0.5"):
+        rescored(run, "[normalize]\neps = 0.5\n" + REWARDS, tmp_path / "new", [1])
 
 
 def test_a_reward_that_asks_for_what_is_not_there_is_refused_before_anything_is_written(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import chosen
 from pipeline.errors import RewardError
 from stages.rewards.base import deciding_arguments
 from stages.rewards.functions import RewardConfig, RewardFunction, Shape, check_sources, find_reward
@@ -100,7 +101,7 @@ def test_two_functions_of_one_module_have_two_identities(module: Path) -> None:
 
 def test_what_decides_a_score_holds_no_place_and_no_pace() -> None:
     config = RewardConfig(name="r", function="m:f", arguments={"cache": "here"}, time_limit=2.0, concurrency=5)
-    assert config.decides() == {"name": "r", "time_limit": 2.0, "memory_limit_gib": None}
+    assert chosen(config) == {"name": "r", "time_limit": 2.0}
 
 
 def test_a_source_that_changes_while_it_is_used_is_refused(module: Path) -> None:

@@ -96,7 +96,7 @@ def test_half_a_surrogate_pair_in_an_answer_can_be_kept() -> None:
 
 CHILD = """
 import sys, polars as pl
-from stages.rewards import judge_cache
+from stages.rewards.judge import cache as judge_cache
 from stages.rewards.judge.judge import judge
 judge_cache.SAVE_SECONDS = 0.05
 url, cache, first, last = sys.argv[1:]

@@ -147,11 +147,15 @@ def test_on_a_full_device_finished_parts_stay_and_half_a_checkpoint_makes_room(t
 
 
 def test_recipes_differ_in_stage_config_and_inputs() -> None:
-    a = Recipe("score", 1, {"kept": 1, "changed": 1, "older": None}, {"prompts": "aa", "completions": "bb"})
-    b = Recipe("score", 2, {"kept": 1, "changed": 1.0}, {"prompts": "aa", "completions": "cc", "policy": "dd"})
+    chosen_a, chosen_b = {"kept": 1, "changed": 1, "older": None}, {"kept": 1, "changed": 1.0, "new": 5}
+    inputs_a, inputs_b = {"prompts": "aa", "completions": "bb"}, {"prompts": "aa", "completions": "cc", "policy": "dd"}
+    # of what only one has chosen, the other's value is its default
+    a = Recipe("score", 1, chosen_a, inputs_a, {**chosen_a, "new": 4})
+    b = Recipe("score", 2, chosen_b, inputs_b, chosen_b)
     found = [
         ("stage", "", "score 1", "score 2"),
         ("config", "changed", 1, 1.0),
+        ("config", "new", 4, 5),
         ("input", "completions", "bb", "cc"),
         ("input", "policy", None, "dd"),
     ]

@@ -247,11 +247,20 @@ def test_an_evaluated_question_among_the_training_prompts_is_found(run: RunDir) 
 def test_a_setting_that_is_not_the_runs_is_found_with_every_hash_fixed(run: RunDir) -> None:
     place = run.place(0, "advantages")
     manifest = manifest_of(place)
-    manifest["config"]["eps"] = 0.5
+    manifest["config"]["eps"] = manifest["chosen"]["eps"] = 0.5
     fix_hashes(place, manifest)
     fix_chain([a.path for a in run.artifacts()])
     (problem,) = problems_of(run, "config")
     assert problem.found == "normalize.eps is 0.5, config.resolved.json says 0.0001"
+
+
+def test_a_setting_at_its_default_that_no_hash_covers_is_derived(run: RunDir) -> None:
+    place = run.place(0, "advantages")
+    manifest = manifest_of(place)
+    manifest["config"]["eps"] = 0.5
+    (place / MANIFEST).write_text(json.dumps(manifest))
+    found = {problem.found for problem in problems_of(run, "config")}
+    assert "eps is 0.5, which nobody has chosen: the default is 0.0001" in found
 
 
 def test_an_input_of_another_iteration_is_found_with_every_hash_fixed(run: RunDir) -> None:
