@@ -136,9 +136,14 @@ def open_artifact(path: Path) -> Artifact:
             f"{path} has no {MANIFEST}: the stage that writes it has not finished; run it (again)"
         ) from None
     try:
-        manifest = Manifest(**json.loads(data))
-        if manifest.manifest_version != MANIFEST_VERSION:
-            raise ValueError(f"manifest_version is {manifest.manifest_version}, this program reads {MANIFEST_VERSION}")
+        fields = json.loads(data)
+        version = fields.get("manifest_version", MANIFEST_VERSION)
+        if version != MANIFEST_VERSION:
+            raise ArtifactDamaged(
+                f"{path / MANIFEST} has manifest_version {version}, this program reads {MANIFEST_VERSION}: use the "
+                "version of the program that wrote it, or run its config again in a new directory"
+            )
+        manifest = Manifest(**fields)
         content = content_hash(manifest.dataset, manifest.files)
         if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
             raise ValueError("its file hashes do not add up to its digest")
@@ -146,6 +151,8 @@ def open_artifact(path: Path) -> Artifact:
             raise ValueError("its config and inputs do not add up to its recipe")
         if not is_part_of(manifest.chosen, manifest.config):
             raise ValueError("its config is not the one of its recipe")
+    except ArtifactDamaged:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactDamaged(f"{path / MANIFEST} is not a valid manifest ({error}): {_remedy(path)}") from error
     return Artifact(path, manifest)

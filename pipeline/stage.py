@@ -100,6 +100,7 @@ class StageCall(Generic[C, R]):
     def recipe_parts(self) -> Recipe:
         """Return everything that decides the result, in readable form; its hash is the recipe."""
         parameters = dict(self.parameters)
+        assert parameters.keys().isdisjoint(type(self.config).model_fields), "a parameter would hide a setting"
         inputs = {name: artifact.digest for name, artifact in self.inputs.items()}
         settings = {**self.config.model_dump(mode="json"), **parameters}
         return Recipe(self.stage.name, self.stage.version, {**chosen(self.config), **parameters}, inputs, settings)

@@ -8,9 +8,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, create_model, model_validator
 
 from grpo.settings import UpdateConfig
+from pipeline.artifact import open_artifact
 from pipeline.chain import CHAIN, load_stage
 from pipeline.config import StrictModel, apply_overrides, deciding, load_toml, validate
 from pipeline.errors import RecipeMismatch
+from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.batch import BatchConfig
 from stages.checkpoints import STARTER
@@ -20,7 +22,7 @@ from stages.members import CURRENT
 from stages.normalize import NormalizeConfig
 from stages.policy import PolicyConfig
 from stages.prompts import PromptsConfig
-from stages.score import ScoreConfig
+from stages.score import ScoreConfig, find_rewards
 from stages.starter.starter import StarterConfig
 
 CHANGEABLE = ("iterations", "resources", "evaluate.every")
@@ -168,7 +170,9 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
     """Check that a run directory, if it exists, belongs to this config. Read-only.
 
     Raises:
-        RecipeMismatch: naming the settings that differ and would change results.
+        RecipeMismatch: naming the settings that differ and would change results, or reward functions that are not what
+            they were.
+        RewardError: when a reward function cannot be imported.
     """
     if not run.resolved_config.is_file():
         return
@@ -178,6 +182,16 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
             f"{run.name} was made with another config ({'; '.join(changes)}): its artifacts are never overwritten; "
             "give this config a new run directory (--run), or go back to the old settings"
         )
+    scored = (run.place(index, "rewards") for index in run.iterations())
+    if (first := next(filter(is_finished, scored), None)) is not None:
+        before = open_artifact(first).manifest.config.get("reward_recipes")
+        now = {reward.name: reward.recipe for reward in find_rewards(config.score)}
+        if before != now:
+            odd = sorted(name for name in now if (before or {}).get(name) != now[name])
+            raise RecipeMismatch(
+                f"{run.name} was scored by other versions of the reward functions {odd}: its artifacts are never "
+                "overwritten; give this config a new run directory (--run, or grpo rescore), or go back to the old ones"
+            )
 
 
 def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:

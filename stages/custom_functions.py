@@ -70,6 +70,7 @@ def check_call(setting: str, name: str, positional: Sequence[str], arguments: Ma
             f"{setting} names {name!r}, which takes {signature} ({error}): expected a function that can be called with "
             f"({call}); correct the function or its arguments"
         ) from error
+    _source(setting, name)  # now, while the file is what was imported
 
 
 def _source(setting: str, name: str) -> str:

@@ -63,7 +63,7 @@ def compute(task: StageTask[SourceConfig, None]) -> None:
     """Draw and tokenize the prompts of an iteration."""
     rows = draw(
         task.config,
-        split=task.parameters["split"],
+        split=task.parameters["drawn_for"],
         held_out_share=task.parameters["held_out_share"],
         count_=task.parameters["count"],
         seed=task.parameters["seed"],

@@ -131,7 +131,7 @@ class Wiring:
             {
                 "seed": self.config.seed,
                 "iteration": 0,
-                "split": "held_out",
+                "drawn_for": "held_out",
                 "held_out_share": 1.0 if evaluate.source is not None else self.config.held_out_share,
                 "count": evaluate.num_prompts,
                 **self.of_prompts(source),
@@ -173,7 +173,7 @@ def _source_alone(source: SourceConfig) -> SourceConfig:
 def _of_prompts(wiring: Wiring, iteration: int) -> dict[str, Any]:
     config = wiring.config
     return {
-        "split": "train",
+        "drawn_for": "train",
         "held_out_share": config.held_out_share,
         "count": config.prompts.prompts_per_iteration,
         **wiring.of_prompts(config.prompts),

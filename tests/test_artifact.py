@@ -165,6 +165,15 @@ def test_a_manifest_with_another_input_or_setting_is_refused(
         open_artifact(tmp_path / "rewards")
 
 
+def test_a_manifest_of_another_version_is_not_called_damage_that_could_be_deleted(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0, 0.0]))
+    path = tmp_path / "rewards" / "manifest.json"
+    old = {**json.loads(path.read_text()), "manifest_version": 1}
+    path.write_text(json.dumps({name: value for name, value in old.items() if name != "chosen"}))
+    with pytest.raises(ArtifactDamaged, match=r"manifest_version 1, this program reads 2: use the version"):
+        open_artifact(tmp_path / "rewards")
+
+
 @pytest.mark.parametrize("data", [b"\xff\xfe", b"{}", b"[]", b"{"])
 def test_a_manifest_that_is_none_is_damage(tmp_path: Path, data: bytes) -> None:
     write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0, 0.0]))

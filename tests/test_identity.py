@@ -11,13 +11,15 @@ from pipeline.chain import CHAIN, load_stage
 from pipeline.config import StrictModel, chosen, deciding, default_of
 from pipeline.manifest import is_part_of
 from pipeline.stage import Stage, StageCall, StageTask
+from stages import importing, policy
 from stages.config import RunConfig
+from stages.reward_model import reward_model
 from stages.rewards.functions import RewardConfig
 from stages.score import ScoreConfig
 from stages.starter import starter
 
 DEFAULTS = Path(__file__).parent / "golden" / "stage_defaults.json"
-STAGES = [*(load_stage(step) for step in CHAIN), starter.STAGE]
+STAGES = [*(load_stage(step) for step in CHAIN), policy.STAGE, importing.STAGE, starter.STAGE, reward_model.STAGE]
 
 
 class Inner(StrictModel):

@@ -101,6 +101,10 @@ def test_rescoring_again_finds_what_is_there_and_another_config_is_refused(run: 
     rescored(run, "[score]\nmax_failed_share = 0.5\n" + REWARDS, tmp_path / "new", [1])  # decides no row
     again = contents(tmp_path / "new")
     assert {name for name in before if again[name] != before[name]} == {"config.toml", "config.resolved.json"}
+    other = REWARDS.replace("matching:exact_match", "matching:token_f1")
+    with pytest.raises(RecipeMismatch, match=r"scored by other versions of the reward functions \['exact'\]"):
+        rescored(run, other, tmp_path / "new", [1])
+    assert contents(tmp_path / "new") == again  # refused before anything is written
     with pytest.raises(RecipeMismatch, match=r"normalize.eps was 0.0001, now 0.5"):
         rescored(run, "[normalize]\neps = 0.5\n" + REWARDS, tmp_path / "new", [1])
 

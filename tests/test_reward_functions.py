@@ -99,6 +99,21 @@ def test_two_functions_of_one_module_have_two_identities(module: Path) -> None:
     assert recipe("my_reward:f") != recipe("my_reward:g")
 
 
+def test_functions_of_one_name_in_modules_that_import_each_other_have_recipes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "twins"
+    package.mkdir()
+    (package / "__init__.py").write_text("from twins.strict import score\nimport twins.lenient\n")
+    (package / "common.py").write_text("WORD = 'yes'\n")
+    for name, value in (("strict", 0.0), ("lenient", 1.0)):
+        (package / f"{name}.py").write_text(
+            f"from twins.common import WORD\n\n\ndef score(completion: str) -> float:\n    return {value}\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find("twins.strict:score").recipe != find("twins.lenient:score").recipe
+
+
 def test_what_decides_a_score_holds_no_place_and_no_pace() -> None:
     config = RewardConfig(name="r", function="m:f", arguments={"cache": "here"}, time_limit=2.0, concurrency=5)
     assert chosen(config) == {"name": "r", "time_limit": 2.0}

@@ -254,6 +254,14 @@ def test_a_setting_that_is_not_the_runs_is_found_with_every_hash_fixed(run: RunD
     assert problem.found == "normalize.eps is 0.5, config.resolved.json says 0.0001"
 
 
+def test_a_setting_that_may_change_between_two_starts_is_no_problem(run: RunDir) -> None:
+    tables = json.loads(run.resolved_config.read_text())
+    tables["score"]["max_failed_share"] = 0.5
+    tables["score"]["rewards"][0]["concurrency"] = 3
+    run.resolved_config.write_text(json.dumps(tables))
+    assert problems_of(run, "config") == []
+
+
 def test_a_setting_at_its_default_that_no_hash_covers_is_derived(run: RunDir) -> None:
     place = run.place(0, "advantages")
     manifest = manifest_of(place)

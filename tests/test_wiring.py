@@ -53,7 +53,7 @@ def test_prompts_and_evaluate_take_what_decides_them_from_several_tables(run: Ru
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("prompts", {"seed": 11, "iteration": 1, "split": "train"}),
+        ("prompts", {"seed": 11, "iteration": 1, "drawn_for": "train"}),
         ("generate", {"seed": 11, "iteration": 1, "policy_iterations": {"current": 1}}),
         ("batch", {"seed": 11, "iteration": 1}),
         ("normalize", {}),

@@ -82,11 +82,11 @@ def rescore_run(
     from flows.session import open_session
     from pipeline.config import validate, without_nulls
     from pipeline.provenance import environment
-    from stages.config import RunConfig, check_unchanged, derive_tables
+    from stages.config import check_unchanged, config_class, derive_tables
 
     chosen = choose_iterations(source, iterations)
     tables = derive_tables(source, config, overrides)
-    settings = validate(RunConfig, tables, str(config))
+    settings = validate(config_class(), tables, str(config))
     check_unchanged(run, settings)
     _check_rewards(source, chosen[0], settings)
     started, count = time.monotonic(), 0

@@ -200,7 +200,9 @@ def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[
             ) from error
     sources = {**source_hashes(defining), **source_hashes(named)}
     # the name in the config, not the function's own: two closures of one maker have the same
-    return sha256_text(canonical_json([own_name, decided_by, sorted(set(sources.values()))]))
+    # a name may stand in several of the sources: say which of them it is taken from
+    taken_from = [sources.get(module.__name__) for module in (named, defining)]
+    return sha256_text(canonical_json([own_name, decided_by, taken_from, sorted(set(sources.values()))]))
 
 
 @cache  # a module that is loaded stays what it is

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import polars as pl
 from pydantic import Field, model_validator
 
-from pipeline.config import StrictModel
+from pipeline.config import StrictModel, chosen
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import WRITER_LOCK, locked
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
@@ -178,7 +178,7 @@ def make_starter(
 ) -> StageResult:
     """Return the starter's policy artifact below ``root``, which runs share; it is made only if missing."""
     parameters = {
-        "source": source.model_dump(mode="json", include=set(SourceConfig.model_fields)),
+        "source": chosen(SourceConfig(**source.model_dump(include=set(SourceConfig.model_fields)))),
         "held_out_share": held_out_share,
         **source_identity(source),
     }

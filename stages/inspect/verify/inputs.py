@@ -7,13 +7,17 @@ from typing import Any
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, WRITER, From, Step, load_stage
-from pipeline.config import DECIDES_NOTHING, default_of
+from pipeline.config import default_of
 from pipeline.errors import ArtifactError
 from pipeline.manifest import canonical_json
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.files import Catalog, Located, policy_key, relative_path
 from stages.inspect.verify.ledger import Ledger, Where, shorten
+from stages.rewards.functions import RewardConfig
+from stages.score import ScoreConfig
 
+DECIDE_NOTHING = ScoreConfig.DECIDES_NOTHING | RewardConfig.DECIDES_NOTHING
+"""Settings that may change between two starts of a run."""
 BEFORE_ITERATIONS = {"held_out_prompts": "prompts", "initial_evaluations": "evaluations"}
 """Places before the first iteration -> the dataset that they hold."""
 
@@ -123,12 +127,19 @@ def check_config(ledger: Ledger, run: RunDir, catalog: Catalog) -> dict[str, Any
         _check_defaults(ledger, item, step)
         expected = {**stated[table], "seed": tables.get("seed"), "iteration": index}
         for name, value in item.artifact.manifest.config.items():
-            if name in expected:
+            if name in expected and name not in DECIDE_NOTHING:
                 ledger.checked("config")
-                if canonical_json(value) != canonical_json(expected[name]):
+                if canonical_json(_deciding(value)) != canonical_json(_deciding(expected[name])):
                     text = f"{table}.{name} is {shorten(value)}, {where.path} says {shorten(expected[name])}"
                     ledger.wrong("config", item.where, text)
     return tables
+
+
+def _deciding(value: Any) -> Any:
+    """Return a setting without those inside it that may change between two starts of a run."""
+    if isinstance(value, dict):
+        return {key: _deciding(item) for key, item in value.items() if key not in DECIDE_NOTHING}
+    return [_deciding(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_defaults(ledger: Ledger, item: Located, step: Step | None) -> None:
@@ -138,10 +149,9 @@ def _check_defaults(ledger: Ledger, item: Located, step: Step | None) -> None:
     if stage is None or (stage.name, stage.version) != (manifest.stage, manifest.stage_version):
         return
     fields = stage.config.model_fields
-    left_out = {*getattr(stage.config, DECIDES_NOTHING, ())}
     for name in manifest.config:
-        if name in fields and name not in manifest.chosen and name not in left_out:
-            default = default_of(stage.config, name)
+        if name in fields and name not in manifest.chosen and name not in DECIDE_NOTHING:
+            default = "nothing: it is required" if fields[name].is_required() else default_of(stage.config, name)
             ledger.checked("config")
             if canonical_json(manifest.config[name]) != canonical_json(default):
                 found = shorten(manifest.config[name])

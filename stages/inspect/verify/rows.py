@@ -41,7 +41,7 @@ def fingerprint(*columns: str | pl.Expr) -> pl.Expr:
 def check_prompts(ledger: Ledger, where: Where, artifact: Artifact) -> None:
     """Recompute prompt ids and the split of each question."""
     config = artifact.manifest.config
-    split, share = config.get("split"), config.get("held_out_share")
+    split, share = config.get("drawn_for"), config.get("held_out_share")
     longest = config.get("max_prompt_tokens")
     columns = ("prompt_id", "messages", "reference_answer", "task", PART)
     wrong_ids, wrong_split = [], []
