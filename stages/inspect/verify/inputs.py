@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import CHAIN, INITIAL, WRITER, From, Step, load_stage
+from pipeline.chain import CHAIN, INITIAL, STEPS, WRITER, From, load_stage
 from pipeline.config import default_of
 from pipeline.errors import ArtifactError
 from pipeline.manifest import canonical_json
 from pipeline.run_dir import RunDir
+from stages import policy
 from stages.inspect.verify.files import Catalog, Located, policy_key, relative_path
 from stages.inspect.verify.ledger import Ledger, Where, shorten
 from stages.rewards.functions import RewardConfig
@@ -120,11 +121,12 @@ def check_config(ledger: Ledger, run: RunDir, catalog: Catalog) -> dict[str, Any
         ledger.wrong("config", where, f"the file cannot be read: {type(error).__name__}: {error}")
         return {}
     for (index, dataset), item in catalog.items():
+        if item.is_own:
+            _check_defaults(ledger, item)
         step = WRITER.get(BEFORE_ITERATIONS.get(dataset, dataset))
         table = step.name if step else ""
-        if table not in stated or dataset == "held_out_prompts" or not item.is_own:
+        if table not in stated or dataset in ("held_out_prompts", "initial_policy") or not item.is_own:
             continue
-        _check_defaults(ledger, item, step)
         expected = {**stated[table], "seed": tables.get("seed"), "iteration": index}
         for name, value in item.artifact.manifest.config.items():
             if name in expected and name not in DECIDE_NOTHING:
@@ -142,11 +144,11 @@ def _deciding(value: Any) -> Any:
     return [_deciding(item) for item in value] if isinstance(value, list) else value
 
 
-def _check_defaults(ledger: Ledger, item: Located, step: Step | None) -> None:
+def _check_defaults(ledger: Ledger, item: Located) -> None:
     """Derive the settings that stand at their default, which no hash covers, from those that were chosen."""
     manifest = item.artifact.manifest
-    stage = load_stage(step) if step else None
-    if stage is None or (stage.name, stage.version) != (manifest.stage, manifest.stage_version):
+    stage = load_stage(STEPS[manifest.stage]) if manifest.stage in STEPS else policy.STAGE
+    if (stage.name, stage.version) != (manifest.stage, manifest.stage_version):
         return
     fields = stage.config.model_fields
     for name in manifest.config:
