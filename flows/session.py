@@ -19,7 +19,7 @@ from stages.checkpoints import check_policy, checkpoint_path, context_length, lo
 from stages.config import RunConfig
 from stages.engines.base import Engine, EngineConfig, EngineSettings
 from stages.engines.process import EngineProcess
-from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics
+from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics, rising_kl
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
 from stages.starter.starter import make_starter
@@ -95,6 +95,10 @@ class Session:
             UsageError: when it would generate for an iteration that refers to another run's completions.
         """
         step = STEPS[name]
+        if not self.config.executes(name, iteration):
+            raise UsageError(
+                f"iteration {iteration} of {self.run.name} has no step {name}: its config gives it nothing to do"
+            )
         if name in ("prompts", "generate") and self.config.stored(iteration):
             return self.wiring.refer_stored(iteration)
         if name in ("prompts", "generate"):
@@ -152,7 +156,12 @@ class Session:
         row = recorded_metrics(self.run, iteration)
         if row is None:
             row = iteration_metrics(self.run, iteration, self.config.evaluate.pass_threshold)
-            append_metrics(self.run, row)
+            if (kl := rising_kl(append_metrics(self.run, row), iteration)) is not None:
+                self.reporter.note(
+                    f"warning: kl_to_sampler has risen {len(kl) - 1} times in a row, to {kl[-1]:.3g}: the policy moves "
+                    "away from the one that wrote its rows; newer rows, fewer updates on them or a lower learning rate "
+                    "hold it back"
+                )
         self.reporter.iteration(row)
         return self.run.metrics
 
@@ -161,8 +170,9 @@ class Session:
         if not is_finished(self.run.place(iteration, "policy")):
             return False
         taken = ("prompts", "generate") if self.config.stored(iteration) else ()
-        needed = (s for s in CHAIN if s.when in (When.in_order, When.ahead) and s.name not in taken)
-        return all(find_finished(self.wiring.call(step.name, iteration)) is not None for step in needed)
+        in_time = (step.name for step in CHAIN if step.when in (When.in_order, When.ahead))
+        needed = (name for name in in_time if name not in taken and self.config.executes(name, iteration))
+        return all(find_finished(self.wiring.call(name, iteration)) is not None for name in needed)
 
     def is_evaluated(self, iteration: int) -> bool:
         """Return whether the evaluation of the policy after the iteration exists, made with this config. Read-only."""

@@ -109,7 +109,7 @@ def train_iteration(session: Session, tasks: Tasks, background: Background, iter
                 background.wait_for(step.name, iteration)
                 if iteration + 1 < session.config.iterations and session.config.stored(iteration + 1) is None:
                     background.begin(step.name, iteration + 1)
-            case When.in_order:
+            case When.in_order if session.config.executes(step.name, iteration):
                 background.raise_failed()
                 if "trainer" in step.uses:
                     background.settle(METRICS)  # a killed run lacks at most its last iteration's metrics

@@ -34,6 +34,8 @@ class MicroBatch:
     """Index of the token among the completion tokens of all rows laid end to end, masked ones included; int64."""
     sampling_logprobs_N: Tensor
     """Logprob under the policy that sampled the token, NaN where unknown; float32."""
+    proximal_logprobs_N: Tensor
+    """Logprob under the proximal policy, NaN where the policy at the start of the update is meant; float32."""
     advantage_B: Tensor
     """float32."""
     temperature_B: Tensor
@@ -50,8 +52,8 @@ def collate(rows: pl.DataFrame) -> MicroBatch:
     """Return the microbatch that holds these rows, in their order.
 
     Columns: prompt_token_ids, completion_token_ids, loss_mask (null = every token trains), sampling_logprobs (null, or
-    NaN, = unknown; a null list = all unknown), advantage, temperature, loss_denominator. A row may have no trainable
-    token: it then only takes part in the forward.
+    NaN, = unknown; a null list = all unknown), advantage, temperature, loss_denominator, and perhaps proximal_logprobs,
+    like sampling_logprobs. A row may have no trainable token: it then only takes part in the forward.
 
     Raises:
         ValueError: if a prompt is empty or the lists of a completion differ in length, naming the completion.
@@ -73,8 +75,6 @@ def collate(rows: pl.DataFrame) -> MicroBatch:
     every_token = pl.lit(True).repeat_by(pl.col("completion_token_ids").list.len())
     mask = _laid_end_to_end(rows.select(pl.coalesce("loss_mask", every_token))).fill_null(False).to_numpy()
     trained = np.flatnonzero(mask)
-    unknown = pl.lit(None, dtype=pl.Float32).repeat_by(pl.col("completion_token_ids").list.len())
-    logprobs = _laid_end_to_end(rows.select(pl.coalesce("sampling_logprobs", unknown)))
     is_completion = place >= prompt_B[row]
     return MicroBatch(
         input_ids_BT=torch.from_numpy(input_ids),
@@ -82,7 +82,8 @@ def collate(rows: pl.DataFrame) -> MicroBatch:
         target_N=torch.from_numpy(ids[is_completion][trained]),
         row_N=torch.from_numpy(completion_row[trained]),
         completion_token_N=torch.from_numpy(trained),
-        sampling_logprobs_N=_float_tensor(logprobs.fill_null(float("nan")).gather(trained)),
+        sampling_logprobs_N=_token_floats(rows, "sampling_logprobs", trained),
+        proximal_logprobs_N=_token_floats(rows, "proximal_logprobs", trained),
         advantage_B=_float_tensor(rows["advantage"]),
         temperature_B=_float_tensor(rows["temperature"]),
         loss_denominator_B=_float_tensor(rows["loss_denominator"]),
@@ -97,6 +98,13 @@ def _lengths(rows: pl.DataFrame, column: str) -> IntArray:
 def _laid_end_to_end(rows: pl.DataFrame) -> pl.Series:
     """Return the elements of the only column's lists, one list after the other; an empty list gives none."""
     return rows.to_series().explode(empty_as_null=False, keep_nulls=False)
+
+
+def _token_floats(rows: pl.DataFrame, column: str, trained: IntArray) -> Tensor:
+    """Return a column of lists for the trainable tokens, shape [N]; NaN where it has no number, or does not exist."""
+    unknown = pl.lit(None, dtype=pl.Float32).repeat_by(pl.col("completion_token_ids").list.len())
+    known = [column] if column in rows.columns else []
+    return _float_tensor(_laid_end_to_end(rows.select(pl.coalesce(*known, unknown))).fill_null(np.nan).gather(trained))
 
 
 def _rows_and_places(length_B: IntArray) -> tuple[IntArray, IntArray]:
@@ -114,14 +122,12 @@ def _float_tensor(values: pl.Series) -> Tensor:
 def _check_lengths(rows: pl.DataFrame) -> None:
     """Raise for rows whose lists do not belong together: an offset by one would train on the wrong tokens."""
     length = pl.col("completion_token_ids").list.len()
-    wrong = rows.filter(
-        (pl.col("prompt_token_ids").list.len().fill_null(0) == 0)
-        | (pl.col("loss_mask").list.len() != length)
-        | (pl.col("sampling_logprobs").list.len() != length)
-    )
+    lists = [name for name in ("loss_mask", "sampling_logprobs", "proximal_logprobs") if name in rows.columns]
+    is_other = pl.any_horizontal((pl.col(name).list.len() != length).fill_null(False) for name in lists)
+    wrong = rows.filter((pl.col("prompt_token_ids").list.len().fill_null(0) == 0) | is_other)
     if wrong.height > 0:
         raise ValueError(
-            f"completion {wrong['completion_id'][0]} (and {wrong.height - 1} more) has an empty prompt, or a loss_mask "
-            "or sampling_logprobs whose length is not that of its completion_token_ids: expected one element per "
+            f"completion {wrong['completion_id'][0]} (and {wrong.height - 1} more) has an empty prompt, or a list "
+            f"({', '.join(lists)}) whose length is not that of its completion_token_ids: expected one element per "
             "completion token; make the batch again from completions that pass verification"
         )

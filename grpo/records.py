@@ -123,12 +123,12 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
     completion_B: IntArray = rows["completion_token_ids"].list.len().cast(pl.Int64).to_numpy()
     place_N: IntArray = batch.completion_token_N.cpu().numpy()
     for name in TOKEN_LISTS:
-        columns[name] = _as_lists(token[name], place_N, completion_B) if with_tokens else [None] * num_rows
+        columns[name] = as_lists(token[name], place_N, completion_B) if with_tokens else [None] * num_rows
     if not with_tokens:
         return pl.DataFrame(columns).cast(RECORD_SCHEMA)
     columns["clip_reasons"] = _as_texts(_first(clips, len(row_N)), NONE, place_N, completion_B)
     columns["mask_reasons"] = _as_texts(_first(masks, len(row_N)), "loss_mask", place_N, completion_B)
-    columns["token_losses"] = _as_lists(token["losses"], place_N, completion_B)
+    columns["token_losses"] = as_lists(token["losses"], place_N, completion_B)
     return pl.DataFrame(columns).cast(TOKEN_RECORD_SCHEMA)
 
 
@@ -158,7 +158,7 @@ def _null_without_tokens(x_B: FloatArray, count_B: IntArray) -> pl.Series:
     return pl.Series(x_B).set(pl.Series(count_B == 0), None)
 
 
-def _as_lists(x_N: FloatArray, place_N: IntArray, completion_B: IntArray) -> pl.Series:
+def as_lists(x_N: FloatArray, place_N: IntArray, completion_B: IntArray) -> pl.Series:
     """Return one list per row, as long as the completion, null for a token that does not train."""
     every = np.full(int(completion_B.sum()), np.nan, dtype=np.float32)
     every[place_N] = x_N

@@ -76,20 +76,29 @@ class CorrectionConfig(StrictModel):
         return self
 
 
-class UpdateConfig(AdamWConfig):
+class ForwardConfig(StrictModel):
+    """What decides the bits of a forward besides rows and weights, and its memory."""
+
+    head_chunk_tokens: int = Field(1024, ge=1)
+    """Positions whose logits exist at the same time."""
+    autocast_bf16: bool = False
+    """bfloat16 in the model's body; weights, head and loss stay float32."""
+    num_threads: int = Field(2, ge=1)
+    """CPU threads; they change the bits of the result."""
+
+
+class UpdateConfig(AdamWConfig, ForwardConfig):
     """Config of the update stage."""
 
     loss: LossConfig = PpoClip()
     """What a token's loss is, without the correction's weight."""
     correction: CorrectionConfig = CorrectionConfig()
     """What a token's loss is multiplied by."""
-    head_chunk_tokens: int = Field(1024, ge=1)
-    """Positions whose logits exist at the same time."""
+    proximal: Literal["phase", "update", "sampler"] = "phase"
+    """The policy that the clip compares with. update: the one that the iteration begins with. phase: the same, but over
+    consecutive offline iterations the one that the first of them begins with, so that the clip bounds what all of them
+    do with the stored rows. sampler: the one that wrote the tokens; nothing is left to correct then."""
     gradient_checkpointing: bool = False
     """Trade a second forward for memory."""
-    autocast_bf16: bool = False
-    """bfloat16 in the model's body; weights, head and loss stay float32."""
     record_tokens: bool = False
     """Keep lists in training_records with what became of each token: `grpo tokens` prints them. Changes no weight."""
-    num_threads: int = Field(2, ge=1)
-    """CPU threads; they change the bits of the result."""

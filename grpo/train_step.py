@@ -2,9 +2,9 @@
 
 Shapes: `N` trainable tokens of a microbatch, rows laid end to end; `B` rows of a microbatch; `T` input tokens, padded.
 
-There are three policies. The current one is being trained. The proximal one is the weights at the start of the call;
-the clip acts on current / proximal. The sampler wrote the tokens; the constant weight proximal / sampler corrects for
-it, outside the clip (decoupled PPO, arXiv:2110.00641). Nothing here is random.
+There are three policies. The current one is being trained. The proximal one is that of the rows' proximal_logprobs, or
+the weights at the start of the call; the clip acts on current / proximal. The sampler wrote the tokens; the constant
+weight proximal / sampler corrects for it, outside the clip (decoupled PPO, arXiv:2110.00641). Nothing here is random.
 """
 
 import math
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from grpo.collate import MicroBatch, collate
 from grpo.correction import correct
 from grpo.kl import kl_to_sampler
-from grpo.logprobs import token_logprobs
 from grpo.losses.base import LossInputs, weigh_tokens
 from grpo.losses.chosen import token_losses
 from grpo.optimizer import Optimizer, learning_rate_at
+from grpo.policy_logprobs import batch_logprobs
 from grpo.records import RECORD_SCHEMA, TOKEN_RECORD_SCHEMA, TokenFacts, completion_records
 from grpo.settings import UpdateConfig
 
@@ -52,16 +52,18 @@ def train_on_batches(
     and completion_id. An optimizer step is one gradient: the sum over its microbatches, each divided by the rows'
     ``loss_denominator``, so the cut into microbatches changes only rounding.
 
-    The proximal logprobs of the first optimizer step are the current ones, detached: no forward is spent on them.
-    Later steps get theirs from a forward before the first step. ``on_microbatch(optimizer_step, microbatch)`` is
-    called after each microbatch.
+    Where rows bring no proximal_logprobs, those of the first optimizer step are the current ones, detached: no forward
+    is spent on them. Later steps get theirs from a forward before the first step.
+    ``on_microbatch(optimizer_step, microbatch)`` is called after each microbatch.
 
     Raises:
         ArithmeticError: if a loss or a gradient is not finite, naming the completions; the weights of that step are
             not changed.
     """
+    if config.proximal == "sampler":
+        frame = frame.with_columns(proximal_logprobs="sampling_logprobs")
     steps = frame.partition_by("optimizer_step", maintain_order=True) if frame.height > 0 else []
-    proximal = [[], *(_proximal_logprobs(model, rows, config) for rows in steps[1:])]
+    at_start = [[], *(_logprobs_at_start(model, rows, config) for rows in steps[1:])]
     schema = TOKEN_RECORD_SCHEMA if config.record_tokens else RECORD_SCHEMA
     records, step_rows = [pl.DataFrame(schema=schema)], []
     for index, rows in enumerate(steps):
@@ -69,7 +71,7 @@ def train_on_batches(
         step_records = []
         for microbatch, batch_rows in enumerate(rows.partition_by("microbatch", maintain_order=True)):
             batch = collate(batch_rows).to(model.device)
-            facts = _accumulate_gradient(model, batch, proximal[index][microbatch] if index > 0 else None, config)
+            facts = _accumulate_gradient(model, batch, at_start[index][microbatch] if index > 0 else None, config)
             record = completion_records(batch_rows, batch, facts, with_tokens=config.record_tokens)
             _check_finite_loss(record)
             step_records.append(record)
@@ -92,11 +94,12 @@ def train_on_batches(
 
 
 def _accumulate_gradient(
-    model: PreTrainedModel, batch: MicroBatch, proximal_logprobs_N: Tensor | None, config: UpdateConfig
+    model: PreTrainedModel, batch: MicroBatch, logprobs_at_start_N: Tensor | None, config: UpdateConfig
 ) -> TokenFacts:
     """Add the gradient of one microbatch to the parameters; return what the forward computed."""
-    trainer_N, entropy_N = _logprobs(model, batch, config)
-    proximal_N = trainer_N.detach() if proximal_logprobs_N is None else proximal_logprobs_N
+    trainer_N, entropy_N = batch_logprobs(model, batch, config)
+    start_N = trainer_N.detach() if logprobs_at_start_N is None else logprobs_at_start_N
+    proximal_N = torch.where(batch.proximal_logprobs_N.isfinite(), batch.proximal_logprobs_N, start_N)
     sampling_N = batch.sampling_logprobs_N
     advantage_N = batch.advantage_B[batch.row_N]
     inputs = LossInputs(trainer_N, proximal_N, sampling_N, advantage_N, batch.row_N, len(batch.advantage_B))
@@ -118,24 +121,16 @@ def _accumulate_gradient(
     )
 
 
-def _logprobs(model: PreTrainedModel, batch: MicroBatch, config: UpdateConfig) -> tuple[Tensor, Tensor]:
-    """Return logprobs and entropies of the trainable tokens, shape [N] each."""
-    return token_logprobs(
-        model,
-        batch.input_ids_BT,
-        batch.position_N,
-        batch.target_N,
-        batch.temperature_B[batch.row_N],
-        chunk_tokens=config.head_chunk_tokens,
-        autocast_bf16=config.autocast_bf16,
-    )
-
-
 @torch.no_grad()
-def _proximal_logprobs(model: PreTrainedModel, rows: pl.DataFrame, config: UpdateConfig) -> list[Tensor]:
-    """Return the logprobs under the current weights, one tensor per microbatch."""
+def _logprobs_at_start(model: PreTrainedModel, rows: pl.DataFrame, config: UpdateConfig) -> list[Tensor | None]:
+    """Return the logprobs under the current weights of each microbatch; None where the rows' own say everything."""
     batches = (collate(batch_rows) for batch_rows in rows.partition_by("microbatch", maintain_order=True))
-    return [_logprobs(model, batch.to(model.device), config)[0] for batch in batches]
+    return [
+        None
+        if bool(batch.proximal_logprobs_N.isfinite().all())
+        else batch_logprobs(model, batch.to(model.device), config)[0]
+        for batch in batches
+    ]
 
 
 def _take_step(

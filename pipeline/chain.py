@@ -21,6 +21,7 @@ class From(StrEnum):
     """Where an input of a stage comes from."""
 
     here = "the dataset of the input's name, of the same iteration"
+    if_made = "like here, in iterations that execute the step that writes it; else there is no such input"
     initial = "the initial policy"
     before = "the policy that the iteration begins with"
     after = "the policy after the iteration's update"
@@ -61,10 +62,11 @@ CHAIN = (
     Step("score", ("rewards",), {"prompts": From.here, "completions": From.here}, uses=("scorer",)),
     Step("normalize", ("advantages",), {"rewards": From.here}),
     Step("batch", ("batches",), {"completions": From.here, "advantages": From.here}),
+    Step("logprobs", ("logprobs",), {"batches": From.here, "policy": From.initial}, uses=("trainer",)),
     Step(
         "update",
         ("training_records", "optimizer_steps", "policy"),
-        {"batches": From.here, "policy": From.before},
+        {"batches": From.here, "logprobs": From.if_made, "policy": From.before},
         uses=("trainer",),
         tensors=("policy",),
     ),
@@ -79,7 +81,7 @@ CHAIN = (
         when=When.evaluation,
     ),
 )
-"""In the order in which an iteration executes them."""
+"""In the order in which an iteration executes them; `RunConfig.executes` says which iterations go without one."""
 
 STEPS = {step.name: step for step in CHAIN}
 DATASETS = tuple(dataset for step in CHAIN for dataset in step.writes)

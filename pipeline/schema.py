@@ -189,6 +189,20 @@ SCHEMAS: dict[str, pa.Schema] = {
             DROP_REASON,
         ],
     ),
+    "logprobs": dataset(
+        "Log probabilities of trained rows under a policy that is not being trained: one row per completion.",
+        [
+            COMPLETION_ID,
+            column("policy_name", pa.string(), "proximal = the policy that the clip compares with"),
+            column("policy_digest", pa.string(), "digest of the policy artifact with those weights"),
+            column(
+                "logprobs",
+                TOKEN_FLOATS,
+                "natural log probability of each completion token at the sampling temperature, over the full "
+                "vocabulary; null where the token does not train",
+            ),
+        ],
+    ),
     "training_records": dataset(
         "What the update did with each row: one row per completion and optimizer step.",
         [

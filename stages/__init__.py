@@ -5,6 +5,7 @@ generate          prompts and policies -> groups of completions
 score             completions -> rewards
 normalize         rewards -> advantages
 batch             completions and advantages -> the training order
+logprobs          batches and an earlier policy -> that policy's logprobs
 update            batches and a policy -> the next policy
 optimizer         the optimizer's state after an update
 evaluate          held-out prompts and a policy -> scored completions

@@ -109,6 +109,11 @@ class RunConfig(StrictModel):
         plan = [(source.run, index) for source in self.offline for index in source.iterations]
         return plan[iteration] if iteration < len(plan) else None
 
+    def executes(self, step: str, iteration: int) -> bool:
+        """Return whether the iteration has this step: logprobs, if its proximal policy is that of an earlier one."""
+        is_later = iteration > 0 and self.stored(iteration) is not None
+        return step != "logprobs" or (is_later and self.update.proximal == "phase")
+
     def is_to_be_evaluated(self, num_updates: int) -> bool:
         """Return whether the policy after ``num_updates`` iterations is to be evaluated."""
         every = self.evaluate.every

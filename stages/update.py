@@ -1,8 +1,8 @@
 """update: batches and a policy -> the next policy and a record of what happened to every row.
 
-The order, the microbatches and the denominators are in the batches; this stage only does the arithmetic of `grpo`.
-transformers and vLLM load the next policy as it is; the optimizer's state becomes an artifact of its own
-(stages/optimizer.py).
+The order, the microbatches and the denominators are in the batches; this stage only does the arithmetic of `grpo`. With
+the input logprobs, their policy is the proximal one, with which the clip compares. transformers and vLLM load the next
+policy as it is; the optimizer's state becomes an artifact of its own (stages/optimizer.py).
 """
 
 from grpo.settings import UpdateConfig
@@ -15,7 +15,7 @@ def compute(task: StageTask[UpdateConfig, Trainer]) -> None:
     """Train on the batches. ``task.resources`` is a `Trainer` at the policy; afterwards it is at the next one."""
     policy, trainer = task.inputs["policy"], task.resources
     assert trainer.is_at(policy), f"the trainer is not at {policy.path}: resume it first"
-    records, steps = trainer.train(task.inputs["batches"], task.config, task.progress)
+    records, steps = trainer.train(task.inputs["batches"], task.inputs.get("logprobs"), task.config, task.progress)
     trainer.save_policy(task.writer.directory, task.recipe)
     copy_tokenizer(policy.path, task.writer.directory)
     task.writers["training_records"].write_part(0, records)

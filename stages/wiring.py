@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from grpo.settings import ForwardConfig
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import STEPS, From, Step, load_stage
+from pipeline.chain import STEPS, WRITER, From, Step, load_stage
 from pipeline.manifest import is_finished
 from pipeline.object_store import url_of
 from pipeline.run_dir import RunDir
@@ -68,6 +69,8 @@ class Wiring:
                 return self.config.evaluation()
             case "optimizer":
                 return OptimizerConfig()
+            case "logprobs":
+                return ForwardConfig(**self.config.update.model_dump(include=set(ForwardConfig.model_fields)))
         table: BaseModel = getattr(self.config, name)
         return table
 
@@ -76,6 +79,8 @@ class Wiring:
         for name, source in step.reads.items():
             match source:
                 case From.here:
+                    found[name] = self.run.open(iteration, name)
+                case From.if_made if self.config.executes(WRITER[name].name, iteration):
                     found[name] = self.run.open(iteration, name)
                 case From.initial:
                     found[name] = open_artifact(self.run.initial_policy)

@@ -167,7 +167,7 @@ def test_a_trainer_is_at_a_policy_of_its_own_weights_and_recipe_alone(run: RunDi
     assert not trainer.is_at(before)
     trainer.load(before, None, config)
     assert (trainer.is_at(before), trainer.is_at(after)) == (True, False)
-    trainer.train(run.open(0, "batches"), config)
+    trainer.train(run.open(0, "batches"), None, config)
     assert (trainer.is_at(before), trainer.is_at(after)) == (False, False)
     (tmp_path / "saved").mkdir()
     trainer.save_policy(tmp_path / "saved", after.manifest.recipe)

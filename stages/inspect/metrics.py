@@ -1,5 +1,6 @@
 """metrics: what one iteration's artifacts say, as one row. Read-only; the flow appends it to `metrics.parquet`."""
 
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -13,6 +14,8 @@ from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from stages.evaluate import summarize
 
+KL_RISES = 4
+KL_FLOOR = 1e-3
 STAGE_DATASETS = tuple(step.writes[-1] for step in CHAIN if step.when is not When.late)
 """The main dataset of each stage whose seconds count: late ones run in the background."""
 
@@ -135,6 +138,19 @@ def step_measures() -> dict[str, pl.Expr]:
         "grad_norm": pl.col("grad_norm").mean(),
         "learning_rate": pl.col("learning_rate").last(),
     }
+
+
+def rising_kl(table: pl.DataFrame, iteration: int) -> list[float] | None:
+    """Return kl_to_sampler of the last iterations, if it has just risen ``KL_RISES`` times in a row; else None.
+
+    A threshold of its own could not tell: a KL that ruins a policy on rows that are used again and again is harmless on
+    distinct ones. Values under ``KL_FLOOR`` are noise. The next warning needs a fall first.
+    """
+    recent = table.filter(pl.col("iteration") <= iteration).sort("iteration").tail(KL_RISES + 2)
+    values = [0.0 if kl is None or kl < KL_FLOOR else kl for kl in recent["kl_to_sampler"]]
+    rises = [before < after for before, after in pairwise(values)]
+    has_just_risen = rises[-KL_RISES:] == [True] * KL_RISES and rises[:-KL_RISES] != [True]
+    return values[-KL_RISES - 1 :] if has_just_risen else None
 
 
 def append_metrics(run: RunDir, row: dict[str, Any]) -> pl.DataFrame:

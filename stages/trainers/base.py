@@ -5,7 +5,7 @@ from typing import Protocol
 
 import polars as pl
 
-from grpo.settings import UpdateConfig
+from grpo.settings import ForwardConfig, UpdateConfig
 from pipeline.artifact import Artifact
 from pipeline.stage import Progress, silent
 
@@ -25,12 +25,30 @@ class Trainer(Protocol):
         """
         ...
 
+    def logprobs(
+        self, policy: Artifact, batches: Artifact, config: ForwardConfig, progress: Progress = silent
+    ) -> pl.DataFrame:
+        """Return completion_id and logprobs of the rows that are not dropped, under a policy.
+
+        It may be another one than the trainer is at, and need memory for a second model.
+
+        Raises:
+            PolicyError: when the policy cannot be read.
+            GrpoError: when a logprob is not finite.
+        """
+        ...
+
     def train(
-        self, batches: Artifact, config: UpdateConfig, progress: Progress = silent
+        self,
+        batches: Artifact,
+        logprobs: Artifact | None,
+        config: UpdateConfig,
+        progress: Progress = silent,
     ) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Train on the rows that are not dropped; return training records and optimizer steps.
 
-        Afterwards the trainer is at no policy until it has saved one.
+        ``logprobs`` are those of the proximal policy; None = the policy that the trainer is at. Afterwards the trainer
+        is at no policy until it has saved one.
 
         Raises:
             GrpoError: when a loss or a gradient is not finite.

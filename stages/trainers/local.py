@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from grpo.settings import UpdateConfig
+from grpo.settings import ForwardConfig, UpdateConfig
 from pipeline.artifact import WEIGHTS, Artifact
 from pipeline.errors import GrpoError, PolicyError
 from pipeline.files import sha256_file
@@ -56,15 +56,40 @@ class LocalTrainer:
         self._model, self._optimizer, self._recipe = model, optimizer, policy.manifest.recipe
         self._weights = {n: facts["sha256"] for n, facts in policy.manifest.files.items() if n.endswith(WEIGHTS)}
 
+    def logprobs(
+        self, policy: Artifact, batches: Artifact, config: ForwardConfig, progress: Progress = silent
+    ) -> pl.DataFrame:
+        """Return completion_id and logprobs of the rows that are not dropped, under a policy."""
+        from grpo.optimizer import deterministic
+        from grpo.policy import load_policy
+        from grpo.policy_logprobs import frame_logprobs
+
+        deterministic(config.num_threads)
+        rows = _trained_rows(batches)
+        try:
+            model = load_policy(policy.path, device=self.device)
+            return frame_logprobs(model, rows, config, _listener(progress, rows))
+        except ValueError as error:
+            raise PolicyError(str(error)) from error
+        except ArithmeticError as error:
+            raise GrpoError(str(error)) from error
+
     def train(
-        self, batches: Artifact, config: UpdateConfig, progress: Progress = silent
+        self,
+        batches: Artifact,
+        logprobs: Artifact | None,
+        config: UpdateConfig,
+        progress: Progress = silent,
     ) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Train on the rows that are not dropped; return training records and optimizer steps."""
         from grpo.optimizer import deterministic
         from grpo.train_step import train_on_batches
 
         model, optimizer = self._loaded()
-        rows = batches.read().filter(pl.col("drop_reason").is_null())
+        rows = _trained_rows(batches)
+        if logprobs is not None:
+            proximal = logprobs.read().select("completion_id", proximal_logprobs="logprobs")
+            rows = rows.join(proximal, on="completion_id", how="left", validate="m:1", maintain_order="left")
         deterministic(config.num_threads)
         self._recipe = None
         try:
@@ -103,6 +128,10 @@ def resolve_device(device: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _trained_rows(batches: Artifact) -> pl.DataFrame:
+    return batches.read().filter(pl.col("drop_reason").is_null())
 
 
 def _listener(progress: Progress, batches: pl.DataFrame) -> Callable[..., Any]:

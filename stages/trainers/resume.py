@@ -52,7 +52,9 @@ def resume(
         return
     note(f"no state of the optimizer after {num_updates} updates: training again from that after {first}")
     for iteration in range(first, num_updates):
-        trainer.train(run.open(iteration, "batches"), config)
+        made_with = open_artifact(run.policy_before(iteration + 1)).manifest.inputs
+        logprobs = run.open(iteration, "logprobs") if "logprobs" in made_with else None
+        trainer.train(run.open(iteration, "batches"), logprobs, config)
     check_equal(trainer, policy, first, scratch)
 
 

@@ -129,6 +129,28 @@ def slim(completions: Artifact) -> pl.DataFrame:
     ).collect(engine="streaming")
 
 
+def check_logprobs_rows(ledger: Ledger, item: Located, batches: Located) -> None:
+    """Check that the logprobs of another policy are one row per trained completion, with a number for each token."""
+    where, found = item.where, scan(item.artifact)
+    lengths = {"tokens": pl.col("completion_token_ids").list.len(), "trained": loss_tokens().cast(pl.UInt32)}
+    kept = scan(batches.artifact).filter(pl.col("drop_reason").is_null()).unique("completion_id", keep="first")
+    digest = item.artifact.manifest.inputs["policy"]["digest"]
+    expected = kept.select("completion_id", policy_digest=pl.lit(digest), **lengths).collect(engine="streaming")
+    logprobs = pl.col("logprobs")
+    numbers = logprobs.list.eval(pl.element().is_finite().fill_null(False).cast(pl.UInt32)).list.sum()
+    stored = found.select(
+        "completion_id", "policy_digest", PART, tokens=logprobs.list.len(), trained=numbers.cast(pl.UInt32)
+    )
+    rows, count = compare(
+        expected, stored.collect(engine="streaming"), ["completion_id"], limit=ledger.limit, is_ordered=False
+    )
+    ledger.checked("records", expected.height)
+    ledger.wrong_rows("records", where, rows, count, sources=[batches.where])
+    is_odd = logprobs.list.eval((pl.element() > 1e-6) | ~pl.element().is_finite()).list.any()
+    rules = [Rule("records", is_odd.fill_null(False), "a log probability is above 0, or not finite")]
+    apply_rules(ledger, where, found, rules, "completion_id")
+
+
 def check_records(ledger: Ledger, item: Located, stepped: Located, source: Located) -> None:
     """Check that training records cover the rows that trained, and that the optimizer steps are their sums."""
     where, records, steps, batches = item.where, item.artifact, stepped.artifact, source.artifact
@@ -168,7 +190,9 @@ def _check_figures(ledger: Ledger, where: Where, records: Artifact) -> None:
     for name in ("entropy_mean", "correction_weight_mean", "logprob_difference_max"):
         rules.append(Rule("records", (pl.col(name) < -1e-6).fill_null(False), f"{name} is negative", (name,)))
     has_one_step = scan(records).select(pl.col("optimizer_step").n_unique() <= 1).collect().item()
-    if has_one_step:  # before the first step the current policy is the proximal one
+    manifest = records.manifest
+    is_proximal = "logprobs" not in manifest.inputs and manifest.config.get("proximal") != "sampler"
+    if has_one_step and is_proximal:  # before the first step the current policy is the proximal one
         is_odd = ((mean - 1).abs() > 1e-6) | ((highest - 1).abs() > 1e-6)
         rules.append(Rule("records", is_odd.fill_null(False), "in a single step every ratio is 1", shown))
     lists = ("trainer_logprobs", "sampling_logprobs", "importance_ratios", "correction_weights", "entropies")

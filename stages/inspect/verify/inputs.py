@@ -66,7 +66,8 @@ def _check_kind(ledger: Ledger, key: tuple[int | None, str], item: Located) -> N
     step = WRITER.get(kind)
     if is_policy or step is None or manifest.stage != step.name:  # the inputs of other stages are their own matter
         return
-    required = {f"{name}:" if source is From.members else name for name, source in step.reads.items()}
+    needed = {name: source for name, source in step.reads.items() if source is not From.if_made}
+    required = {f"{name}:" if source is From.members else name for name, source in needed.items()}
     names = {"policy:" if name.startswith("policy:") else name for name in manifest.inputs}
     if lacking := sorted(required - names):
         ledger.wrong("inputs", item.where, f"the manifest of stage {manifest.stage} names no {', '.join(lacking)}")
@@ -100,7 +101,7 @@ def _source_in_run(key: tuple[int | None, str], name: str, artifact: Artifact) -
         case From.members:
             updates = artifact.manifest.config.get("policy_iterations", {}).get(member)
             return (None, f"member {member}") if updates is None else policy_key(updates)
-        case From.here:
+        case From.here | From.if_made:
             return (index, name)
     return None
 

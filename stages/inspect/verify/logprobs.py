@@ -205,19 +205,11 @@ def _measure_microbatch(model: "PreTrainedModel", rows: pl.DataFrame, config: Ru
 
     from grpo.collate import collate
     from grpo.kl import kl_to_sampler
-    from grpo.logprobs import token_logprobs
+    from grpo.policy_logprobs import batch_logprobs
 
     batch = collate(rows).to(model.device)
     with torch.no_grad():
-        trainer_N, _ = token_logprobs(
-            model,
-            batch.input_ids_BT,
-            batch.position_N,
-            batch.target_N,
-            batch.temperature_B[batch.row_N],
-            chunk_tokens=config.update.head_chunk_tokens,
-            autocast_bf16=config.update.autocast_bf16,
-        )
+        trainer_N, _ = batch_logprobs(model, batch, config.update)
         kl_N = kl_to_sampler(trainer_N, batch.sampling_logprobs_N)
         difference_N = (trainer_N - batch.sampling_logprobs_N).abs()
     numbers = {

@@ -21,7 +21,14 @@ from pipeline.chain import STEPS, load_stage
 from pipeline.errors import GrpoError
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.checkpoints import check_policies, check_states
-from stages.inspect.verify.derived import check_advantages, check_batches, check_metrics, check_records, check_rewards
+from stages.inspect.verify.derived import (
+    check_advantages,
+    check_batches,
+    check_logprobs_rows,
+    check_metrics,
+    check_records,
+    check_rewards,
+)
 from stages.inspect.verify.files import Catalog, Located, check_files, open_all, relative_path
 from stages.inspect.verify.inputs import check_config, check_inputs
 from stages.inspect.verify.ledger import Ledger, Where
@@ -150,6 +157,7 @@ class _RowVerifier:
         completions, rewards = self.get(index, "completions"), self.get(index, "rewards")
         advantages, batches = self.get(index, "advantages"), self.get(index, "batches")
         records, steps = self.get(index, "training_records"), self.get(index, "optimizer_steps")
+        logprobs = self.get(index, "logprobs")
         if rewards and completions and self._can_derive("rewards", rewards):
             self.attempt("rewards", rewards.where, partial(check_rewards, ledger, rewards, completions))
         if advantages and rewards and self._can_derive("advantages", advantages):
@@ -157,6 +165,8 @@ class _RowVerifier:
         if batches and completions and advantages and self._can_derive("batches", batches):
             check = partial(check_batches, ledger, batches, completions, advantages)
             self.attempt("batches", batches.where, check)
+        if logprobs and batches and self._can_derive("records", logprobs):
+            self.attempt("records", logprobs.where, partial(check_logprobs_rows, ledger, logprobs, batches))
         if records and steps and batches and self._can_derive("records", records):
             self.attempt("records", records.where, partial(check_records, ledger, records, steps, batches))
             self.attempt("records", records.where, partial(check_tokens, ledger, records, batches))
