@@ -2,10 +2,11 @@
 
     python benchmarks/reuse.py configs/demo.toml --seeds 0 1 2
 
-For each seed the config's own run is made, as far as it is needed. From the policy that wrote the rows of iteration 5, 10,
-20 and 30, forks train 40 times on those rows (``reuse``); from the policy after 30 updates, once on each of the iterations
-10 to 29 (``distinct``). Printed is the accuracy on the held-out questions, exact: the mean probability that the policy
-samples the reference answer and ends, at temperature 1. No engine runs in a fork; the other settings are the config's.
+For each seed the config's own run is made, as far as it is needed. From the policy that wrote the rows of iteration 5,
+10, 20 and 30, forks train 40 times on those rows (``reuse``); from the policy after 30 updates, once on each of the
+iterations 10 to 29 (``distinct``). Printed is the accuracy on the held-out questions, exact: the mean probability that
+the policy samples the reference answer and ends, at temperature 1. No engine runs in a fork; the other settings are the
+config's.
 """
 
 import argparse
