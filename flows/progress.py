@@ -45,7 +45,6 @@ class TerminalReporter:
             disable=not sys.stdout.isatty(),
         )
         self.task = self.bar.add_task("starting", total=None, text="")
-        self.iteration_now = ""
         self.lines = 0
 
     @contextmanager

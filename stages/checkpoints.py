@@ -59,11 +59,6 @@ def weight_names(names: Iterable[str]) -> list[str]:
     return [name for name in names if holds_tensors(name) and "/" not in name]
 
 
-def weight_hashes(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of weights by its name. Read-only."""
-    return {name: sha256_file(directory / name) for name in weight_names(_names(directory))}
-
-
 def _names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
