@@ -7,19 +7,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from grpo.correction_options import CorrectionConfig, TokenTruncate
 from grpo.losses.options import LossConfig, PpoClip
-from grpo.strict import StrictModel
-
-CorrectionKind = Literal[
-    "none",
-    "token_truncate",
-    "token_clip",
-    "token_mask",
-    "sequence_truncate",
-    "sequence_mask",
-    "geometric_mask",
-    "k3_mask",
-]
+from grpo.strict import PositiveOrNone, StrictModel
 
 
 class AdamWConfig(StrictModel):
@@ -37,8 +27,8 @@ class AdamWConfig(StrictModel):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Of matrices; biases and norms have none."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Gradients of a larger norm are scaled down to it; null = never."""
+    max_grad_norm: PositiveOrNone = 1.0
+    """Gradients of a larger norm are scaled down to it; "none" = never."""
 
     @model_validator(mode="after")
     def _schedule_has_an_end(self) -> Self:
@@ -49,30 +39,6 @@ class AdamWConfig(StrictModel):
                 f"total_steps is {self.total_steps}, warmup_steps {self.warmup_steps}: the schedule must end after the "
                 "warm-up"
             )
-        return self
-
-
-class CorrectionConfig(StrictModel):
-    """The table [update.correction]: the weight for what lies between the proximal policy and the sampler.
-
-    ``w`` is the ratio proximal / sampler of a token.
-    """
-
-    kind: CorrectionKind = "token_truncate"
-    """A function of grpo/correction.py; it says what the bounds mean."""
-    low: float = Field(0.0, ge=0)
-    high: float = Field(2.0, gt=0)
-    token_cap: float = Field(2.0, gt=0)
-    """For geometric_mask and k3_mask: bound on the weights of the rows that they keep."""
-    veto_low: float | None = Field(1e-4, gt=0)
-    """A row with a token of a smaller w gets weight 0; null = no such rule."""
-    veto_high: float | None = Field(1e2, gt=0)
-    """A row with a token of a larger w gets weight 0; null = no such rule."""
-
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low is {self.low}, high {self.high}: swap or change them")
         return self
 
 
@@ -92,7 +58,7 @@ class UpdateConfig(AdamWConfig, ForwardConfig):
 
     loss: LossConfig = PpoClip()
     """What a token's loss is, without the correction's weight."""
-    correction: CorrectionConfig = CorrectionConfig()
+    correction: CorrectionConfig = TokenTruncate()
     """What a token's loss is multiplied by."""
     proximal: Literal["phase", "update", "sampler"] = "phase"
     """The policy that the clip compares with. update: the one that the iteration begins with. phase: the same, but over

@@ -18,7 +18,7 @@ from stages.batch import BatchConfig
 from stages.checkpoints import STARTER
 from stages.evaluate import EvaluateConfig, EvaluateTaskConfig
 from stages.generate import GenerateConfig
-from stages.members import CURRENT
+from stages.members import member_updates
 from stages.normalize import NormalizeConfig
 from stages.policy import PolicyConfig
 from stages.prompts import PromptsConfig
@@ -92,17 +92,29 @@ class RunConfig(StrictModel):
         unknown = sorted(set(self.normalize.weights) - set(names))
         if unknown:
             raise ValueError(f"normalize.weights names {unknown}, score.rewards has {names}: correct the names")
-        if all(member.policy != CURRENT for member in self.generate.plan()) and self.update.correction.kind == "none":
+        causes = self._sampler_differs() if self.update.correction.kind == "none" else []
+        if causes:
             raise ValueError(
-                "no group member is written by the current policy, and update.correction.kind is none: set it to "
-                "token_truncate, or add a member with policy = current"
-            )
-        if self.offline and self.update.correction.kind == "none":
-            raise ValueError(
-                "[[offline]] trains on answers of other policies, and update.correction.kind is none, so nothing would "
-                "weigh what they are worth to this one: set it to token_truncate"
+                f"update.correction.kind is none, but the sampler is not the policy that trains: {'; '.join(causes)}; "
+                "nothing would weigh what its answers are worth to this policy: set the kind to token_truncate, or "
+                "remove the cause"
             )
         return self
+
+    def _sampler_differs(self) -> list[str]:
+        """Return what makes any sampling logprob another one than the trainer's under the proximal policy."""
+        late = 1 << 30
+        others = [m.policy for m in self.generate.plan() if member_updates(m, late) != late]
+        causes = [f"generate.members has {policy}" for policy in others]
+        if self.offline:
+            causes.append("[[offline]] has answers of other policies")
+        if self.generate.dtype != "float32":
+            causes.append(f"generate.dtype is {self.generate.dtype}, and the trainer's weights are float32")
+        if self.update.autocast_bf16:
+            causes.append("update.autocast_bf16 has the trainer compute otherwise than the engine")
+        if self.generate.is_truncated:
+            causes.append("top_p, top_k or min_p of [generate] truncate sampling, and the trainer's probabilities not")
+        return causes
 
     def stored(self, iteration: int) -> tuple[str, int] | None:
         """Return the run and its iteration whose completions feed this iteration, None when it generates."""

@@ -1,9 +1,10 @@
 """Configuration: what is accepted, and the one message for what is not."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 import grpo.strict
 from grpo.losses.options import PpoClip
@@ -11,6 +12,7 @@ from pipeline.config import StrictModel, apply_overrides, load_toml
 from pipeline.errors import ConfigError, RecipeMismatch
 from pipeline.run_dir import RunDir
 from stages.config import RunConfig, check_unchanged, load_config
+from tests.test_identity import tables
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = """
@@ -53,7 +55,12 @@ def test_a_minimal_config_has_every_default(tmp_path: Path) -> None:
         (["generate.group_size=1"], r"generate: group_size is 1.*set generate\.group_size to 2 or more"),
         (["generate.top_p=0.9"], r"generate: top_p=0\.9.*importance ratios would be wrong"),
         (["update.loss.clip_high=4.0"], r"update\.loss: dual_clip is 4\.0, inside of the clip"),
-        (["update.correction.low=3.0"], r"update\.correction: low is 3\.0, high 2\.0"),
+        (["update.correction.low=0.5"], r"update\.correction\.low: unknown key; known keys: high, kind, veto_high"),
+        (["update.correction.kind=token_tuncate"], r"update\.correction: kind should be none, token_truncate, .*found"),
+        (
+            ["update.correction.kind=k3_mask", "update.correction.high=0.0"],
+            r"update\.correction\.high: .*than 0, found",
+        ),
         (["update.schedule=linear", "update.total_steps=5", "update.warmup_steps=5"], "must end after the warm-up"),
         (["update.max_grad_norm=inf"], r"update\.max_grad_norm: Input should be a finite number"),
         (["update.schedule=cosine"], r"update: schedule cosine falls to 0 at total_steps: set update\.total_steps"),
@@ -66,6 +73,47 @@ def test_a_minimal_config_has_every_default(tmp_path: Path) -> None:
 def test_wrong_settings_are_named_with_their_key(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, MINIMAL, *overrides)
+
+
+NO_CORRECTION = "update.correction.kind=none"
+MEMBERS = """
+[[generate.members]]
+name = "now"
+count = 1
+[[generate.members]]
+name = "other"
+policy = "age:20"
+count = 7
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "cause"),
+    [
+        (MEMBERS, [], r"generate\.members has age:20"),
+        (MEMBERS.replace("age:20", "initial"), [], r"generate\.members has initial"),
+        (MEMBERS.replace("age:20", "iteration:0"), [], r"generate\.members has iteration:0"),
+        (MEMBERS.replace("age:20", "some/checkpoint"), [], r"generate\.members has some/checkpoint"),
+        ('[[offline]]\nrun = "x"\niterations = [0]\n', [], r"\[\[offline\]\] has answers of other policies"),
+        ("", ["generate.dtype=bfloat16"], r"generate\.dtype is bfloat16"),
+        ("", ["generate.dtype=float16"], r"generate\.dtype is float16"),
+        ("", ["update.autocast_bf16=true"], r"update\.autocast_bf16"),
+        ("", ["generate.engine=transformers", "generate.top_p=0.9"], r"truncate sampling"),
+        ("", ["generate.engine=transformers", "generate.top_k=5"], r"truncate sampling"),
+        ("", ["generate.engine=transformers", "generate.min_p=0.1"], r"truncate sampling"),
+    ],
+)
+def test_going_without_correction_is_refused_when_any_answer_needs_one(
+    tmp_path: Path, text: str, overrides: list[str], cause: str
+) -> None:
+    load(tmp_path, MINIMAL + text, *overrides)
+    with pytest.raises(ConfigError, match=rf"correction\.kind is none, but .*{cause}.*set the kind to token_truncate"):
+        load(tmp_path, MINIMAL + text, *overrides, NO_CORRECTION)
+
+
+def test_going_without_correction_is_allowed_where_the_sampler_is_the_policy(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, NO_CORRECTION).update.correction.kind == "none"
+    load(tmp_path, MINIMAL + MEMBERS.replace("age:20", "age:0"), NO_CORRECTION)
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
@@ -128,6 +176,20 @@ def test_the_starter_follows_the_seed_of_the_run_unless_it_has_its_own() -> None
     demo = ROOT / "configs" / "demo.toml"
     assert load_config(demo, ["seed=7"]).starter.seed == 7  # type: ignore[union-attr]
     assert load_config(demo, ["seed=7", "starter.seed=3"]).starter.seed == 3  # type: ignore[union-attr]
+
+
+def test_a_number_that_null_would_switch_off_can_be_switched_off_in_toml() -> None:
+    on = [
+        (table, name)
+        for table in tables(RunConfig)
+        for name, field in table.model_fields.items()
+        if {type(None), str}.intersection(of := get_args(field.annotation)) == {type(None)}
+        and not any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in of)
+        and not field.is_required()
+        and field.default is not None
+    ]
+    assert {name for _, name in on} == {"clip_low", "clip_high", "dual_clip", "max_grad_norm"}
+    assert all(getattr(table.model_validate({name: "none"}), name) is None for table, name in on)
 
 
 def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from grpo.correction import KINDS, TokenWeights, correct
+from grpo.correction_options import CorrectionConfig
 from grpo.losses.base import LossInputs, weigh_tokens
 from grpo.losses.clip import ppo_clip
 from grpo.losses.options import PpoClip
-from grpo.settings import CorrectionConfig, CorrectionKind
+from grpo.settings import UpdateConfig
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 GOLDEN: dict[str, Any] = VECTORS["off_policy"]["weights"]
@@ -21,9 +23,15 @@ MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
 ROW = MASK.nonzero()[:, 0]
 
 
-def correction(kind: CorrectionKind, **bounds: float) -> CorrectionConfig:
-    """Return the config of a correction; there is no veto unless one is given."""
-    return CorrectionConfig(**{"kind": kind, "veto_low": None, "veto_high": None, **bounds})
+def correction(kind: str, **options: float) -> CorrectionConfig:
+    """Return the options of a correction, as a config gives them."""
+    return UpdateConfig.model_validate({"correction": {"kind": kind, **options}}).correction
+
+
+def bounded(kind: str, **options: float) -> CorrectionConfig:
+    """Return the options of a correction with those of these options that its kind has."""
+    known = type(correction(kind)).model_fields
+    return correction(kind, **{name: value for name, value in options.items() if name in known})
 
 
 CORRECTIONS: dict[str, CorrectionConfig] = {
@@ -82,15 +90,19 @@ def test_corrected_loss_keeps_the_denominator(case: str) -> None:
     torch.testing.assert_close(gradient, tokens(golden["grad_logp_new_keep_denominator"]), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", get_args(CorrectionKind))
-def test_a_sampler_equal_to_the_proximal_policy_gives_weight_one(kind: CorrectionKind) -> None:
-    found = corrected(OLD, OLD, ROW, 4, correction(kind, low=0.5, veto_low=0.1, veto_high=10.0)).weight_N
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sampler_equal_to_the_proximal_policy_gives_weight_one(kind: str) -> None:
+    found = corrected(OLD, OLD, ROW, 4, bounded(kind, low=0.5, veto_low=0.1, veto_high=10.0)).weight_N
     assert torch.equal(found, torch.ones_like(OLD))
 
 
-def test_sequence_mask_keeps_the_product_inside_its_bounds() -> None:
-    config = correction("sequence_mask", low=0.5, high=2.0)
-    assert weights_of([2.0, 0.5, 2.0, 1.5, 0.5, 0.5], [0, 0, 1, 1, 2, 2], config) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+def test_sequence_weights_are_the_product_within_bounds() -> None:
+    """Products by hand: 3/2, 4/5, 3, 1/4."""
+    w, rows = [2.0, 0.75, 2.0, 0.4, 2.0, 1.5, 0.5, 0.5], [0, 0, 1, 1, 2, 2, 3, 3]
+    masked = weights_of(w, rows, correction("sequence_mask", low=0.5, high=2.0))
+    assert masked == [1.5, 1.5, 0.8, 0.8, 0.0, 0.0, 0.0, 0.0]
+    truncated = weights_of(w, rows, correction("sequence_truncate", high=2.0))
+    assert truncated == [1.5, 1.5, 0.8, 0.8, 2.0, 2.0, 0.25, 0.25]
 
 
 def test_geometric_and_k3_masks_look_at_the_mean_over_known_tokens() -> None:
@@ -103,13 +115,19 @@ def test_geometric_and_k3_masks_look_at_the_mean_over_known_tokens() -> None:
     assert weights_of([1.2, float("nan")], [0, 0], k3) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("kind", get_args(CorrectionKind))
-def test_an_unknown_sampler_masks_its_token_and_leaves_its_row_alone(kind: CorrectionKind) -> None:
-    config = correction(kind, low=0.1)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_an_unknown_sampler_masks_its_token_and_leaves_its_row_alone(kind: str) -> None:
+    config = bounded(kind, low=0.1, high=1.3)
     with_unknown = weights_of([1.2, float("nan"), 0.9], [0, 0, 0], config)
     without = weights_of([1.2, 0.9], [0, 0], config)
     assert with_unknown == [without[0], 0.0, without[1]]
     assert 0.0 not in without
+
+
+def test_without_correction_an_unknown_sampler_is_no_reason_to_leave_a_token_out() -> None:
+    assert weights_of([3.0, float("nan"), 0.1], [0, 0, 1], correction("none")) == [1.0, 1.0, 1.0]
+    vetoed = correction("none", veto_high=2.0)
+    assert weights_of([3.0, float("nan"), float("nan")], [0, 0, 1], vetoed) == [0.0, 0.0, 1.0]
 
 
 def test_an_infinite_sampling_logprob_is_unknown() -> None:
@@ -125,9 +143,9 @@ def test_an_extreme_token_vetoes_its_row_only() -> None:
 
 
 def test_an_enormous_ratio_gives_a_finite_weight() -> None:
-    for kind in get_args(CorrectionKind):
+    for kind in KINDS:
         proximal, sampler = torch.tensor([-1.0, -1e4]), torch.tensor([-1e4, -1.0])
-        found = corrected(proximal, sampler, torch.tensor([0, 1]), 2, correction(kind, high=1e30))
+        found = corrected(proximal, sampler, torch.tensor([0, 1]), 2, bounded(kind, high=1e30))
         assert torch.isfinite(found.weight_N).all(), kind
 
 
@@ -136,9 +154,9 @@ def test_weights_are_constants() -> None:
     assert not corrected(proximal, SAMPLER, ROW, 4, correction("token_truncate")).weight_N.requires_grad
 
 
-@pytest.mark.parametrize("kind", get_args(CorrectionKind))
-def test_a_row_has_the_same_weights_alone_and_among_others(kind: CorrectionKind) -> None:
-    config = correction(kind, low=0.9, high=1.6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_weights_alone_and_among_others(kind: str) -> None:
+    config = bounded(kind, low=0.9, high=1.6)
     rows = [0, 0, 1, 1, 1]
     w = [1.5, 0.9, 1.1, 2.5, 0.3]
     together = weights_of(w, rows, config)
@@ -147,20 +165,76 @@ def test_a_row_has_the_same_weights_alone_and_among_others(kind: CorrectionKind)
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("kind", "options", "named"),
     [
-        ({"low": 3.0, "high": 2.0}, "low is 3.0"),
-        ({"low": -1.0}, "low"),
-        ({"veto_low": 0.0}, "veto_low"),
+        ("token_mask", {"low": 1.5}, "low"),  # on-policy tokens would be masked
+        ("token_mask", {"high": 0.9}, "high"),
+        ("token_mask", {"low": -1.0}, "low"),
+        ("token_truncate", {"low": 0.5}, "low"),  # an option of another kind
+        ("none", {"high": 2.0}, "high"),
+        ("k3_mask", {"low": 0.0}, "low"),
+        ("sequence_mask", {"token_cap": 2.0}, "token_cap"),
+        ("token_truncate", {"veto_low": 0.0}, "veto_low"),
+        ("token_truncate", {"veto_high": 1.0}, "veto_high"),
+        ("token_tuncate", {}, "kind should be none, token_truncate"),
     ],
 )
-def test_bounds_that_no_ratio_can_meet_are_refused(options: dict[str, float], named: str) -> None:
+def test_bounds_that_cannot_be_meant_are_refused(kind: str, options: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        correction("token_mask", **options)
+        correction(kind, **options)
 
 
 def test_every_kind_that_a_config_can_name_has_a_function() -> None:
-    assert list(KINDS) == list(get_args(CorrectionKind))
+    options = get_args(get_args(CorrectionConfig)[0])
+    assert [get_args(kind)[1].tag for kind in options] == list(KINDS)
+    assert [get_args(kind)[0]().kind for kind in options] == list(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_defaults_of_a_kind_keep_what_is_near_and_act_on_what_is_far(kind: str) -> None:
+    """A mask that no drift ever meets would be a correction in name only."""
+    assert weights_of([1.004, 0.998], [0, 1], correction(kind)) == pytest.approx([1.004, 0.998], abs=0.005)
+    far = weights_of([6.0] * 8 + [0.1] * 8, [0] * 8 + [1] * 8, correction(kind))
+    truncated = {"none": 1.0, "token_clip": 5.0, "token_truncate": 2.0, "sequence_truncate": 2.0}
+    assert far[0] == truncated.get(kind, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "changed", "w", "expected"),
+    [
+        ("token_truncate", "high", 1.5, 1.8, 1.5),
+        ("token_clip", "low", 0.75, 0.6, 0.75),
+        ("token_clip", "high", 1.5, 1.8, 1.5),
+        ("token_mask", "low", 0.75, 0.6, 0.0),
+        ("token_mask", "high", 1.5, 1.8, 0.0),
+        ("sequence_truncate", "high", 1.5, 1.8, 1.5),
+        ("sequence_mask", "low", 0.75, 0.6, 0.0),
+        ("sequence_mask", "high", 1.5, 1.8, 0.0),
+        ("geometric_mask", "low", 0.5, 0.6, 0.6),
+        ("geometric_mask", "high", 1.9, 1.8, 1.8),
+        ("geometric_mask", "token_cap", 1.001, 1.005, 1.001),
+        ("k3_mask", "high", 0.5, 1.8, 1.8),
+        ("k3_mask", "token_cap", 1.001, 1.005, 1.001),
+    ],
+)
+def test_each_option_reaches_its_kind(kind: str, option: str, changed: float, w: float, expected: float) -> None:
+    assert weights_of([w], [0], correction(kind, **{option: changed})) == [expected]
+    assert weights_of([w], [0], correction(kind)) != [expected]
+
+
+def test_the_default_vetoes_no_more_long_rows_than_short_ones() -> None:
+    """Log ratios with heavy tails: any rule about a single token meets a long row sooner than a short one."""
+    random = np.random.default_rng(0)
+    vetoed = {}
+    for length in (16, 256, 4096):
+        log_w = torch.from_numpy(random.standard_t(3, (200, length)) / 3**0.5).flatten()
+        row = torch.arange(200).repeat_interleave(length)
+        vetoed[length] = [
+            float(corrected(torch.zeros_like(log_w), -log_w, row, 200, options).reasons["veto"].double().mean())
+            for options in (correction("token_truncate"), correction("token_truncate", veto_low=1e-4, veto_high=1e2))
+        ]
+    assert [default for default, _ in vetoed.values()] == [0.0, 0.0, 0.0]
+    assert vetoed[16][1] < 0.1 < 0.9 < vetoed[4096][1]
 
 
 def test_each_token_of_weight_0_has_the_reasons_for_it() -> None:

@@ -40,7 +40,7 @@ ADVANTAGE = torch.tensor(FIXTURE["advantage"], dtype=torch.float64)[ROW]
 ONE_WEIGHT = torch.ones_like(ADVANTAGE)
 
 
-def clipped(new: Tensor, old: Tensor, advantage: Tensor, **bounds: float | None) -> TokenLosses:
+def clipped(new: Tensor, old: Tensor, advantage: Tensor, **bounds: Any) -> TokenLosses:
     """Return what the clip makes of tokens; all stand in one row, which no clip looks at."""
     row = torch.zeros(len(new), dtype=torch.int64)
     return ppo_clip(LossInputs(new, old, torch.full_like(old, float("nan")), advantage, row, 1), PpoClip(**bounds))
@@ -123,11 +123,21 @@ def test_dual_clip_leaves_positive_advantages_alone() -> None:
     assert found.reasons["dual_clip"].tolist() == [False, True, False]
 
 
-def test_clip_counts_are_those_of_the_side_that_the_sign_makes_active() -> None:
-    metrics = VECTORS["off_policy"]["metrics_new_vs_sampler"]
-    reasons = clipped(NEW, tokens(FIXTURE["logp_sampler"]), ADVANTAGE, clip_low=0.2, clip_high=0.28).reasons
-    assert reasons["clipped_low"].double().mean().item() == pytest.approx(metrics["clip_low_fraction"])
-    assert reasons["clipped_high"].double().mean().item() == pytest.approx(metrics["clip_high_fraction_eps0.28"])
+def test_clipped_tokens_are_those_of_the_side_that_the_sign_makes_active() -> None:
+    """Ratios to the proximal policy 1.35 and 1.65 with A > 0, and .66 with A < 0; to the sampler others are out."""
+    reasons = clipped(NEW, OLD, ADVANTAGE, clip_low=0.2, clip_high=0.28).reasons
+    found = {name: held.nonzero().flatten().tolist() for name, held in reasons.items()}
+    assert found == {"clipped_low": [6], "clipped_high": [1, 4], "dual_clip": []}
+    golden = tokens(GOLDEN["variants"]["ppo_clip_higher"]["grad_logp_new"]["token_mean"])
+    assert (golden == 0).nonzero().flatten().tolist() == [1, 4, 6]
+
+
+@pytest.mark.parametrize("off", [{"clip_low": "none", "clip_high": "none"}, {"clip_low": 10.0, "clip_high": 10.0}])
+def test_a_config_can_switch_the_clip_off_or_open_it_wide(off: dict[str, Any]) -> None:
+    """Bounds of 10 are those of DeepSeek-R1: no ratio is negative, and none here is over 11."""
+    found = clipped(NEW, OLD, ADVANTAGE, **off, dual_clip="none")
+    assert_close(found.loss_N, tokens(GOLDEN["variants"]["ratio_pg_no_clip"]["per_token_loss_valid_else_0"]))
+    assert not torch.stack(list(found.reasons.values())).any()
 
 
 @pytest.mark.parametrize("variant", BOUNDS)

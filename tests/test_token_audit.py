@@ -13,10 +13,11 @@ import pytest
 
 from flows.commands.tokens import COLUMNS, tell, token_rows, tokens
 from flows.printing import Format
+from grpo.correction_options import TokenMask
 from grpo.losses.options import PpoClip
 from grpo.optimizer import make_optimizer
 from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TOKEN_RECORD_SCHEMA
-from grpo.settings import CorrectionConfig, UpdateConfig
+from grpo.settings import UpdateConfig
 from grpo.train_step import train_on_batches
 from pipeline.conformance import check_schema, conform
 from pipeline.errors import SchemaError, UsageError
@@ -38,7 +39,7 @@ def awkward_settings(*, record_tokens: bool) -> UpdateConfig:
     return UpdateConfig(
         learning_rate=1e-2,
         loss=PpoClip(clip_low=0.001, clip_high=0.001, dual_clip=1.002),
-        correction=CorrectionConfig(kind="token_mask", low=0.5, high=3.0, veto_low=0.15, veto_high=None),
+        correction=TokenMask(low=0.5, high=3.0, veto_low=0.15),
         record_tokens=record_tokens,
     )
 

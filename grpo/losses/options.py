@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from grpo.strict import StrictModel
+from grpo.strict import PositiveOrNone, StrictModel
 
 CUSTOM = "module:function"
 """Tag of a custom loss."""
@@ -14,12 +14,13 @@ class PpoClip(StrictModel):
     """Options of `grpo.losses.clip`."""
 
     name: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: float | None = Field(0.2, gt=0, lt=1)
-    """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low; null = never."""
-    clip_high: float | None = Field(0.28, gt=0)
-    """No gradient for A > 0 once the ratio is over 1 + clip_high; null = never."""
-    dual_clip: float | None = Field(4.0, gt=1)
-    """Bound on the ratio where A < 0, which the clip leaves open; null = unbounded."""
+    clip_low: PositiveOrNone = 0.2
+    """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low; from 1 on, or with "none",
+    never."""
+    clip_high: PositiveOrNone = 0.28
+    """No gradient for A > 0 once the ratio is over 1 + clip_high; "none" = never."""
+    dual_clip: PositiveOrNone = 4.0
+    """Bound on the ratio where A < 0, which the clip leaves open; "none" = unbounded."""
 
     @model_validator(mode="after")
     def _dual_clip_outside_of_the_clip(self) -> Self:
@@ -27,7 +28,7 @@ class PpoClip(StrictModel):
         if self.dual_clip is not None and self.dual_clip <= highest:
             raise ValueError(
                 f"dual_clip is {self.dual_clip}, inside of the clip at 1 + clip_high = {highest}: raise it, "
-                "or leave dual clipping off with null"
+                'or switch dual clipping off with "none"'
             )
         return self
 
