@@ -17,7 +17,7 @@ def combine(rewards_long: pl.DataFrame, weights: Mapping[str, float]) -> pl.Data
     a group by different measures. Rewards of weight 0, and names without a weight, are ignored.
 
     Raises:
-        ValueError: if no weight is nonzero.
+        ValueError: if no weight is nonzero, or a completion has two rewards of one name.
     """
     ids, columns, used = _columns(rewards_long, weights)
     return ids.with_columns(_weighted_sum(columns, used).alias("reward"))
@@ -33,7 +33,7 @@ def normalize_each(
     (arXiv:2601.05242) then normalizes the sum over the batch: that is ``scale="batch_std"`` of `advantages`.
 
     Raises:
-        ValueError: if no weight is nonzero.
+        ValueError: as `combine`.
     """
     ids, columns, used = _columns(rewards_long, weights)
     group = group_numbers(ids)
@@ -60,10 +60,23 @@ def _columns(rewards_long: pl.DataFrame, weights: Mapping[str, float]) -> tuple[
             f"reward weights {dict(weights)} combine nothing: at least one weight must be nonzero; set one"
         )
     wide = _strided(rewards_long, list(used))
+    if wide is None or wide["completion_id"].n_unique() < len(wide):
+        _check_single(rewards_long)
     if wide is None:
         wide = _grouped(rewards_long, list(used))
     columns = [wide[f"_reward_{index}"] for index in range(len(used))]
     return wide.select("completion_id", "group_id"), columns, list(used.values())
+
+
+def _check_single(rewards_long: pl.DataFrame) -> None:
+    """Raise if a completion has two rewards of one name: either would do, or it would count twice in its group."""
+    repeated = rewards_long.filter(pl.struct("completion_id", "reward_name").is_duplicated())
+    if len(repeated):
+        first = repeated.row(0, named=True)
+        raise ValueError(
+            f"completion {first['completion_id']} has several rewards named {first['reward_name']} ({len(repeated)} "
+            "such rows): expected one of each name; score the completions again"
+        )
 
 
 def _strided(rewards_long: pl.DataFrame, names: list[str]) -> pl.DataFrame | None:

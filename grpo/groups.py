@@ -11,7 +11,9 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 ZERO_VARIANCE_TOLERANCE = 1e-9
-"""Relative spread below which a group has zero variance: sums of equal float64 rewards differ by less than this."""
+"""Spread below which a group has zero variance, relative to its largest value: sums of equal rewards differ by less."""
+ROUNDING = 1e-12
+"""Spread below which it always has: where parts of a reward cancel, what is left of a sum is rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,9 @@ class Groups:
         return self.statistics.std[self.number]
 
     @property
-    def is_compared(self) -> Flags:
-        """Whether the completion and another one of its group are scored."""
-        return ~np.isnan(self.values) & (self.size >= 2)
+    def is_informative(self) -> Flags:
+        """Whether the completion is scored, in a group whose values differ."""
+        return ~np.isnan(self.values) & ~self.statistics.is_flat[self.number]
 
 
 def groups_of(values: Floats, number: Integers, ddof: int) -> Groups:
@@ -93,8 +95,16 @@ def statistics(values: Floats, group: Integers, ddof: int) -> GroupStatistics:
         std = np.where(size > ddof, np.sqrt(squares / (size - ddof)), np.nan)
     lowest, highest = per_group(np.minimum, values, 0.0), per_group(np.maximum, values, 0.0)
     # Rounding shifts the mean of equal rewards, and division by eps would turn the difference into an advantage.
-    magnitude = np.maximum(1.0, np.maximum(np.abs(lowest), np.abs(highest)))
-    return GroupStatistics(size, mean, std, highest - lowest <= ZERO_VARIANCE_TOLERANCE * magnitude)
+    magnitude = np.maximum(np.abs(lowest), np.abs(highest))
+    tolerated = np.maximum(ZERO_VARIANCE_TOLERANCE * magnitude, ROUNDING)
+    return GroupStatistics(size, mean, std, highest - lowest <= tolerated)
+
+
+def differ(reward: pl.Expr) -> pl.Expr:
+    """Return whether rewards differ by more than rounding, as an aggregation; what `statistics` calls not flat."""
+    lowest, highest = reward.min(), reward.max()
+    magnitude = pl.max_horizontal(lowest.abs(), highest.abs())
+    return highest - lowest > pl.max_horizontal(ZERO_VARIANCE_TOLERANCE * magnitude, ROUNDING)
 
 
 def group_numbers(frame: pl.DataFrame) -> Integers:

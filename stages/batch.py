@@ -48,7 +48,8 @@ class BatchConfig(StrictModel):
     aggregation_tokens: int | None = Field(None, ge=1)
     """For constant_length: tokens that every row's sum is divided by."""
     zero_variance: Literal["drop", "keep_in_denominator"] = "drop"
-    """What happens to groups with zero variance: dropped, or counted in the mean of the loss as 0."""
+    """What happens to groups with zero variance: dropped, or counted in the mean of the loss as 0. Dropped, they raise
+    what the other tokens weigh, by 1 / share of informative groups; see docs/algorithm.md."""
     max_policy_age: int | None = Field(None, ge=0)
     """Rows written by a policy more than this many updates old, or from outside the run, are dropped as ``stale``; null
     = none are. Does not apply to offline iterations."""

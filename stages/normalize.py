@@ -23,7 +23,8 @@ class NormalizeConfig(StrictModel):
     baseline: str = "group_mean"
     """What rewards are measured against: group_mean, leave_one_out, none, or module:function of your own."""
     scale: str = "none"
-    """What advantages are divided by: none = Dr. GRPO; group_std = DeepSeekMath; batch_std; or module:function."""
+    """What advantages are divided by: none = Dr. GRPO; group_std = DeepSeekMath; batch_std, over all groups whose rewards
+    differ; or module:function."""
     ddof: Literal[0, 1] = 1
     """Of the standard deviation: 1 = sample, 0 = population."""
     eps: float = Field(1e-4, ge=0)
@@ -32,7 +33,7 @@ class NormalizeConfig(StrictModel):
     """Reward name -> weight in the sum; a reward that is not named has weight 1."""
     combine: Literal["sum", "normalize_each"] = "sum"
     """sum = the weighted sum of the rewards is normalized; normalize_each = each reward is normalized in its group by
-    its own mean and std, then the weighted sum is (GDPO, with scale = "batch_std")."""
+    its own mean and std, then the weighted sum is (GDPO with scale = "batch_std", and with no other)."""
 
     def functions(self) -> dict[str, str]:
         """Return the settings that may name a function from outside."""
@@ -72,7 +73,8 @@ def combined_rewards(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataF
     """Return completion_id, group_id and the combined reward; with ``normalize_each`` also its signal.
 
     Raises:
-        ConfigError: when a weight names a reward that does not exist, or all weights are 0.
+        ConfigError: when a weight names a reward that does not exist, all weights are 0, or a completion has two
+            rewards of one name.
         RewardError: when a group was scored by several versions of a reward function.
     """
     few = pl.col("reward_name", "reward_recipe").cast(pl.Categorical)  # numbers instead of long texts
@@ -88,7 +90,7 @@ def combined_rewards(rewards: pl.LazyFrame, config: NormalizeConfig) -> pl.DataF
             return combine(rows, weights)
         return normalize_each(rows, weights, ddof=config.ddof, eps=config.eps)
     except ValueError as error:
-        raise ConfigError(f"normalize.weights: {error}") from error
+        raise ConfigError(f"[normalize]: {error}") from error
 
 
 def check_recipes(rewards: pl.DataFrame, names: list[str]) -> None:
@@ -123,4 +125,4 @@ def compute(task: StageTask[NormalizeConfig, None]) -> None:
     task.writer.write_part(0, normalize_rows(task.inputs["rewards"].scan(), task.config))
 
 
-STAGE = Stage("normalize", version=3, config=NormalizeConfig, compute=compute)
+STAGE = Stage("normalize", version=4, config=NormalizeConfig, compute=compute)

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.advantages.estimate import ADVANTAGE_COLUMNS, advantages
+from grpo.advantages.scales import SCALES
 from grpo.combine import combine, normalize_each
+from grpo.groups import differ
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())["advantages"]
 
@@ -51,11 +53,23 @@ def test_advantages_equal_the_golden_values(case: str) -> None:
         assert result[group] == pytest.approx(expected, rel=1e-10, abs=1e-12), group
 
 
-def test_batch_scale_divides_by_the_std_of_centred_rewards_of_comparable_groups() -> None:
+def test_batch_scale_divides_by_the_std_of_centred_rewards_of_groups_that_differ() -> None:
     frame = advantages(reward_rows(**GOLDEN["groups"]), scale="batch_std", ddof=1, eps=0.0)
-    std = GOLDEN["batch_scaling_constants"]["sample_std_of_centred_rewards_of_groups_with_at_least_2_scored"]
+    constants = GOLDEN["batch_scaling_constants"]
+    # the vector's std counts the four zeros of the flat group c as well: 21 values, of which 17 differ
+    with_zeros = constants["sample_std_of_centred_rewards_of_groups_with_at_least_2_scored"]
+    std = with_zeros * ((constants["n_centred"] - 1) / (constants["n_centred"] - 4 - 1)) ** 0.5
     for group, expected in GOLDEN["cases"]["mean_only"].items():
         assert by_group(frame)[group] == pytest.approx([value / std for value in expected], rel=1e-10, abs=1e-12)
+
+
+def test_flat_groups_change_no_scale() -> None:
+    """One informative group among ten has the advantages that it would have alone."""
+    flat: dict[str, list[float | None]] = {f"flat{i}": [0.5] * 4 for i in range(9)}
+    for scale in SCALES:
+        alone = advantages(reward_rows(a=[1.0, 0.0, 0.0, 1.0]), scale=scale)["advantage"]
+        among = advantages(reward_rows(a=[1.0, 0.0, 0.0, 1.0], **flat), scale=scale)["advantage"]
+        assert among.to_list() == [*alone, *[0.0] * 36], scale
 
 
 def test_statistics_are_those_of_the_scored_members() -> None:
@@ -101,12 +115,18 @@ def test_equal_rewards_in_float32_give_exactly_zero() -> None:
 
 
 def test_the_spread_that_counts_as_equal_is_relative() -> None:
-    frame = advantages(reward_rows(large=[1e12, 1e12 + 1], unit=[1.0, 1.0 + 1e-8], low=[-1e12, -1e12 - 1]))
-    assert by_group(frame, "drop_reason") == {
-        "large": ["zero_variance"] * 2,
-        "unit": [None] * 2,
-        "low": ["zero_variance"] * 2,
+    groups: dict[str, list[float | None]] = {
+        "large": [1e12, 1e12 + 1],
+        "low": [-1e12, -1e12 - 1],
+        "cancelled": [0.1 + 0.2 - 0.3, 0.0],  # 5.6e-17
+        "unit": [1.0, 1.0 + 1e-8],
+        "small": [1e-10, 3e-10],
     }
+    found = by_group(advantages(reward_rows(**groups)), "drop_reason")
+    flat, informative = ["zero_variance"] * 2, [None] * 2
+    assert found == {"large": flat, "low": flat, "cancelled": flat, "unit": informative, "small": informative}
+    looked_at = reward_rows(**groups).group_by("group_id").agg(differ(pl.col("reward")))
+    assert dict(looked_at.iter_rows()) == {group: reasons == informative for group, reasons in found.items()}
 
 
 def test_without_baseline_and_scale_every_scored_reward_is_its_advantage() -> None:
@@ -287,3 +307,10 @@ def test_rows_in_any_order_combine_to_the_same_rewards() -> None:
     shuffled = combine(long_rows(*rows), {"x": 1.0, "y": 10.0}).sort("completion_id")
     assert combined.equals(shuffled)
     assert combined["reward"].to_list() == [20.5, 31.5, 42.5] * 2
+
+
+@pytest.mark.parametrize("names", ["xx", "xxyy", "xyxy", "xyx"])
+def test_a_reward_that_stands_twice_is_refused(names: str) -> None:
+    rows = [("a0", name, float(index)) for index, name in enumerate(names)]
+    with pytest.raises(ValueError, match="completion a0 has several rewards named x .* score the completions again"):
+        combine(long_rows(*rows, *(("a1", name, 1.0) for name in names)), {"x": 1.0})

@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from stages.batch import BatchConfig, batch_rows
-from tests.builders import advantage_rows, completion_rows
+from stages.normalize import NormalizeConfig, normalize_rows
+from tests.builders import advantage_rows, completion_rows, reward_rows
 
 
 def tokens(count: int) -> list[int]:
@@ -160,3 +161,25 @@ def test_the_mean_that_the_config_names_decides_the_denominators(
 def test_a_constant_that_is_missing_or_not_used_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="constant_length wants a number of tokens"):
         BatchConfig(**config)
+
+
+def gradient_per_informative_token(informative: int, flat: int, scale: str, zero_variance: str) -> float:
+    """Return how much a token of an informative group weighs, |A| / denominator, times all tokens there are."""
+    groups = {f"g{i}": [1.0, 0.0, 0.0, 1.0] if i < informative else [1.0] * 4 for i in range(informative + flat)}
+    advantages = normalize_rows(reward_rows(**groups).lazy(), NormalizeConfig(scale=scale))
+    completions = completion_rows(*advantages.select("completion_id", "group_id").to_dicts())
+    config = BatchConfig.model_validate({"zero_variance": zero_variance})
+    rows = batch_rows(completions, advantages, config, seed=0, iteration=0).filter(pl.col("drop_reason").is_null())
+    return float((rows["advantage"].abs() / rows["loss_denominator"]).mean()) * 8 * (informative + flat)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.05])
+def test_of_the_share_of_informative_groups_only_the_mean_makes_a_gradient_larger(scale: str, share: float) -> None:
+    """Dropped, flat groups leave the mean to the others: 1 / share. Kept, they change nothing for the others."""
+    informative = 20
+    flat = round(informative / share) - informative
+    for zero_variance, expected in (("drop", 1 / share), ("keep_in_denominator", 1.0)):
+        whole = gradient_per_informative_token(informative, 0, scale, zero_variance)
+        found = gradient_per_informative_token(informative, flat, scale, zero_variance)
+        assert found / whole == pytest.approx(expected, rel=1e-9)

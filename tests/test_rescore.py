@@ -301,7 +301,7 @@ def test_a_fork_cannot_take_more_stored_iterations_than_there_are(run: Path) -> 
 
 def test_stored_completions_without_correction_are_refused(run: Path) -> None:
     text = f'[update.correction]\nkind = "none"\n[[offline]]\nrun = "{run}"\niterations = [0]\n'
-    with pytest.raises(ConfigError, match="kind is none, but .*offline.* has answers of other policies"):
+    with pytest.raises(ConfigError, match=r"kind is none, but .*offline.* has answers of other policies"):
         validate(RunConfig, fork_tables(open_run(run), 0, config(run, text), None, []), "fork")
 
 

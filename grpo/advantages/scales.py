@@ -21,8 +21,12 @@ def group_std(raw: Floats, groups: Groups, eps: float) -> Floats:
 
 
 def batch_std(raw: Floats, groups: Groups, eps: float) -> Floats:
-    """Return the values divided by the standard deviation of ``R - mean`` over all completions that are compared."""
-    return raw / (standard_deviation(groups.centred[groups.is_compared], groups.ddof) + eps)
+    """Return the values divided by the standard deviation of ``R - mean`` over all groups whose rewards differ.
+
+    The others have no part in it. Their zeros would shrink it by the root of the share of informative groups, on top of
+    what dropping them does to the mean of the loss.
+    """
+    return raw / (standard_deviation(groups.centred[groups.is_informative], groups.ddof) + eps)
 
 
 SCALES: dict[str, Scale] = {

@@ -2,6 +2,7 @@
 
 import polars as pl
 
+from grpo.groups import differ
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
 from stages.inspect.audit.run_rows import RunRows, mean
 from stages.inspect.audit.thresholds import AuditConfig
@@ -51,7 +52,7 @@ def _groups(run: RunRows) -> pl.DataFrame:
     return (
         run.scored.group_by("iteration", "group_id", "prompt_id", maintain_order=True)
         .agg(
-            (reward.max() - reward.min() <= 1e-9).alias("has_zero_variance"),
+            (~differ(reward)).alias("has_zero_variance"),
             reward.std().alias("std"),
             (reward >= run.pass_threshold).mean().alias("pass_rate"),
             pl.col("agrees").mean().alias("agreement"),

@@ -6,6 +6,7 @@ Correlations are taken within groups, where GRPO compares: a long prompt that as
 import numpy as np
 import polars as pl
 
+from grpo.groups import differ
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
 from stages.inspect.audit.run_rows import RunRows
 from stages.inspect.audit.thresholds import AuditConfig
@@ -18,7 +19,7 @@ def reward_length(run: RunRows, config: AuditConfig) -> Outcome:
     check, limits = "reward_length", config.reward_length
     findings, notes = [], []
     for name, frame in by_reward(run).items():
-        rows = frame.filter(((pl.col("reward").max() - pl.col("reward").min()) > 1e-9).over("group_id"))
+        rows = frame.filter(differ(pl.col("reward")).over("group_id"))
         if len(rows) < config.data.min_answers:
             notes.append(f"{name}: {len(rows)} answers in groups whose rewards differ")
             continue

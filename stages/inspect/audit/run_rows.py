@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from grpo.groups import differ
 from pipeline.artifact import open_artifact
 from pipeline.chain import INITIAL
 from pipeline.errors import ArtifactMissing
@@ -56,8 +57,7 @@ class RunRows:
     @property
     def informative(self) -> pl.DataFrame:
         """The scored completions of groups whose rewards differ."""
-        reward = pl.col("reward")
-        return self.scored.filter((reward.max() - reward.min()).over("group_id") > 1e-9)
+        return self.scored.filter(differ(pl.col("reward")).over("group_id"))
 
     def window(self, frame: pl.DataFrame, window: list[int]) -> pl.DataFrame:
         """Return the rows of a window's iterations."""
