@@ -105,7 +105,7 @@ def make_iteration(run: RunDir, iteration: int, num: int, tokens: int, words: li
         "completion_id": completion_id, "optimizer_step": np.arange(num) % 4, "num_tokens": lengths,
         "importance_ratio_mean": ratios, "importance_ratio_max": ratios * 1.5, "correction_weight_mean": ratios,
         "clipped_low_tokens": rng.integers(0, 3, num), "clipped_high_tokens": rng.integers(0, 3, num),
-        "masked_tokens": np.zeros(num, int), "entropy_mean": rng.uniform(0.2, 2 - iteration / 100, num),
+        "masked_tokens": np.zeros(num, int), "known_tokens": lengths, "entropy_mean": rng.uniform(0.2, 2 - iteration / 100, num),
         "kl_to_sampler": rng.uniform(0, 1e-3, num), "logprob_difference_max": rng.uniform(0, 0.3, num),
         "loss": rng.normal(0, 1e-3, num), "trainer_logprobs": logprobs, "sampling_logprobs": logprobs,
         "importance_ratios": lists(rng, lengths, 0.7, 1.4), "correction_weights": lists(rng, lengths, 0.5, 2),

@@ -13,6 +13,14 @@ def loss_tokens() -> pl.Expr:
     return pl.when(pl.col("loss_mask").is_null()).then(pl.col("completion_token_ids").list.len()).otherwise(masked)
 
 
+def known_tokens() -> pl.Expr:
+    """Return the number of trainable tokens of each row of batches whose sampling logprob is known."""
+    every = pl.lit(True).repeat_by(pl.col("completion_token_ids").list.len())
+    mask = pl.coalesce("loss_mask", every).list.eval(pl.element().fill_null(False).cast(pl.Int32))
+    known = pl.col("sampling_logprobs").list.eval(pl.element().is_finite().fill_null(False).cast(pl.Int32))
+    return (mask * known).list.sum().fill_null(0)
+
+
 def full_vocabulary_logprobs(*, has_kept_mass: bool) -> pl.Expr:
     """Return the sampling logprobs of completions without the renormalization of truncated sampling.
 

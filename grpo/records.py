@@ -31,6 +31,7 @@ RECORD_SCHEMA = pl.Schema(
         "clipped_high_tokens": pl.Int32(),
         "correction_weight_mean": pl.Float64(),
         "masked_tokens": pl.Int32(),
+        "known_tokens": pl.Int32(),
         "entropy_mean": pl.Float64(),
         "kl_to_sampler": pl.Float64(),
         "logprob_difference_max": pl.Float64(),
@@ -90,14 +91,15 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
     With tokens the rows have ``TOKEN_RECORD_SCHEMA``, and every list has one element per completion token. The float64
     sum of ``token_losses`` in token order is ``loss``.
 
-    ``kl_to_sampler`` and ``logprob_difference_max`` are over tokens with a known sampling logprob, everything else is
-    over all trainable tokens. ``masked_tokens`` counts the trainable ones whose correction weight is 0.
+    ``kl_to_sampler`` and ``logprob_difference_max`` are over the trainable tokens with a known sampling logprob, which
+    ``known_tokens`` counts, everything else is over all trainable tokens. ``masked_tokens`` counts those whose
+    correction weight is 0.
     """
     row_N: IntArray = batch.row_N.cpu().numpy()
     token: dict[str, FloatArray] = {name: getattr(facts, name).double().cpu().numpy() for name in FLOATS}
     clips: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.clip_reasons.items()}
     masks: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.mask_reasons.items()}
-    is_known_N = ~np.isnan(token["sampling_logprobs"])
+    is_known_N = np.isfinite(token["sampling_logprobs"])
     known_row_N = row_N[is_known_N]
     nowhere_N = np.zeros(len(row_N), dtype=np.bool_)
     num_rows = rows.height
@@ -115,6 +117,7 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
         "clipped_high_tokens": count(clips.get("clipped_high", nowhere_N)),
         "correction_weight_mean": _means(token["correction_weights"], row_N, num_rows),
         "masked_tokens": count(token["correction_weights"] == 0),
+        "known_tokens": np.bincount(known_row_N, minlength=num_rows),
         "entropy_mean": _means(token["entropies"], row_N, num_rows),
         "kl_to_sampler": _means(token["kl_to_sampler"][is_known_N], known_row_N, num_rows),
         "logprob_difference_max": _maxima(token["logprob_differences"][is_known_N], known_row_N, num_rows),

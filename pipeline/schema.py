@@ -220,6 +220,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("clipped_high_tokens", pa.int32(), "tokens with A > 0 and a ratio over 1 + clip_high: no gradient"),
             column("correction_weight_mean", pa.float64(), "mean sampler correction weight", nullable=True),
             column("masked_tokens", pa.int32(), "tokens that the correction gave weight 0"),
+            column("known_tokens", pa.int32(), "trained tokens whose sampling logprob is known"),
             column(
                 "entropy_mean",
                 pa.float64(),
@@ -227,7 +228,10 @@ SCHEMAS: dict[str, pa.Schema] = {
                 nullable=True,
             ),
             column(
-                "kl_to_sampler", pa.float64(), "k3 estimate of KL(sampler || current) per token, nats", nullable=True
+                "kl_to_sampler",
+                pa.float64(),
+                "mean over known_tokens of the k3 estimate of KL(sampler || current), nats",
+                nullable=True,
             ),
             column(
                 "logprob_difference_max",
@@ -352,8 +356,25 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("num_completions", pa.int64(), "completions generated"),
             column("num_trained", pa.int64(), "completions that trained"),
             column("num_tokens", pa.int64(), "tokens that trained"),
-            column("entropy", pa.float64(), "token mean, nats", nullable=True),
-            column("kl_to_sampler", pa.float64(), "token mean of the k3 estimate, nats", nullable=True),
+            column(
+                "entropy",
+                pa.float64(),
+                "of the distributions that the completions were sampled from: mean over all tokens of -log probability, "
+                "which estimates it without a forward, nats",
+                nullable=True,
+            ),
+            column(
+                "entropy_trained",
+                pa.float64(),
+                "of the current policy at the tokens that trained: those of groups whose rewards differ, nats",
+                nullable=True,
+            ),
+            column(
+                "kl_to_sampler",
+                pa.float64(),
+                "mean over the trained tokens whose sampling logprob is known of the k3 estimate, nats",
+                nullable=True,
+            ),
             column("clip_low_share", pa.float64(), "share of tokens clipped with A < 0", nullable=True),
             column("clip_high_share", pa.float64(), "share of tokens clipped with A > 0", nullable=True),
             column("loss", pa.float64(), "mean over optimizer steps", nullable=True),

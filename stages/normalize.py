@@ -23,8 +23,8 @@ class NormalizeConfig(StrictModel):
     baseline: str = "group_mean"
     """What rewards are measured against: group_mean, leave_one_out, none, or module:function of your own."""
     scale: str = "none"
-    """What advantages are divided by: none = Dr. GRPO; group_std = DeepSeekMath; batch_std, over all groups whose rewards
-    differ; or module:function."""
+    """What advantages are divided by: none = Dr. GRPO; group_std = DeepSeekMath; batch_std, over all groups whose
+    rewards differ; or module:function."""
     ddof: Literal[0, 1] = 1
     """Of the standard deviation: 1 = sample, 0 = population."""
     eps: float = Field(1e-4, ge=0)

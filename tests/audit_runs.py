@@ -45,15 +45,20 @@ def write_run(
     with_rewards: bool = True,
     normalize: dict[str, Any] | None = None,
 ) -> RunDir:
-    """Write the artifacts of a run that the audit reads; the evaluation is that of the last policy."""
+    """Write the artifacts of a run that the audit reads; the evaluation is that of the last policy.
+
+    ``training`` has numbers of each iteration's training record, and ``entropy``, which its tokens were sampled with.
+    """
     run = RunDir(root)
     run.record_config(
         "", {"evaluate": {"pass_threshold": 1.0}, "normalize": normalize or {"weights": {}, "combine": "sum"}}
     )
     for index, groups in enumerate(iterations):
-        _write_iteration(run, index, groups, with_rewards)
+        entropy = training[index].get("entropy", 1.0) if index < len(training) else 1.0
+        _write_iteration(run, index, groups, with_rewards, entropy)
     for index, numbers in enumerate(training):
-        record = {"completion_id": f"t{index}", "optimizer_step": 0, "num_tokens": 10, "loss": 0.0, **numbers}
+        record = {"completion_id": f"t{index}", "optimizer_step": 0, "num_tokens": 10, "known_tokens": 10, "loss": 0.0}
+        record |= {name: value for name, value in numbers.items() if name != "entropy"}
         zeros = {"clipped_low_tokens": 0, "clipped_high_tokens": 0, "masked_tokens": 0}
         write_artifact(
             run.place(index, "training_records"), "training_records", fill("training_records", [record], **zeros)
@@ -71,7 +76,7 @@ def _prompt(question: str, reference: str | None) -> dict[str, Any]:
     return {"prompt_id": identity(question), "messages": messages, "reference_answer": reference}
 
 
-def _write_iteration(run: RunDir, index: int, groups: list[Group], with_rewards: bool) -> None:
+def _write_iteration(run: RunDir, index: int, groups: list[Group], with_rewards: bool, entropy: float) -> None:
     prompts = {group.question: _prompt(group.question, group.reference) for group in groups}
     write_artifact(run.place(index, "prompts"), "prompts", prompt_rows(*prompts.values()))
     completions, parts, advantages = [], [], []
@@ -89,6 +94,7 @@ def _write_iteration(run: RunDir, index: int, groups: list[Group], with_rewards:
                     "completion_index": member,
                     "completion": answer,
                     "completion_token_ids": [7] * (len(answer) + 1),
+                    "sampling_logprobs": [-entropy] * (len(answer) + 1),
                     "finish_reason": group.finish,
                     "policy_name": group.policies[member] if group.policies else "current",
                 }

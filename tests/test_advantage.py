@@ -312,5 +312,5 @@ def test_rows_in_any_order_combine_to_the_same_rewards() -> None:
 @pytest.mark.parametrize("names", ["xx", "xxyy", "xyxy", "xyx"])
 def test_a_reward_that_stands_twice_is_refused(names: str) -> None:
     rows = [("a0", name, float(index)) for index, name in enumerate(names)]
-    with pytest.raises(ValueError, match="completion a0 has several rewards named x .* score the completions again"):
+    with pytest.raises(ValueError, match=r"completion a0 has several rewards named x .* score the completions again"):
         combine(long_rows(*rows, *(("a1", name, 1.0) for name in names)), {"x": 1.0})

@@ -119,15 +119,15 @@ def test_prompts_that_are_lost_are_named(tmp_path: Path) -> None:
 
 
 def test_a_jump_of_the_kl_is_a_warning_and_of_the_entropy_an_info(tmp_path: Path) -> None:
-    numbers = [{"entropy_mean": 1.0, "kl_to_sampler": 0.001} for _ in range(6)]
-    numbers[3] = {"entropy_mean": 1.0, "kl_to_sampler": 0.201}
+    numbers = [{"entropy": 1.0, "kl_to_sampler": 0.001} for _ in range(6)]
+    numbers[3] = {"entropy": 1.0, "kl_to_sampler": 0.201}
     run = write_run(tmp_path / "a", [graded([0.0, 1.0] * 4)] * 6, training=numbers)
     found = outcome(run, "jumps").findings
     assert [(f.severity, f.rows[0].iteration, f.value) for f in found] == [
         ("warning", 3, pytest.approx(0.2)),
         ("warning", 4, pytest.approx(-0.2)),
     ]
-    numbers[3:] = [{"entropy_mean": 0.25, "kl_to_sampler": 0.001}] * 3
+    numbers[3:] = [{"entropy": 0.25, "kl_to_sampler": 0.001}] * 3
     run = write_run(tmp_path / "b", [graded([0.0, 1.0] * 4)] * 6, training=numbers)
     assert signs(outcome(run, "jumps")) == [("info", pytest.approx(-0.75))]
 

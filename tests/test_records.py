@@ -70,6 +70,7 @@ def test_numbers_of_a_completion_are_over_its_trainable_tokens() -> None:
         "clipped_high_tokens": 1,
         "correction_weight_mean": 1.0,
         "masked_tokens": 0,
+        "known_tokens": 2,
         "entropy_mean": 2.0,
         "kl_to_sampler": 0.375,
         "logprob_difference_max": 0.25,
@@ -88,7 +89,7 @@ def test_a_sampler_nobody_recorded_is_null_and_counted_as_masked() -> None:
     unknown = record()[2]
     assert unknown["kl_to_sampler"] is None
     assert unknown["logprob_difference_max"] is None
-    assert unknown["masked_tokens"] == 1
+    assert (unknown["masked_tokens"], unknown["known_tokens"]) == (1, 0)
     assert unknown["importance_ratio_max"] == 1.0
 
 

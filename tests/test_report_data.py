@@ -17,7 +17,10 @@ from stages.inspect.report_groups import TokenText, choose_groups, group_views, 
 from tests.builders import advantage_rows, completion_rows, fill, reward_rows, write_artifact
 from tests.report_runs import new_run, write_iteration
 
-RECORD = {"clipped_low_tokens": 0, "clipped_high_tokens": 0, "masked_tokens": 0, "loss": 0.0, "optimizer_step": 0}
+RECORD = {
+    "clipped_low_tokens": 0, "clipped_high_tokens": 0, "masked_tokens": 0, "known_tokens": 0, "loss": 0.0,
+    "optimizer_step": 0,
+}  # fmt: skip
 
 
 def record_rows(*rows: dict[str, object]) -> pl.DataFrame:
@@ -51,7 +54,7 @@ def test_measures_of_an_update_weigh_rows_by_their_tokens() -> None:
         {"completion_id": "c", "num_tokens": 4},
     )
     values, _ = measure({"training_records": records.lazy()}, 0, None)
-    assert values["entropy"] == 1.25
+    assert values["entropy_trained"] == 1.25
     assert values["clip_high_share"] == 0.125
     assert values["masked_share"] == 0.125
     assert values["ess_rows"] == pytest.approx(0.8)  # (1 + 3)^2 / (2 * (1 + 9))
@@ -219,11 +222,11 @@ def test_what_only_the_metrics_still_know_is_taken_from_there(tmp_path: Path) ->
     run.iteration(1).mkdir()
     known = {"completion_tokens_mean": 1.0, "truncated_share": 0.0, "zero_variance_share": 0.0}
     counts = {"num_completions": 2, "num_trained": 2, "num_tokens": 2, "generate_tokens_per_second": 9.0}
-    rows = [{"iteration": k, "reward_mean": 0.25, "entropy": 0.75, **known, **counts} for k in range(2)]
+    rows = [{"iteration": k, "reward_mean": 0.25, "entropy_trained": 0.75, **known, **counts} for k in range(2)]
     fill("metrics", rows, rewards=[], seconds=[]).write_parquet(run.metrics)
     report = collect(run)
     assert report.series["reward_mean"] == [0.5, 0.25]
-    assert report.series["entropy"] == [0.75, 0.75]
+    assert report.series["entropy_trained"] == [0.75, 0.75]
 
 
 def test_every_measure_of_the_figures_exists() -> None:

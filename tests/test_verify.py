@@ -199,6 +199,7 @@ FORGERIES: list[tuple[str, str, Callable[[pl.DataFrame], pl.DataFrame], str]] = 
     ("batches", "removed", lambda f: f[1:], "batches"),
     ("batches", "swapped", lambda f: f[[1, 0, *range(2, len(f))]], "batches"),
     ("training_records", "tokens", replace_value("num_tokens", 0, 1), "records"),
+    ("training_records", "known", replace_value("known_tokens", 0, 0), "records"),
     ("training_records", "loss", replace_value("loss", 0, lambda x: x + 1e-3), "records"),
     ("training_records", "ratio", replace_value("importance_ratio_mean", 0, 1.5), "records"),
     ("training_records", "removed", lambda f: f[1:], "records"),

@@ -89,7 +89,17 @@ def completion_measures() -> dict[str, pl.Expr]:
         "completion_tokens_mean": pl.col("completion_token_ids").list.len().mean(),
         "truncated_share": (pl.col("finish_reason") == "length").mean(),
         "num_completions": pl.len(),
+        "entropy": sampled_entropy(),
     }
+
+
+def sampled_entropy() -> pl.Expr:
+    """Return the entropy per token of the distributions that completions were sampled from; needs no forward.
+
+    Its estimate is -log probability over all tokens. The exact entropies of training records are those of groups whose
+    rewards differ, hence of prompts that the policy is unsure about.
+    """
+    return -pl.col("sampling_logprobs").explode().cast(pl.Float64).mean()
 
 
 def reward_measures(pass_threshold: float) -> dict[str, pl.Expr]:
@@ -118,16 +128,16 @@ def training_measures() -> dict[str, pl.Expr]:
     """Return the measures of training records: means over tokens, and shares of them."""
     tokens = pl.col("num_tokens")
     return {
-        "entropy": token_mean("entropy_mean"),
-        "kl_to_sampler": token_mean("kl_to_sampler"),
+        "entropy_trained": token_mean("entropy_mean"),
+        "kl_to_sampler": token_mean("kl_to_sampler", "known_tokens"),
         "clip_low_share": pl.col("clipped_low_tokens").sum() / tokens.sum(),
         "clip_high_share": pl.col("clipped_high_tokens").sum() / tokens.sum(),
     }
 
 
-def token_mean(column: str) -> pl.Expr:
-    """Return the mean over all tokens of a column of means over each row's tokens; null rows are left out."""
-    tokens = pl.col("num_tokens")
+def token_mean(column: str, counted: str = "num_tokens") -> pl.Expr:
+    """Return the mean over all tokens of a column of means over each row's ``counted`` tokens; null rows are left out."""
+    tokens = pl.col(counted)
     return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import ArtifactMissing
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.thresholds import AuditConfig
-from stages.inspect.metrics import token_mean
+from stages.inspect.metrics import sampled_entropy, token_mean
 
 TEXT_COLUMNS = ("completion", "prompt", "reference")
 
@@ -39,7 +39,7 @@ class RunRows:
     prompts: pl.DataFrame
     """iteration, prompt_id, prompt (all its messages), reference: one row per prompt and iteration."""
     training: pl.DataFrame
-    """iteration, entropy, kl: one row per iteration that has trained."""
+    """iteration, entropy (of what was sampled), kl (null until the iteration has trained)."""
     evaluations: pl.DataFrame
     """iteration (updates behind the policy), prompt_id, group_id, completion_id, decoding, is_correct."""
     held_out: pl.DataFrame
@@ -186,16 +186,15 @@ def _completions(run: RunDir, iteration: int, prompts: pl.DataFrame, config: Aud
 
 
 def _training(run: RunDir, iterations: list[int]) -> pl.DataFrame:
-    rows = [
-        run.open(iteration, "training_records")
-        .scan()
-        .select(_at(iteration), entropy=token_mean("entropy_mean"), kl=token_mean("kl_to_sampler"))
-        .collect()
-        for iteration in iterations
-        if run.has(iteration, "training_records")
-    ]
-    schema = {"iteration": pl.Int32, "entropy": pl.Float64, "kl": pl.Float64}
-    return pl.concat(rows).fill_nan(None) if rows else pl.DataFrame(schema=schema)
+    rows = []
+    for iteration in iterations:
+        entropy = run.open(iteration, "completions").scan().select(_at(iteration), entropy=sampled_entropy())
+        kl = pl.lit(None, pl.Float64)
+        if run.has(iteration, "training_records"):
+            records = run.open(iteration, "training_records").scan()
+            kl = pl.lit(records.select(token_mean("kl_to_sampler", "known_tokens")).collect().item(), pl.Float64)
+        rows.append(entropy.with_columns(kl=kl.fill_nan(None)).collect())
+    return pl.concat(rows)
 
 
 def _evaluations(run: RunDir) -> pl.DataFrame:

@@ -50,7 +50,7 @@ def jumps(run: RunRows, config: AuditConfig) -> Outcome:
     findings = []
     for iteration, changes in sorted(found.items()):
         names = {name for name, *_ in changes}
-        # the iteration's own entropy and KL are measured by the update that follows its completions
+        # the iteration's own KL is measured by the update that follows its completions
         near = names | {name for other in (iteration - 1, iteration + 1) for name, *_ in found.get(other, [])}
         is_fall = any(name == "reward" and change < 0 for name, _, _, change in changes)
         # reward and entropy move together wherever something is learned quickly; reward and length need not

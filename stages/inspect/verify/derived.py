@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from grpo.batching import full_vocabulary_logprobs, loss_tokens
+from grpo.batching import full_vocabulary_logprobs, known_tokens, loss_tokens
 from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
@@ -157,8 +157,9 @@ def check_records(ledger: Ledger, item: Located, stepped: Located, source: Locat
     tokens = loss_tokens().cast(pl.Int32)  # the trainer counts them by itself, after collating
     kept = scan(batches).filter(pl.col("drop_reason").is_null())
     keys = ["completion_id", "optimizer_step"]
-    expected = kept.select(*keys, num_tokens=tokens).collect(engine="streaming")
-    found = scan(records).select(*keys, "num_tokens", "loss", PART).collect(engine="streaming")
+    known = known_tokens().cast(pl.Int32)
+    expected = kept.select(*keys, num_tokens=tokens, known_tokens=known).collect(engine="streaming")
+    found = scan(records).select(*expected.columns, "loss", PART).collect(engine="streaming")
     rows, count = compare(expected, found, keys, limit=ledger.limit, is_ordered=False)
     ledger.checked("records", expected.height)
     ledger.wrong_rows("records", where, rows, count, sources=[source.where])
@@ -236,8 +237,21 @@ def check_metrics(
 METRIC_SOURCES = {
     "advantages": ("reward_mean", "reward_std", "pass_rate", "zero_variance_share"),
     "rewards": ("rewards",),
-    "completions": ("completion_tokens_mean", "truncated_share", "num_completions", "generate_tokens_per_second"),
-    "training_records": ("num_trained", "num_tokens", "entropy", "kl_to_sampler", "clip_low_share", "clip_high_share"),
+    "completions": (
+        "completion_tokens_mean",
+        "truncated_share",
+        "num_completions",
+        "entropy",
+        "generate_tokens_per_second",
+    ),
+    "training_records": (
+        "num_trained",
+        "num_tokens",
+        "entropy_trained",
+        "kl_to_sampler",
+        "clip_low_share",
+        "clip_high_share",
+    ),
     "optimizer_steps": ("loss", "grad_norm", "learning_rate"),
     "evaluations": ("eval_pass_at_1", "eval_pass_rate", "eval_pass_at_k"),
 }
