@@ -20,6 +20,7 @@ from pipeline.chain import CHAIN, INITIAL, When
 from pipeline.provenance import environment, git_state
 from pipeline.run_dir import state_of
 from stages.evaluate import summarize
+from stages.preflight import remarks
 from stages.wiring import outside_members
 
 P = ParamSpec("P")
@@ -55,6 +56,8 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     """
     prepared = _handed_over.pop((config, run, tuple(overrides or ())), None) or prepare(Path(config), run, overrides)
     settings, run_dir = prepared.settings, prepared.run
+    for remark in remarks(settings):
+        prepared.reporter.note(remark)
     with temporary_server_watched(), open_session(settings, run_dir, prepared.reporter) as session:
         run_dir.record_config(prepared.toml, settings.model_dump(mode="json"))
         run_dir.record_environment({**environment(), "git_diff": git_state()["diff"]})

@@ -45,8 +45,8 @@ def normalize_each(
         found = statistics(values, group, ddof)
         with np.errstate(invalid="ignore"):
             z = (values - found.mean[group]) / (found.std[group] + eps)
-        is_silent = found.is_flat[group] | (found.size[group] < 2)
-        normalized.append(pl.Series(np.where(is_silent & ~np.isnan(values), 0.0, z)).fill_nan(None))
+        is_silent = found.is_flat[group] & ~np.isnan(values)  # a member alone is flat as well
+        normalized.append(pl.Series(np.where(is_silent, 0.0, z)).fill_nan(None))
     return ids.with_columns(
         _weighted_sum(columns, used).alias("reward"), _weighted_sum(normalized, used).alias("signal")
     )

@@ -15,6 +15,8 @@ from grpo.settings import AdamWConfig
 STATE_TENSORS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state of a parameter."""
 
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+
 
 @dataclass
 class Optimizer:
@@ -26,8 +28,13 @@ class Optimizer:
 
 
 def make_optimizer(model: PreTrainedModel, config: AdamWConfig) -> Optimizer:
-    """Return a fresh optimizer of the model's trainable parameters."""
+    """Return a fresh optimizer of the model's trainable parameters.
+
+    Raises:
+        ValueError: if one of them has half precision, in which most steps of AdamW are rounded away.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _check_precision(model)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -107,6 +114,18 @@ def deterministic(num_threads: int) -> None:
 def _trainable(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Return the trainable parameters by name; a tied one appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _check_precision(model: PreTrainedModel) -> None:
+    """Raise unless all trainable parameters, and so AdamW's moments of them, have at least the precision of float32."""
+    half = {name: p.dtype for name, p in _trainable(model).items() if torch.finfo(p.dtype).eps > FLOAT32_EPS}
+    if half:
+        name, dtype = next(iter(half.items()))
+        raise ValueError(
+            f"{len(half)} parameters have half precision, such as {name} ({dtype}): expected float32, as a step of a "
+            "usual learning rate is smaller than their rounding; load the policy in float32, and set "
+            "update.autocast_bf16 for speed"
+        )
 
 
 def _fresh_state(parameter: Tensor, device: str | None = None) -> dict[str, Tensor]:

@@ -359,8 +359,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             column(
                 "entropy",
                 pa.float64(),
-                "of the distributions that the completions were sampled from: mean over all tokens of -log probability, "
-                "which estimates it without a forward, nats",
+                "of the distributions that the completions were sampled from: mean of -log probability over all tokens, "
+                "an estimate without a forward, nats",
                 nullable=True,
             ),
             column(

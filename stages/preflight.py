@@ -22,6 +22,9 @@ from stages.generate import check_room
 from stages.score import check_rewards
 from stages.wiring import outside_members, policy_of_run, with_optimizer
 
+FLOAT32_STEP = 2.0**-24
+"""Below it 1 - x is 1 in float32, or twice as far from it as it should be."""
+
 
 def preflight(config: RunConfig, run: RunDir) -> None:
     """Check all that can be checked before anything is written or started. Read-only.
@@ -65,6 +68,19 @@ def preflight(config: RunConfig, run: RunDir) -> None:
                     f"[[offline]] names {offline.run}, whose completions no policy of this program has sampled, so "
                     "they cannot train: name a run that generated its own"
                 )
+
+
+def remarks(config: RunConfig) -> list[str]:
+    """Return what a user should know about settings that are allowed and do not do what they say."""
+    found = []
+    decay = config.update.learning_rate * config.update.weight_decay
+    if 0 < decay < FLOAT32_STEP:
+        found.append(
+            f"update.learning_rate times update.weight_decay is {decay:.0e}, and a float32 weight changes by steps of "
+            f"{FLOAT32_STEP:.0e} of its size: the decay is rounded away; set weight_decay to 0, or to "
+            f"{FLOAT32_STEP / config.update.learning_rate:.1g} or more"
+        )
+    return found
 
 
 def check_functions(config: RunConfig) -> None:

@@ -300,6 +300,14 @@ def test_a_member_without_one_of_the_rewards_is_unscored_and_leaves_the_others_c
     assert frame["advantage"].to_list() == pytest.approx([1.0, 0.0, -1.0])
 
 
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_rewards_normalized_one_by_one_are_silent_in_a_group_of_one(ddof: Any) -> None:
+    rows = long_rows(("a0", "x", 5.0), ("b0", "x", 1.0), ("b1", "x", None), ("c0", "x", 1.0), ("c1", "x", 0.0))
+    signal = normalize_each(rows, {"x": 1.0}, ddof=ddof, eps=0.0)["signal"]
+    assert signal.to_list()[:3] == [0.0, 0.0, None]
+    assert signal.to_list()[3:] == pytest.approx([2**-0.5, -(2**-0.5)] if ddof else [1.0, -1.0])
+
+
 def test_rows_in_any_order_combine_to_the_same_rewards() -> None:
     rows = [(f"{g}{m}", name, m + scale) for g in "ab" for m in range(3) for name, scale in (("x", 0.5), ("y", 2.0))]
     combined = combine(long_rows(*rows), {"x": 1.0, "y": 10.0})

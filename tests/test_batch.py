@@ -97,6 +97,26 @@ def test_every_epoch_trains_every_row_in_steps_of_its_own() -> None:
     assert frame["optimizer_step"].to_list() == [0, 1, 2, 3]
 
 
+def test_the_mean_of_an_optimizer_step_is_over_its_own_rows() -> None:
+    completions = [{"group_id": f"g{i}", "completion_token_ids": tokens(i + 1)} for i in range(4)]
+    rows = make(completions, [{"group_id": f"g{i}"} for i in range(4)], optimizer_steps=2)
+    per_step = rows.group_by("optimizer_step").agg(
+        pl.col("completion_token_ids").list.len().sum(), pl.col("loss_denominator").unique()
+    )
+    sums = {step: (total, denominators) for step, total, denominators in per_step.iter_rows()}
+    assert all(denominators == [float(total)] for total, denominators in sums.values())
+    assert sum(total for total, _ in sums.values()) == 10
+    assert len(sums) == 2
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    completions = [{"group_id": f"g{i}"} for i in range(12)]
+    frame = make(completions, [{"group_id": f"g{i}"} for i in range(12)], epochs=3, optimizer_steps=12)
+    orders = [frame.filter(pl.col("optimizer_step") // 12 == epoch)["group_id"].to_list() for epoch in range(3)]
+    assert [sorted(order) for order in orders] == [sorted(orders[0])] * 3
+    assert len({tuple(order) for order in orders}) == 3
+
+
 def test_more_steps_than_groups_leave_no_empty_step() -> None:
     assert make([{}, {}], optimizer_steps=3)["optimizer_step"].to_list() == [0, 0]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -12,6 +13,7 @@ from pipeline.config import StrictModel, apply_overrides, load_toml
 from pipeline.errors import ConfigError, RecipeMismatch
 from pipeline.run_dir import RunDir
 from stages.config import RunConfig, check_unchanged, load_config
+from stages.preflight import remarks
 from tests.test_identity import tables
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +192,21 @@ def test_a_number_that_null_would_switch_off_can_be_switched_off_in_toml() -> No
     ]
     assert {name for _, name in on} == {"clip_low", "clip_high", "dual_clip", "max_grad_norm"}
     assert all(getattr(table.model_validate({name: "none"}), name) is None for table, name in on)
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "weight_decay", "is_told"),
+    [(1e-6, 0.01, True), (1e-6, 0.05, True), (1e-6, 0.1, False), (1e-3, 0.01, False), (1e-6, 0.0, False)],
+)
+def test_a_decay_that_float32_rounds_away_is_told(
+    tmp_path: Path, learning_rate: float, weight_decay: float, is_told: bool
+) -> None:
+    settings = (f"update.learning_rate={learning_rate}", f"update.weight_decay={weight_decay}")
+    found = remarks(load(tmp_path, MINIMAL, *settings))
+    assert [text.partition(" is ")[0] for text in found] == ["update.learning_rate times update.weight_decay"] * is_told
+    decayed = np.float32(1.0) * np.float32(1 - learning_rate * weight_decay)
+    if not is_told and weight_decay:
+        assert 1 - decayed == pytest.approx(learning_rate * weight_decay, rel=0.2)
 
 
 def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:

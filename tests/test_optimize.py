@@ -1,6 +1,7 @@
 """Tests of grpo.train_step: the gradient of an update, its records, and its state between calls."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -411,6 +412,17 @@ def test_every_option_of_the_correction_reaches_the_loss(correction: dict[str, A
     assert gradients(batch_rows(), frozen(correction=correction))[0] != pytest.approx(loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_half_precision_are_refused(dtype: torch.dtype) -> None:
+    model: Any = tiny_policy()
+    with pytest.raises(ValueError, match=rf"parameters have half precision, such as .* \({dtype}\): expected float32"):
+        make_optimizer(model.to(dtype), AdamWConfig())
+    frozen_body: Any = tiny_policy()
+    for parameter in frozen_body.model.parameters():
+        parameter.requires_grad_(False).data = parameter.data.to(dtype)
+    make_optimizer(frozen_body, AdamWConfig())
+
+
 def test_the_settings_of_adamw_reach_it() -> None:
     config = AdamWConfig(learning_rate=0.5, beta1=0.25, beta2=0.75, adam_eps=1e-3, weight_decay=0.125)
     matrices, others = make_optimizer(tiny_policy(), config).adamw.param_groups
@@ -441,3 +453,54 @@ def test_deterministic_mode_runs_an_update_twice_with_the_same_bits(monkeypatch:
         train_on_batches(model, make_optimizer(model, settings), batch_rows(num_steps=2), settings)
         hashes.add(sha256_of_weights(model))
     assert len(hashes) == 1
+
+
+LARGE = {"learning_rate": 0.02, "loss": {"clip_low": 0.05, "clip_high": 0.1, "dual_clip": 1.2}}
+"""Settings under which, in the second step of a call, every bound of the clip acts."""
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "learning_rate": {"learning_rate": 0.03},
+    "warmup_steps": {"warmup_steps": 3},
+    "schedule": {"schedule": "linear", "total_steps": 9},
+    "total_steps": {"schedule": "linear", "total_steps": 5},
+    "beta1": {"beta1": 0.5},
+    "beta2": {"beta2": 0.5},
+    "adam_eps": {"adam_eps": 0.1},
+    "weight_decay": {"weight_decay": 0.5},
+    "max_grad_norm": {"max_grad_norm": 1e-3},
+    "loss": {"loss": {"clip_low": 0.5, "clip_high": 0.1, "dual_clip": 1.2}},
+    "loss.clip_high": {"loss": {"clip_low": 0.05, "clip_high": 0.15, "dual_clip": 1.2}},
+    "loss.dual_clip": {"loss": {"clip_low": 0.05, "clip_high": 0.1, "dual_clip": 1.5}},
+    "correction": {"correction": {"high": 1.5}},
+    "autocast_bf16": {"autocast_bf16": True},
+}
+BITS_ALONE = {"head_chunk_tokens", "gradient_checkpointing", "record_tokens", "num_threads"}
+"""Settings that change no weight beyond rounding; tests of their own hold them."""
+
+
+def weights_after(settings: dict[str, Any]) -> Tensor:
+    """Return the weights after two calls of two steps each, the second one with the optimizer of the first."""
+    model, config = tiny_policy(), UpdateConfig.model_validate({**LARGE, **settings})
+    optimizer = make_optimizer(model, config)
+    for seed in (1, 2):
+        train_on_batches(model, optimizer, batch_rows(num_steps=2, seed=seed), config)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_every_setting_of_an_update_reaches_its_weights() -> None:
+    assert {name.partition(".")[0] for name in CHANGES} | BITS_ALONE == set(UpdateConfig.model_fields)
+    weights = {name: weights_after(change) for name, change in {"": {}, **CHANGES}.items()}
+    for (name, found), (other, expected) in itertools.combinations(weights.items(), 2):
+        assert float((found - expected).abs().max()) > 1e-5, (name, other)
+
+
+def test_the_kl_of_a_later_step_is_that_of_the_policy_it_begins_with() -> None:
+    model, settings = tiny_policy(), UpdateConfig(learning_rate=1e-2, record_tokens=True)
+    frame = batch_rows(num_steps=2)
+    records, _ = train_on_batches(model, make_optimizer(model, settings), frame, settings)
+    assert records["importance_ratio_max"][8:].max() != 1.0
+    for row in records.drop_nulls("kl_to_sampler").to_dicts():
+        pairs = zip(row["trainer_logprobs"], row["sampling_logprobs"], strict=True)
+        differences = [trainer - sampler for trainer, sampler in pairs if trainer is not None]
+        k3 = [math.exp(x) - 1 - x for x in differences]
+        assert row["kl_to_sampler"] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
