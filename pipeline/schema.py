@@ -359,7 +359,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             column(
                 "entropy",
                 pa.float64(),
-                "of the distributions that the completions were sampled from: mean of -log probability over all tokens, "
+                "of the distributions that completions were sampled from: mean of -log probability over all tokens, "
                 "an estimate without a forward, nats",
                 nullable=True,
             ),

@@ -96,6 +96,12 @@ def test_a_sampler_equal_to_the_proximal_policy_gives_weight_one(kind: str) -> N
     assert torch.equal(found, torch.ones_like(OLD))
 
 
+def test_products_over_rows_equal_the_golden_values() -> None:
+    product = torch.tensor(VECTORS["off_policy"]["seq_product_w"], dtype=torch.float64)[ROW]
+    for kind in ("sequence_mask", "sequence_truncate"):
+        torch.testing.assert_close(corrected(OLD, SAMPLER, ROW, 4, correction(kind)).weight_N, product)
+
+
 def test_sequence_weights_are_the_product_within_bounds() -> None:
     """Products by hand: 3/2, 4/5, 3, 1/4."""
     w, rows = [2.0, 0.75, 2.0, 0.4, 2.0, 1.5, 0.5, 0.5], [0, 0, 1, 1, 2, 2, 3, 3]

@@ -107,6 +107,16 @@ def test_on_policy_every_token_has_the_gradient_of_its_advantage() -> None:
     assert_close(gradient, -ADVANTAGE / NUM_TOKENS)
 
 
+def test_a_clip_around_the_sampler_equals_the_golden_values() -> None:
+    """The ratio to the sampler already holds what a correction would weigh (bypass)."""
+    golden = VECTORS["off_policy"]["bypass_ppo_clip_higher_vs_sampler"]
+    new = NEW.clone().requires_grad_()
+    found = clipped(new, tokens(FIXTURE["logp_sampler"]), ADVANTAGE, dual_clip=None)
+    assert_close(found.loss_N, tokens(golden["per_token_loss"]))
+    (gradient,) = torch.autograd.grad(found.loss_N.sum() / NUM_TOKENS, new)
+    assert_close(gradient, tokens(golden["grad_logp_new"]))
+
+
 def test_one_side_can_be_left_unclipped() -> None:
     found = clipped_ratios([2.0, 0.1, 0.1], [1.0, -1.0, 1.0], clip_low=0.2, clip_high=None, dual_clip=None)
     assert found.loss_N.tolist() == pytest.approx([-2.0, 0.8, -0.1])
