@@ -110,7 +110,7 @@ def sha256_of_weights(model: PreTrainedModel) -> str:
 
 
 def reference_loss(model: PreTrainedModel, frame: pl.DataFrame) -> Tensor:
-    """Return the on-policy loss under the default correction, row by row and token by token, from the model's own forward."""
+    """Return the on-policy loss under the default correction, token by token, from the model's own forward."""
     total = torch.zeros(())
     for row in frame.to_dicts():
         prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
@@ -472,6 +472,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "loss.clip_high": {"loss": {"clip_low": 0.05, "clip_high": 0.15, "dual_clip": 1.2}},
     "loss.dual_clip": {"loss": {"clip_low": 0.05, "clip_high": 0.1, "dual_clip": 1.5}},
     "correction": {"correction": {"high": 1.5}},
+    "proximal": {"proximal": "sampler"},
     "autocast_bf16": {"autocast_bf16": True},
 }
 BITS_ALONE = {"head_chunk_tokens", "gradient_checkpointing", "record_tokens", "num_threads"}
