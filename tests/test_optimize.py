@@ -197,6 +197,19 @@ def test_an_unknown_sampler_masks_its_token_and_keeps_the_denominator() -> None:
     assert records["kl_to_sampler"][0] is None
 
 
+def test_without_correction_rows_of_an_unknown_sampler_train_like_others() -> None:
+    settings = frozen(correction={"kind": "none"})
+    frame = batch_rows()
+    unknown = frame.with_columns(sampling_logprobs=pl.col("sampling_logprobs").list.eval(pl.lit(None, pl.Float32)))
+    loss, gradient = gradients(unknown, settings)
+    expected_loss, expected = gradients(frame, settings)
+    assert loss == expected_loss
+    assert all(torch.equal(gradient[name], value) for name, value in expected.items())
+    records, _ = train_on_batches(model := tiny_policy(), make_optimizer(model, settings), unknown, settings)
+    assert records["num_tokens"].sum() > 0
+    assert records.select("masked_tokens", "known_tokens").sum().row(0) == (0, 0)
+
+
 def test_the_first_step_is_on_policy_and_the_second_is_compared_with_the_start() -> None:
     model = tiny_policy()
     start = tiny_policy()
