@@ -69,6 +69,8 @@ def test_groups_that_tell_nothing_can_count_in_the_denominator() -> None:
         ({"policy_iteration": 2}, {"max_policy_age": 1}, None),
         ({"policy_iteration": None}, {"max_policy_age": 1}, "stale"),
         ({"loss_mask": [False, False]}, {}, "no_trainable_token"),
+        ({"engine": "import"}, {}, "not_sampled"),
+        ({"finish_reason": "abort"}, {}, "aborted"),
     ],
 )
 def test_each_rule_drops_with_its_reason(
