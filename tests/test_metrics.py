@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.run_dir import RunDir
-from stages.inspect.metrics import iteration_metrics
+from stages.inspect.metrics import iteration_metrics, training_measures
 from tests.builders import advantage_rows, completion_rows, fill, reward_rows, write_artifact
 
 STEPS = [
@@ -19,6 +19,14 @@ RECORDS = [
     {"completion_id": "g-1", "num_tokens": 10, "known_tokens": 10, "kl_to_sampler": 0.0, "entropy_mean": 0.75},
     {"completion_id": "g-2", "num_tokens": 4, "known_tokens": 0, "kl_to_sampler": None, "entropy_mean": 2.0},
 ]
+
+
+def test_a_mean_of_nothing_is_null() -> None:
+    """A NaN would pass for a figure, and verify would find that it differs from itself."""
+    unknown = [{**row, "known_tokens": 0, "kl_to_sampler": None} for row in RECORDS]
+    zeros = {"optimizer_step": 0, "masked_tokens": 0, "loss": 0.0, "clipped_low_tokens": 0, "clipped_high_tokens": 0}
+    measured = fill("training_records", unknown, **zeros).select(**training_measures()).row(0, named=True)
+    assert (measured["kl_to_sampler"], measured["clip_low_share"]) == (None, 0.0)
 
 
 @pytest.fixture

@@ -138,7 +138,8 @@ def training_measures() -> dict[str, pl.Expr]:
 def token_mean(column: str, counted: str = "num_tokens") -> pl.Expr:
     """Return the mean over all tokens of a column of means over the ``counted`` tokens of a row, without null rows."""
     tokens = pl.col(counted)
-    return (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
+    mean = (pl.col(column) * tokens).sum() / tokens.filter(pl.col(column).is_not_null()).sum()
+    return mean.fill_nan(None)
 
 
 def step_measures() -> dict[str, pl.Expr]:

@@ -193,7 +193,7 @@ def _training(run: RunDir, iterations: list[int]) -> pl.DataFrame:
         if run.has(iteration, "training_records"):
             records = run.open(iteration, "training_records").scan()
             kl = pl.lit(records.select(token_mean("kl_to_sampler", "known_tokens")).collect().item(), pl.Float64)
-        rows.append(entropy.with_columns(kl=kl.fill_nan(None)).collect())
+        rows.append(entropy.with_columns(kl=kl).collect())
     return pl.concat(rows)
 
 
