@@ -65,7 +65,7 @@ class RewardFunction:
     shape: Shape
     is_async: bool
     parameters: tuple[str, ...]
-    """Names in its signature; a ``**rest`` is not among them."""
+    """Names in its signature that a row may fill; a ``**rest`` is not among them."""
     takes_anything: bool
     """It has a ``**rest`` parameter."""
     required: tuple[str, ...]
@@ -121,12 +121,13 @@ def find_reward(config: RewardConfig) -> RewardFunction:
             f"the reward {name!r} ({function}) has no parameters {unknown}; it has {list(named)}: "
             "correct score.rewards.arguments"
         )
+    only_from_config = getattr(call, "only_from_config", ())  # what a row of strangers' data must not choose
     return RewardFunction(
         config=config,
         call=call,
         shape=_shape(signature),
         is_async=inspect.iscoroutinefunction(call),
-        parameters=tuple(named),
+        parameters=tuple(n for n in named if n not in only_from_config),
         takes_anything=takes_anything,
         required=tuple(n for n, p in named.items() if p.default is p.empty),
         recipe=_recipe(name, function, call, arguments),

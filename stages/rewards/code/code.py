@@ -97,6 +97,9 @@ def code(
     return Score(share if score == "share" else float(passed == len(verdicts)), detail)
 
 
+code.only_from_config = ("isolation", "readable")  # type: ignore[attr-defined]
+
+
 def code_identity(**arguments: Any) -> dict[str, Any]:
     """Return what decides the reward: the arguments, the interpreter, and the files that carry out the tests."""
     folder = Path(__file__).parent
