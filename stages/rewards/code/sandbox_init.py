@@ -285,12 +285,13 @@ def _private_directory(setup: dict[str, Any], user: int, full: bool) -> str:
     size, files = setup["disk_mb"], setup["disk_mb"] * MAX_FILES_PER_MB
     options = f"size={size}m,nr_inodes={files},mode=700,uid={user},gid={user}"
     kernel.mount("tmpfs", root.PRIVATE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    safe = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    # read-only: else the program could say that others are to be ended before it where memory runs out
+    safe = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC | kernel.MS_RDONLY
     try:
         kernel.mount("proc", "/proc", "proc", safe, "hidepid=2,subset=pid")
     except OSError:
         # container engines cover parts of /proc, then the kernel allows no new one: the program gets none
-        kernel.mount("tmpfs", "/proc", "tmpfs", safe | kernel.MS_RDONLY, "size=4k")
+        kernel.mount("tmpfs", "/proc", "tmpfs", safe, "size=4k")
     os.chdir(root.PRIVATE)
     return root.PRIVATE
 
