@@ -130,6 +130,17 @@ def test_a_test_that_fails_by_itself_is_an_error_and_no_zero(test_code: str, mes
         code("def f(x): return 2 * x", test_code=test_code)
 
 
+FAKE_ARRAY = """
+class ndarray:
+    __module__ = "numpy"
+    shape = (1,)
+    dtype = type("dtype", (), {"kind": "i", "str": "i8"})
+    def ravel(self): return self
+    def tolist(self): return [6]
+def f(x): return ndarray()
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "test_code"),
     [
@@ -143,6 +154,7 @@ def test_a_test_that_fails_by_itself_is_an_error_and_no_zero(test_code: str, mes
         ("def f(x): import no_such_module", "assert f(3) == 6"),
         ("def f(x): import solution", "assert f(3) == 6"),
         ("def f(x): return []", "def first(x):\n    return f(x)[0]\nassert first(3) == 6"),
+        (FAKE_ARRAY, "assert f(3) == 7"),
         ("f = 5", "def check(candidate):\n    assert candidate + '1' == 6"),
     ],
 )

@@ -2,10 +2,9 @@
 
 A copy of this file is run inside the sandbox, by itself, in two roles. The *tests* role holds the asserts and writes
 the verdicts; it starts the *program* role, a second process that holds the program and answers: give me this name, call
-it with these arguments. A value crosses as data (numbers, texts, lists, tuples, dicts, sets, bytes, numpy's arrays) or,
-when it is anything else, as a `Remote`: a handle whose calls, attributes, items and iteration are carried out by the
-program. So the program sees the arguments of its calls and nothing else: not the asserts, the expected values or the
-verdicts.
+it with these arguments. A value crosses as data (numbers, texts, lists, tuples, dicts, sets, bytes, numpy's arrays) or
+else as a `Remote`: a handle whose calls, attributes, items and iteration are carried out by the program. So the program
+sees the arguments of its calls and nothing else: not the asserts, the expected values or the verdicts.
 
 A test that fails before it has touched the program, by a name that leads there or a value that came from there, fails
 by itself, and so does one that cannot import something: its verdict is "broken", for which no program is to blame.
@@ -28,8 +27,8 @@ TO_PROGRAM, FROM_PROGRAM = 3, 4
 """File descriptors of the program role."""
 PR_SET_DUMPABLE = 4
 SPECIAL_NAMES = ("__name__", "__qualname__", "__dict__", "__annotations__", "__code__", "__defaults__")
-"""Those of a `Remote` that a test may ask for. By others libraries take what lies behind an object for what it says
-that it is: by `__array_interface__` numpy reads any address."""
+"""Those of a `Remote` that a test may ask for. By others libraries take an object for what it says that it is: by
+`__array_interface__` numpy reads any address."""
 ARRAY_KINDS = "biufcSUO"
 """Of numpy's arrays that cross as data."""
 
@@ -68,6 +67,18 @@ def encode(value: Any, handle: Callable[[Any], Any]) -> Any:
     return handle(value)
 
 
+def _array(dtype: str, shape: list[int], items: list[Any], find: Callable[[int], Any]) -> Any:
+    values = [decode(item, find) for item in items]
+    try:
+        import numpy
+    except ImportError:  # then the program has none either, and only says so
+        return values
+    array = numpy.array(values, dtype).reshape(shape)
+    if array.dtype.kind not in ARRAY_KINDS:
+        raise TypeError(f"an array of {array.dtype}")
+    return array
+
+
 def _is_array(value: Any) -> bool:
     kind = type(value)
     return kind.__module__ == "numpy" and kind.__name__ == "ndarray" and value.dtype.kind in ARRAY_KINDS
@@ -87,10 +98,7 @@ def decode(data: Any, find: Callable[[int], Any]) -> Any:
     if kind in ("bytes", "bytearray"):
         return getattr(builtins, kind).fromhex(content)
     if kind == "ndarray":
-        import numpy
-
-        dtype, shape, items = content
-        return numpy.array([decode(item, find) for item in items], dtype).reshape(shape)
+        return _array(*content, find)
     return complex(*content)
 
 
@@ -219,7 +227,7 @@ class Remote:
 
 
 def _check_name(name: str) -> None:
-    if name.startswith("__") and name.endswith("__") and name not in SPECIAL_NAMES:
+    if name[:2] == name[-2:] == "__" and name not in SPECIAL_NAMES:
         raise AttributeError(f"{name} of something that lives in the program cannot be had")
 
 
@@ -290,10 +298,8 @@ def run_tests() -> None:
                     return
             elif is_test:
                 _tell(verdicts, step, "passed", "")
-    except CannotCross as error:
-        _tell(verdicts, step, "unsupported", str(error))
-    except ProgramEnded as error:
-        _tell(verdicts, step, "crash", str(error))
+    except (CannotCross, ProgramEnded) as error:
+        _tell(verdicts, step, "unsupported" if isinstance(error, CannotCross) else "crash", str(error))
     except BaseException as error:
         _tell(verdicts, step, "failed", f"{type(error).__name__}: {error}")
 
