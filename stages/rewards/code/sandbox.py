@@ -237,7 +237,8 @@ def python() -> str:
 def installed_folders() -> list[str]:
     """Return the folders on the search path that packages are installed in."""
     folders = [Path(folder).resolve() for folder in sys.path if folder and Path(folder).is_dir()]
-    return [str(folder) for folder in folders if any(folder.glob("*.dist-info"))]
+    own_names = ("site-packages", "dist-packages")
+    return [str(folder) for folder in folders if folder.name in own_names or any(folder.glob("*.dist-info"))]
 
 
 def _hidden(shown: Sequence[str]) -> list[str]:
