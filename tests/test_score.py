@@ -87,7 +87,7 @@ def test_several_functions_give_a_row_each(scorer: Scorer) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("raise", "ValueError: no number in it (test_score.py:33)"),
+        ("raise", "ValueError: no number in it (test_score.py:34)"),
         ("nan", "the function returned nan"),
         ("infinite", "the function returned inf"),
         ("none", "the function returned None"),
