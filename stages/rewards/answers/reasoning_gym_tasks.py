@@ -7,6 +7,7 @@ nothing but the standard library, so that the sandbox's server can import it wit
 import json
 import sys
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -52,9 +53,8 @@ def _scorer(task: str, options: str) -> Any:
 def prepare() -> None:
     """Import the package, and what sympy's parser fetches when it is first used, once for all runs of a sandbox."""
     import_reasoning_gym()
-    from sympy import diff, parse_expr, simplify
-
-    simplify(diff(parse_expr("2*x + 1")))
+    with suppress(Exception):  # another version may have other tasks
+        score("simple_integration", "{}", "2*x", {"metadata": {"variable": "x", "integrand": "2"}})
 
 
 def run() -> None:

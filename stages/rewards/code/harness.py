@@ -60,14 +60,13 @@ def encode(value: Any, handle: Callable[[Any], Any]) -> Any:
         return {"complex": [value.real, value.imag]}
     if _is_array(value):
         return {"ndarray": [value.dtype.str, value.shape, [encode(item, handle) for item in value.ravel().tolist()]]}
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):
-        number = value.item()
-        if type(number) is not type(value):
-            return encode(number, handle)
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and type(number := value.item()) is not type(value):
+        return encode(number, handle)
     return handle(value)
 
 
-def _array(dtype: str, shape: list[int], items: list[Any], find: Callable[[int], Any]) -> Any:
+def _array(content: list[Any], find: Callable[[int], Any]) -> Any:
+    dtype, shape, items = content
     values = [decode(item, find) for item in items]
     try:
         import numpy
@@ -98,7 +97,7 @@ def decode(data: Any, find: Callable[[int], Any]) -> Any:
     if kind in ("bytes", "bytearray"):
         return getattr(builtins, kind).fromhex(content)
     if kind == "ndarray":
-        return _array(*content, find)
+        return _array(content, find)
     return complex(*content)
 
 

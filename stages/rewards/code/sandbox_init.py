@@ -341,7 +341,7 @@ def _become_program(
 
 def _call(prepared: ModuleType) -> None:
     """Run the module's function in place of a command, with the three standard descriptors only; then end."""
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(3, 1 << 16)
     status = 1
     try:
         with open(0, encoding="utf-8", closefd=False) as sys.stdin:
