@@ -31,7 +31,7 @@ FLAGS = ("-s", "-P", "-B")
 EXCERPT_LENGTH = 200
 MAX_TESTS_IN_DETAIL = 50
 LANGUAGES = {"python": ("python", "py", "python3")}
-END_OF_THOUGHTS = "</think>"
+END_OF_THOUGHTS = re.compile(r"</think>[ \t]*$", re.MULTILINE)
 HARNESS = Path(__file__).with_name("harness.py")
 
 
@@ -56,7 +56,8 @@ def code(
 ) -> Score:
     """Return the share of the tests that the program in the completion passes (or, "all": 1 when it passes each).
 
-    The program is the last fenced block of the language, else the last one without a language, else the whole text.
+    The program is the last fenced block of the language, else the last one without a language, else the whole text;
+    what follows ``</think>`` goes first.
 
     Args:
         completion: the answer.
@@ -120,26 +121,34 @@ def code_identity(**arguments: Any) -> dict[str, Any]:
 def extract_program(completion: str, language: str) -> str:
     """Return the last fenced block of the language, else the last one that names none, else the whole text.
 
-    A block that is not closed, as in an answer that was cut, counts to the end, but no further than to the next fence
-    that names a language, or to the end of the thoughts.
+    What follows the thoughts (a line that ends in ``</think>``) goes first: they count where it has no block. A block
+    that is not closed, as in an answer that was cut, counts to the end, or to the next fence that names a language.
     """
+    *thoughts, answer = END_OF_THOUGHTS.split(completion)
+    for text in (answer, "\n".join(thoughts)):
+        blocks = _blocks(text)
+        for wanted in (LANGUAGES.get(language, (language,)), ("",)):
+            found = [lines for name, lines in blocks if name in wanted]
+            if found:
+                return "\n".join(found[-1]) + "\n"
+    return answer
+
+
+def _blocks(text: str) -> list[tuple[str, list[str]]]:
+    """Return language and lines of each fenced block."""
     blocks: list[tuple[str, list[str]]] = []
     fence = ""
-    for line in completion.splitlines():
+    for line in text.splitlines():
         mark = re.match(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\s]*)", line)
         is_fence = mark is not None and mark[1].startswith(fence)
         if mark and is_fence and (not fence or mark[2]):
             fence = mark[1]
             blocks.append((mark[2].lower(), []))
-        elif fence and (line.strip() == END_OF_THOUGHTS or (mark and is_fence and line.strip() == mark[1])):
+        elif fence and mark and is_fence and line.strip() == mark[1]:
             fence = ""
         elif fence:
             blocks[-1][1].append(line)
-    for wanted in (LANGUAGES.get(language, (language,)), ("",)):
-        found = [lines for name, lines in blocks if name in wanted]
-        if found:
-            return "\n".join(found[-1]) + "\n"
-    return completion
+    return blocks
 
 
 def _score(verdicts: list[dict[str, Any]], score: str) -> Score:
