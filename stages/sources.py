@@ -18,7 +18,7 @@ from pipeline.config import StrictModel
 from pipeline.errors import SourceError
 from pipeline.files import identity, sha256_file
 from pipeline.object_store import download_file, local_path
-from stages.rewards.answers.reasoning_gym import import_reasoning_gym
+from stages.rewards.answers.reasoning_gym_tasks import import_reasoning_gym
 from stages.tables import FILE_SUFFIXES, file_records
 
 REASONING_GYM = "reasoning_gym:"

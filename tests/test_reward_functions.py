@@ -93,6 +93,59 @@ def test_the_identity_does_not_know_where_a_module_lies(module: Path) -> None:
     assert recipe(file="a") != copy
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"\xef\xbb\xbffrom helping import FACTOR\ndef f(completion): return FACTOR\n",
+        b"# -*- coding: latin-1 -*-\n# \xe4\nfrom helping import FACTOR\ndef f(completion): return FACTOR\n",
+        b"from helping import FACTOR\ntry:\n    import old\nexcept SyntaxError:\n    pass\n"
+        b"def f(completion): return FACTOR\n",
+    ],
+    ids=["byte order mark", "latin-1", "a module of another Python"],
+)
+def test_sources_are_read_as_python_reads_them(module: Path, source: bytes) -> None:
+    (module.parent / "old.py").write_bytes(b"print 'x\xe4'\n")
+    module.write_bytes(source)
+    before = recipe()
+    (module.parent / "helping.py").write_text("FACTOR = 3.0\n")
+    assert recipe() != before
+
+
+PACKAGED = {  # where a module that a reward imports lies -> whether it is an installed package, not the user's source
+    "site-packages": True,
+    "python3/dist-packages": True,
+    "target": True,
+    "own": False,
+    "in_place": False,
+}
+
+
+@pytest.mark.parametrize("folder", PACKAGED)
+def test_installed_packages_are_no_source_of_the_user_wherever_they_lie(
+    module: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    place = module.parent / folder
+    (place / "lib_of_somebody").mkdir(parents=True)
+    (place / "lib_of_somebody" / "__init__.py").write_text("from lib_of_somebody.inner import X\n")
+    (place / "lib_of_somebody" / "inner.py").write_text("X = 1.0\n")
+    if folder == "target":  # as pip install --target leaves it
+        (place / "lib-1.0.dist-info").mkdir()
+        (place / "lib-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lib\nVersion: 1.0\n")
+        files = ("lib_of_somebody/__init__.py", "lib_of_somebody/inner.py", "lib-1.0.dist-info/METADATA")
+        (place / "lib-1.0.dist-info" / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    if folder == "in_place":  # as setuptools leaves it beside sources that are installed in place
+        (place / "lib.egg-info").mkdir()
+        (place / "lib.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: lib\nVersion: 1.0\n")
+        (place / "lib.egg-info" / "SOURCES.txt").write_text("lib_of_somebody/__init__.py\nlib_of_somebody/inner.py\n")
+    monkeypatch.syspath_prepend(place)
+    module.write_text("from lib_of_somebody import X\ndef f(completion): return X\n")
+    for name in ("lib_of_somebody", "lib_of_somebody.inner"):
+        sys.modules.pop(name, None)
+    before = recipe()
+    (place / "lib_of_somebody" / "inner.py").write_text("X = 2.0\n")
+    assert (recipe() == before) is PACKAGED[folder]
+
+
 def test_two_functions_of_one_module_have_two_identities(module: Path) -> None:
     maker = "def make(factor):\n    def inner(completion):\n        return factor\n    return inner\n"
     module.write_text(f"{maker}f = make(2.0)\ng = make(3.0)\n")

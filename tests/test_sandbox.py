@@ -297,6 +297,22 @@ def test_nothing_but_the_private_directory_can_be_written() -> None:
     assert tried("open('/tmp/new', 'w')", "open('/dev/null', 'w').write('x')") == ["done", "done"]
 
 
+def test_a_program_stays_the_first_to_be_ended_where_memory_runs_out() -> None:
+    program = """
+        print(open("/proc/self/oom_score_adj").read().strip())
+        for place in ("/proc/self/oom_score_adj", "/proc/self/oom_adj", "/proc/1/oom_score_adj", "/proc/self/comm"):
+            try:
+                open(place, "w").write("0")
+                print("written", place)
+            except OSError as error:
+                print(type(error).__name__)
+        print(open("/proc/self/oom_score_adj").read().strip())
+    """
+    seen = attack("open('/dev/stdout', 'w').write('seen ')\n" + textwrap.dedent(program)).stdout.split()
+    assert (seen[0], seen[1], seen[-1]) == ("seen", "1000", "1000")
+    assert set(seen[2:-1]) <= {"OSError", "PermissionError", NO_SUCH_FILE}
+
+
 def test_files_of_the_system_cannot_be_changed() -> None:
     assert set(tried(f"os.chmod({python()!r}, 0o777)", f"os.utime({python()!r})")) <= {"OSError", "PermissionError"}
 

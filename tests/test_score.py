@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def troublesome(completion: str) -> Any:
     return {"nan": math.nan, "none": None, "text": "not a number", "infinite": math.inf}.get(completion, 1.0)
 
 
+class Waits:
+    """An object whose call is async."""
+
+    async def __call__(self, completion: str) -> float:
+        return float(len(completion))
+
+
+waits, waits_partly = Waits(), partial(Waits())
+
+
 def rewards(function: str, **arguments: Any) -> ScoreConfig:
     return ScoreConfig(rewards=[RewardConfig(name="r", function=function, arguments=arguments)])
 
@@ -57,6 +68,11 @@ def test_a_function_gets_what_its_signature_names(scorer: Scorer) -> None:
     assert json.loads(row["detail"]) == {"seen": ["Rome!", "3 + 4", "Rome", "R"]}
 
 
+@pytest.mark.parametrize("name", ["waits", "waits_partly"])
+def test_an_object_whose_call_is_async_is_awaited(scorer: Scorer, name: str) -> None:
+    assert score(scorer, rewards(f"tests.test_score:{name}"), "7", "seven")["reward"].to_list() == [1.0, 5.0]
+
+
 def test_several_functions_give_a_row_each(scorer: Scorer) -> None:
     config = ScoreConfig(
         rewards=[
@@ -71,7 +87,7 @@ def test_several_functions_give_a_row_each(scorer: Scorer) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("raise", "ValueError: no number in it (test_score.py:33)"),
+        ("raise", "ValueError: no number in it (test_score.py:34)"),
         ("nan", "the function returned nan"),
         ("infinite", "the function returned inf"),
         ("none", "the function returned None"),

@@ -18,8 +18,8 @@ A reward is a plain function ``module:function`` in one of three shapes, told ap
            return pl.col("completion").str.contains("<answer>").cast(pl.Float64)
 
 All know the same facts, as parameters (1) or columns (2, 3), see `FACTS`. Shape 1 may also name any key of the source
-row's metadata; shapes 2 and 3 find them as JSON in the column ``metadata``. Every other parameter is filled from
-``arguments`` in the config.
+row's metadata, but for the names in the function's attribute ``only_from_config``; shapes 2 and 3 find them as JSON in
+the column ``metadata``. Every other parameter is filled from ``arguments`` in the config.
 
 Shape 1 returns a number, `Score`, or None (it cannot say). Shapes 2 and 3 give a Series (an expression) of numbers, or
 a DataFrame (struct) with ``reward`` and, if wanted, ``detail`` (JSON text, or a struct) and ``error`` (text of a row

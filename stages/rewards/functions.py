@@ -1,14 +1,16 @@
 """Finding reward functions: importing one, telling its shape, checking what it asks for, and its identity."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import inspect
 import sys
 import sysconfig
+import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -65,7 +67,7 @@ class RewardFunction:
     shape: Shape
     is_async: bool
     parameters: tuple[str, ...]
-    """Names in its signature; a ``**rest`` is not among them."""
+    """Names in its signature that a row may fill; a ``**rest`` is not among them."""
     takes_anything: bool
     """It has a ``**rest`` parameter."""
     required: tuple[str, ...]
@@ -121,16 +123,24 @@ def find_reward(config: RewardConfig) -> RewardFunction:
             f"the reward {name!r} ({function}) has no parameters {unknown}; it has {list(named)}: "
             "correct score.rewards.arguments"
         )
+    only_from_config = getattr(call, "only_from_config", ())  # what a row of strangers' data must not choose
     return RewardFunction(
         config=config,
         call=call,
         shape=_shape(signature),
-        is_async=inspect.iscoroutinefunction(call),
-        parameters=tuple(named),
+        is_async=_is_async(call),
+        parameters=tuple(n for n in named if n not in only_from_config),
         takes_anything=takes_anything,
         required=tuple(n for n, p in named.items() if p.default is p.empty),
         recipe=_recipe(name, function, call, arguments),
     )
+
+
+def _is_async(call: Callable[..., Any]) -> bool:
+    while isinstance(call, partial):
+        call = call.func
+    # an object is called by its class
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
 
 
 def _expression(reward: RewardFunction) -> Any:
@@ -243,7 +253,7 @@ def hash_sources(module: ModuleType) -> dict[str, str]:
         if name in seen or path is None or not (name == module.__name__ or _is_users(name, path, package)):
             continue
         seen.add(name)
-        source = path.read_text(encoding="utf-8")
+        source = _source(path)
         if source.strip():
             found[name] = sha256_text(source)
         is_package = path.name == "__init__.py"
@@ -263,13 +273,45 @@ def _source_file(name: str) -> Path | None:
     return Path(origin) if origin and origin.endswith(".py") and Path(origin).is_file() else None
 
 
+def _source(path: Path) -> str:
+    """Return the text as Python reads it: without a byte order mark, in the encoding that it names."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):  # Python cannot read it either, and nobody imports it in earnest
+        return path.read_text(encoding="latin-1")
+
+
 def _is_users(name: str, path: Path, package: str) -> bool:
     top = name.partition(".")[0]
     if top in OWN_PACKAGES:
         return name.startswith(f"{LIBRARY}.") and name not in NO_REWARDS
     if top == package:
         return True
-    return not any(path.resolve().is_relative_to(folder) for folder in _installed_folders())
+    return not _is_installed(name, path)
+
+
+def _is_installed(name: str, path: Path) -> bool:
+    """Return whether the file is part of a package that was installed, in any of the folders that exist for this.
+
+    These are the interpreter's, those that are called so (a user's, a distribution's, another environment's), and
+    any folder whose metadata lists the file, as `pip install --target` leaves it. Sources that are installed in place
+    are the user's: their metadata lie elsewhere, or have no list of installed files.
+    """
+    places = (path, path.resolve())
+    if any(place.is_relative_to(folder) for place in places for folder in _installed_folders()):
+        return True
+    if any(part in ("site-packages", "dist-packages") for place in places for part in place.parts):
+        return True
+    folder = path.parents[name.count(".") + (path.name == "__init__.py")]
+    return path.relative_to(folder).as_posix() in _recorded(folder)
+
+
+@cache
+def _recorded(folder: Path) -> frozenset[str]:
+    """Return the files of the packages installed in a folder, by their metadata."""
+    distributions = importlib.metadata.distributions(path=[str(folder)])
+    return frozenset(str(file) for found in distributions if found.read_text("RECORD") for file in found.files or ())
 
 
 @cache
@@ -284,7 +326,11 @@ def _imported(source: str, package: str) -> tuple[str, ...]:
 
 
 def _names_imported(source: str, package: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # of another Python: it cannot be imported either
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 parts = alias.name.split(".")

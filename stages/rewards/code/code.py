@@ -7,7 +7,8 @@ The tests are metadata of the prompt, in one of two forms:
     test_code   Python asserts that call the program's functions. They run in a process of their own beside the
                 program, see `harness` and docs/sandbox.md.
 
-Where the sandbox cannot be had, every completion gets a null reward with the reason, never an unprotected run.
+A test that fails by itself is no wrong answer: the reward is null, with the error. Where the sandbox cannot be had,
+every completion gets a null reward with the reason, never an unprotected run.
 """
 
 import ast
@@ -30,14 +31,17 @@ FLAGS = ("-s", "-P", "-B")
 EXCERPT_LENGTH = 200
 MAX_TESTS_IN_DETAIL = 50
 LANGUAGES = {"python": ("python", "py", "python3")}
+END_OF_THOUGHTS = re.compile(r"</think>[ \t]*$", re.MULTILINE)
 HARNESS = Path(__file__).with_name("harness.py")
 
 
 def code(
     completion: str,
     tests: Any = None,
-    test_code: str | None = None,
+    test_code: str | Sequence[str] | None = None,
+    test_setup_code: str | Sequence[str] | None = None,
     entry_point: str | None = None,
+    solution_module: str = "solution",
     score: Literal["share", "all"] = "share",
     language: str = "python",
     command: Sequence[str] | None = None,
@@ -52,13 +56,17 @@ def code(
 ) -> Score:
     """Return the share of the tests that the program in the completion passes (or, "all": 1 when it passes each).
 
-    The program is the last fenced block of the language, else the last one without a language, else the whole text.
+    The program is the last fenced block of the language, else the last one without a language, else the whole text;
+    what follows ``</think>`` goes first.
 
     Args:
         completion: the answer.
-        tests: from the metadata: inputs and outputs; white space at the end of lines and text is not compared.
-        test_code: from the metadata: Python asserts, for a Python program.
+        tests: from the metadata: inputs and outputs, as a list of {"input", "output"} or as {"inputs": [...],
+            "outputs": [...]}; white space at the end of lines and text is not compared.
+        test_code: from the metadata: Python asserts, for a Python program; a text or a list of texts.
+        test_setup_code: from the metadata: Python that the asserts need.
         entry_point: from the metadata: the function that ``test_code``'s ``check(candidate)`` is called with.
+        solution_module: the name under which ``test_code`` imports the program, if it does.
         score: "share" or "all", which ends at the first test that is not passed.
         language: of the fenced block.
         command: how the file ``program`` is run, for instance ["bash", "program"]; Python when left out.
@@ -84,17 +92,22 @@ def code(
     if command is None and language != "python":
         raise RewardError(f'no command for {language}: give one, for instance command = ["bash", "program"]')
     program = extract_program(completion, language)
+    if test_code is None and len(program.encode(errors="replace")) > disk_mb << 20:
+        verdict = {"verdict": "not run", "text": f"the program is larger than {disk_mb} MB (disk_mb)"}
+        return _score([verdict] * len(_pairs(tests)), score)
     limits = Limits(seconds, memory_mb, processes, disk_mb, output_bytes=output_kb << 10)
     with Sandbox(limits, isolation, tuple(readable)) as sandbox:
         if test_code is not None:
-            verdicts = _run_asserts(sandbox, program, _steps(test_code, entry_point), entry_point, total_seconds)
+            steps = _steps(_python("test_setup_code", test_setup_code) + _python("test_code", test_code), entry_point)
+            job = {"program": program, "steps": steps, "entry_point": entry_point, "solution_module": solution_module}
+            verdicts = _run_asserts(sandbox, job, total_seconds)
         else:
             run = list(command) if command is not None else [python(), *FLAGS, "program"]
             verdicts = _run_inputs(sandbox, run, program, _pairs(tests), total_seconds, score == "all")
-    passed = sum(verdict["verdict"] == "passed" for verdict in verdicts)
-    share = passed / len(verdicts)
-    detail = {"passed": passed, "tests": len(verdicts), "verdicts": verdicts[:MAX_TESTS_IN_DETAIL]}
-    return Score(share if score == "share" else float(passed == len(verdicts)), detail)
+    return _score(verdicts, score)
+
+
+code.only_from_config = ("isolation", "readable")  # type: ignore[attr-defined]
 
 
 def code_identity(**arguments: Any) -> dict[str, Any]:
@@ -108,35 +121,83 @@ def code_identity(**arguments: Any) -> dict[str, Any]:
 def extract_program(completion: str, language: str) -> str:
     """Return the last fenced block of the language, else the last one that names none, else the whole text.
 
-    A fence that is not closed, as in an answer that was cut, counts to the end.
+    What follows the thoughts (a line that ends in ``</think>``) goes first: they count where it has no block. A block
+    that is not closed, as in an answer that was cut, counts to the end, or to the next fence that names a language.
     """
+    *thoughts, answer = END_OF_THOUGHTS.split(completion)
+    for text in (answer, "\n".join(thoughts)):
+        blocks = _blocks(text)
+        for wanted in (LANGUAGES.get(language, (language,)), ("",)):
+            found = [lines for name, lines in blocks if name in wanted]
+            if found:
+                return "\n".join(found[-1]) + "\n"
+    return answer
+
+
+def _blocks(text: str) -> list[tuple[str, list[str]]]:
+    """Return language and lines of each fenced block."""
     blocks: list[tuple[str, list[str]]] = []
     fence = ""
-    for line in completion.splitlines():
+    for line in text.splitlines():
         mark = re.match(r" {0,3}(`{3,}|~{3,})[ \t]*([^`\s]*)", line)
-        if not fence and mark:
+        is_fence = mark is not None and mark[1].startswith(fence)
+        if mark and is_fence and (not fence or mark[2]):
             fence = mark[1]
             blocks.append((mark[2].lower(), []))
-        elif fence and mark and mark[1].startswith(fence) and line.strip() == mark[1]:
+        elif fence and mark and is_fence and line.strip() == mark[1]:
             fence = ""
         elif fence:
             blocks[-1][1].append(line)
-    for wanted in (LANGUAGES.get(language, (language,)), ("",)):
-        found = [lines for name, lines in blocks if name in wanted]
-        if found:
-            return "\n".join(found[-1]) + "\n"
-    return completion
+    return blocks
+
+
+def _score(verdicts: list[dict[str, Any]], score: str) -> Score:
+    passed = sum(verdict["verdict"] == "passed" for verdict in verdicts)
+    share = passed / len(verdicts)
+    detail = {"passed": passed, "tests": len(verdicts), "verdicts": verdicts[:MAX_TESTS_IN_DETAIL]}
+    return Score(share if score == "share" else float(passed == len(verdicts)), detail)
 
 
 def _pairs(tests: Any) -> list[tuple[str, str]]:
     if isinstance(tests, str):
-        tests = json.loads(tests)
+        try:
+            tests = json.loads(tests)
+        except ValueError as error:
+            raise RewardError(f"tests is {tests[:80]!r}, which is no JSON ({error}): correct the metadata") from error
+    if isinstance(tests, Mapping):
+        tests = _rows_of(tests)
     if not isinstance(tests, list) or not tests:
         raise RewardError(f"tests is {str(tests)[:80]!r}: expected a list, not empty, of input and output")
     for test in tests:
         if not isinstance(test, Mapping) or not all(isinstance(test.get(key), str) for key in ("input", "output")):
             raise RewardError(f"a test is {str(test)[:80]!r}: expected the texts input and output")
+        if test.get("testtype", "stdin") != "stdin":
+            raise RewardError(
+                f"a test is of the type {test['testtype']!r}: expected standard input and output; write calls of a "
+                "function as asserts, in test_code"
+            )
     return [(test["input"], test["output"]) for test in tests]
+
+
+def _rows_of(tests: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tests of one list of inputs and one of outputs."""
+    given, expected = (tests.get(key, tests.get(f"{key}s")) for key in ("input", "output"))
+    if not isinstance(given, list) or not isinstance(expected, list) or len(given) != len(expected):
+        raise RewardError(f"tests is {str(tests)[:80]!r}: expected as many inputs as outputs, in two lists")
+    if tests.get("fn_name"):
+        raise RewardError(
+            f"tests calls the function {tests['fn_name']!r}: expected standard input and output; write the calls as "
+            "asserts, in test_code"
+        )
+    return [{"input": one, "output": other} for one, other in zip(given, expected, strict=True)]
+
+
+def _python(name: str, code: str | Sequence[str] | None) -> str:
+    """Return Python of the metadata as one text."""
+    lines = [code] if isinstance(code, str) else list(code or ())
+    if not all(isinstance(line, str) for line in lines):
+        raise RewardError(f"{name} is {str(code)[:80]!r}: expected a text or a list of texts, each of them Python")
+    return "".join(line.rstrip() + "\n" for line in lines)
 
 
 def _run_inputs(
@@ -189,8 +250,8 @@ def _excerpt(text: str, last: bool = False) -> str:
 
 
 @lru_cache(maxsize=256)
-def _steps(test_code: str, entry_point: str | None) -> list[tuple[str, bool]]:
-    """Return the statements of the test code, each with whether it counts as a test.
+def _steps(test_code: str, entry_point: str | None) -> list[tuple[str, bool, list[str]]]:
+    """Return the statements of the test code, each with whether it counts as a test, and the names in it.
 
     Tests are the asserts at the top level and the functions ``test_...`` without parameters; where there are none, the
     calls at the top level; where there are none either, ``check`` with the entry point.
@@ -200,16 +261,17 @@ def _steps(test_code: str, entry_point: str | None) -> list[tuple[str, bool]]:
     except (SyntaxError, ValueError) as error:
         raise RewardError(f"test_code is not Python ({error}): correct the metadata") from error
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.args.defaults]
-    own = [f"{name}()" for name in functions if name.startswith("test_")]
+    own = [name for name in functions if name.startswith("test_")]
     has_asserts = bool(own) or any(isinstance(node, ast.Assert) for node in tree.body)
     steps = []
     for node in tree.body:
         is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-        steps.append((ast.unparse(node), isinstance(node, ast.Assert) or (is_call and not has_asserts)))
-    steps += [(call, True) for call in own]
-    if entry_point is not None and "check" in functions and not any(is_test for _, is_test in steps):
-        steps.append((f"check({entry_point})", True))
-    if not any(is_test for _, is_test in steps):
+        is_test = isinstance(node, ast.Assert) or (is_call and not has_asserts)
+        steps.append((ast.unparse(node), is_test, sorted(_names(node))))
+    steps += [(f"{name}()", True, [name]) for name in own]
+    if entry_point is not None and "check" in functions and not any(is_test for _, is_test, _ in steps):
+        steps.append((f"check({entry_point})", True, ["check", entry_point]))
+    if not any(is_test for _, is_test, _ in steps):
         raise RewardError(
             "test_code holds no test: expected asserts or calls at the top level, functions test_..., or "
             "check(candidate) with an entry_point beside it in the metadata"
@@ -217,13 +279,27 @@ def _steps(test_code: str, entry_point: str | None) -> list[tuple[str, bool]]:
     return steps
 
 
-def _run_asserts(
-    sandbox: Sandbox, program: str, steps: list[tuple[str, bool]], entry_point: str | None, total_seconds: float
-) -> list[dict[str, Any]]:
-    job = json.dumps({"program": program, "steps": steps, "entry_point": entry_point})
+def _names(node: ast.stmt) -> set[str]:
+    """Return the names that a statement reads or makes."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            found.add(part.id)
+        elif isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(part.name)
+        elif isinstance(part, ast.alias):
+            found.add((part.asname or part.name).partition(".")[0])
+    return found
+
+
+def _run_asserts(sandbox: Sandbox, job: dict[str, Any], total_seconds: float) -> list[dict[str, Any]]:
+    steps = job["steps"]
     seconds = min(sandbox.limits.seconds, total_seconds)
     run = sandbox.run(
-        [python(), *FLAGS, "harness.py"], {"harness.py": HARNESS.read_text(encoding="utf-8")}, job, seconds
+        [python(), *FLAGS, "harness.py"],
+        {"harness.py": HARNESS.read_text(encoding="utf-8")},
+        json.dumps(job),
+        seconds,
     )
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.endswith("}")]
     for line in lines:
@@ -232,10 +308,15 @@ def _run_asserts(
                 f"{line['text']}, which only data may be ({steps[line['step']][0][:80]!r}): rewrite the test, or give "
                 "inputs and outputs instead"
             )
+        if line["verdict"] == "broken":
+            raise RewardError(
+                f"test_code fails by itself, whatever the program does: {line['text']} "
+                f"({steps[line['step']][0][:80]!r}): correct it; what it imports must be installed for {python()}"
+            )
     told = {line["step"]: line for line in lines}
     why = _why_the_rest_failed(run, lines)
     verdicts = []
-    for step, (source, is_test) in enumerate(steps):
+    for step, (source, is_test, _) in enumerate(steps):
         if is_test:
             line = told.get(step)
             verdict = why if line is None else {key: line[key] for key in ("verdict", "text") if line[key]}

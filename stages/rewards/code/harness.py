@@ -2,9 +2,12 @@
 
 A copy of this file is run inside the sandbox, by itself, in two roles. The *tests* role holds the asserts and writes
 the verdicts; it starts the *program* role, a second process that holds the program and answers: give me this name, call
-it with these arguments. A value crosses as data (numbers, texts, lists, tuples, dicts, sets, bytes) or, when it is
-anything else, as a `Remote`: a handle whose calls, attributes, items and iteration are carried out by the program. So
-the program sees the arguments of its calls and nothing else: not the asserts, the expected values or the verdicts.
+it with these arguments. A value crosses as data (numbers, texts, lists, tuples, dicts, sets, bytes, numpy's arrays) or
+else as a `Remote`: a handle whose calls, attributes, items and iteration are carried out by the program. So the program
+sees the arguments of its calls and nothing else: not the asserts, the expected values or the verdicts.
+
+A test that fails before it has touched the program, by a name that leads there or a value that came from there, fails
+by itself, and so does one that cannot import something: its verdict is "broken", for which no program is to blame.
 
 A `Remote` never equals a plain value, and has no order and no arithmetic: an answer that claims to equal whatever it is
 compared with, or whose difference to everything is 0, does not pass.
@@ -16,12 +19,18 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 TEXT_LENGTH = 300
 TO_PROGRAM, FROM_PROGRAM = 3, 4
 """File descriptors of the program role."""
 PR_SET_DUMPABLE = 4
+SPECIAL_NAMES = ("__name__", "__qualname__", "__dict__", "__annotations__", "__code__", "__defaults__")
+"""Those of a `Remote` that a test may ask for. By others libraries take an object for what it says that it is: by
+`__array_interface__` numpy reads any address."""
+ARRAY_KINDS = "biufcSUO"
+"""Of numpy's arrays that cross as data."""
 
 
 class CannotCross(BaseException):
@@ -49,7 +58,29 @@ def encode(value: Any, handle: Callable[[Any], Any]) -> Any:
         return {type(value).__name__: value.hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
+    if _is_array(value):
+        return {"ndarray": [value.dtype.str, value.shape, [encode(item, handle) for item in value.ravel().tolist()]]}
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and type(number := value.item()) is not type(value):
+        return encode(number, handle)
     return handle(value)
+
+
+def _array(content: list[Any], find: Callable[[int], Any]) -> Any:
+    dtype, shape, items = content
+    values = [decode(item, find) for item in items]
+    try:
+        import numpy
+    except ImportError:  # then the program has none either, and only says so
+        return values
+    array = numpy.array(values, dtype).reshape(shape)
+    if array.dtype.kind not in ARRAY_KINDS:
+        raise TypeError(f"an array of {array.dtype}")
+    return array
+
+
+def _is_array(value: Any) -> bool:
+    kind = type(value)
+    return kind.__module__ == "numpy" and kind.__name__ == "ndarray" and value.dtype.kind in ARRAY_KINDS
 
 
 def decode(data: Any, find: Callable[[int], Any]) -> Any:
@@ -65,6 +96,8 @@ def decode(data: Any, find: Callable[[int], Any]) -> Any:
         return getattr(builtins, kind)(decode(item, find) for item in content)
     if kind in ("bytes", "bytearray"):
         return getattr(builtins, kind).fromhex(content)
+    if kind == "ndarray":
+        return _array(content, find)
     return complex(*content)
 
 
@@ -81,12 +114,14 @@ class Program:
             _become_program(to_program[0], from_program[1])
         os.close(to_program[0])
         os.close(from_program[1])
+        self.num_asked = 0
         self.requests = os.fdopen(to_program[1], "w", encoding="utf-8")
         self.answers = os.fdopen(from_program[0], encoding="utf-8")
         self.ask("run", text)
 
     def ask(self, action: str, *values: Any) -> Any:
         """Return what the program answers, or raise what it raised, as the nearest built-in exception."""
+        self.num_asked += 1
         data = [action, *(encode(value, _handle_of) for value in values)]
         try:
             self.requests.write(json.dumps(data) + "\n")
@@ -108,6 +143,7 @@ class Program:
                 error = kind(answer["text"])
             except TypeError:  # UnicodeDecodeError and its like want more
                 error = Exception(answer["text"])
+            error.is_of_program = True  # type: ignore[attr-defined]
             raise error
         self._copy_back(values, answer.get("changed", {}))
         return decode(answer["value"], self._remote)
@@ -126,6 +162,8 @@ class Program:
             elif isinstance(old, dict | set):
                 old.clear()
                 old.update(new)
+            elif _is_array(old) and old.shape == new.shape:
+                old[...] = new
 
 
 class Remote:
@@ -141,9 +179,11 @@ class Remote:
         return self._program.ask("call", self, values, named)
 
     def __getattr__(self, name: str) -> Any:
+        _check_name(name)
         return self._program.ask("attribute", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        _check_name(name)
         self._program.ask("set_attribute", self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
@@ -185,6 +225,11 @@ class Remote:
         return hash(self._number)
 
 
+def _check_name(name: str) -> None:
+    if name[:2] == name[-2:] == "__" and name not in SPECIAL_NAMES:
+        raise AttributeError(f"{name} of something that lives in the program cannot be had")
+
+
 def _handle_of(value: Any) -> Any:
     if isinstance(value, Remote):
         return {"remote": value._number}
@@ -202,6 +247,21 @@ class Names(dict[str, Any]):
         return self.program.ask("name", name)
 
 
+def _serve_module(name: str, program: Program) -> None:
+    """Let the tests import the program under this name."""
+
+    def find(attribute: str) -> Any:
+        _check_name(attribute)
+        try:
+            return program.ask("name", attribute)
+        except NameError as error:
+            raise AttributeError(str(error)) from None
+
+    module = ModuleType(name)
+    module.__getattr__ = find  # type: ignore[method-assign]
+    sys.modules[name] = module
+
+
 def run_tests() -> None:
     """Read the job from standard input; write a line of JSON for each step that is a test or that failed."""
     # nobody may look into this process from now on: not its memory, not its file descriptors
@@ -213,25 +273,43 @@ def run_tests() -> None:
     step: int | None = None
     try:
         names = Names(__name__="tests")
-        names.program = Program(job["program"])
+        names.program = program = Program(job["program"])
+        _serve_module(job["solution_module"], program)
         if job["entry_point"] is not None:
-            names[job["entry_point"]] = names.program.ask("name", job["entry_point"])
-        for step, (source, is_test) in enumerate(job["steps"]):
+            names[job["entry_point"]] = program.ask("name", job["entry_point"])
+        touched = {job["entry_point"]}  # names in the tests whose values may be the program's
+        for step, (source, is_test, mentioned) in enumerate(job["steps"]):
+            num_asked, error = program.num_asked, None
             try:
                 exec(compile(source, "<tests>", "exec"), names)
-            except Exception as error:
-                _tell(verdicts, step, "failed", f"{type(error).__name__}: {error}")
-                if not is_test:  # what follows would run without what this step should have made
+            except (CannotCross, ProgramEnded):
+                raise
+            except BaseException as caught:
+                error = caught
+            has_touched = program.num_asked > num_asked or not touched.isdisjoint(mentioned)
+            if has_touched:
+                touched.update(mentioned)
+            if error is not None:
+                is_broken = _is_own_failure(error, has_touched, job["solution_module"])
+                _tell(verdicts, step, "broken" if is_broken else "failed", f"{type(error).__name__}: {error}")
+                # what follows would run without what this step should have made
+                if is_broken or not is_test or not isinstance(error, Exception):
                     return
-            else:
-                if is_test:
-                    _tell(verdicts, step, "passed", "")
-    except CannotCross as error:
-        _tell(verdicts, step, "unsupported", str(error))
-    except ProgramEnded as error:
-        _tell(verdicts, step, "crash", str(error))
+            elif is_test:
+                _tell(verdicts, step, "passed", "")
+    except (CannotCross, ProgramEnded) as error:
+        _tell(verdicts, step, "unsupported" if isinstance(error, CannotCross) else "crash", str(error))
     except BaseException as error:
         _tell(verdicts, step, "failed", f"{type(error).__name__}: {error}")
+
+
+def _is_own_failure(error: BaseException, has_touched: bool, module: str) -> bool:
+    """Return whether the tests are to blame for it, and not the program."""
+    if getattr(error, "is_of_program", False):
+        return False
+    if isinstance(error, ImportError):  # of the module that is the program: it lacks a name
+        return error.name != module
+    return not has_touched
 
 
 def _tell(verdicts: Any, step: int | None, verdict: str, text: str) -> None:
@@ -276,7 +354,8 @@ def serve_program() -> None:
             result = _carry_out(names, action, values)
             answer = {"value": encode(result, handle)}
             if action == "call":
-                changed = {i: v for i, v in enumerate(values[1]) if isinstance(v, list | dict | set | bytearray)}
+                mutable = (list, dict, set, bytearray)
+                changed = {i: v for i, v in enumerate(values[1]) if isinstance(v, mutable) or _is_array(v)}
                 answer["changed"] = {str(i): encode(value, handle) for i, value in changed.items()}
         except Exception as error:
             kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]

@@ -29,6 +29,8 @@ SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", 
 """Programs and libraries of the system: what every sandbox shows."""
 GRACE_SECONDS = 10.0
 """Beyond the run's own limit, for a machine under load; after it the whole sandbox is killed."""
+PREPARE_SECONDS = 300.0
+"""For what a prepared module imports."""
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -87,6 +89,10 @@ class Sandbox:
     isolation: Isolation = "full"
     readable: Sequence[str] = ()
     """Further absolute paths that the program may read; the rest of the machine it does not see (isolation "full")."""
+    prepared: str = ""
+    """A module of this project that needs nothing but the standard library to be imported. The server calls its
+    ``prepare()`` once, with the installed packages in sight, and every run calls its ``run()``, in a copy of that
+    process that has become the program, in place of a command: what takes long to import is imported once."""
     _server: subprocess.Popen[str] | None = None
     _scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -113,13 +119,19 @@ class Sandbox:
             encoding="utf-8",
         )
         try:
-            answer = self._ask(self._setup(), GRACE_SECONDS)
+            answer = self._ask(self._setup(), PREPARE_SECONDS if self.prepared else GRACE_SECONDS)
         except BaseException:
             self.close()
             raise
         if "refused" in answer:
             self.close()
             raise _refusal(answer["refused"], self.isolation)
+        if "error" in answer:
+            self.close()
+            raise RewardError(
+                f"the sandbox could not prepare {self.prepared} ({answer['error']}): expected its packages in "
+                f"{', '.join(installed_folders()) or 'a folder of installed packages'}; install them there"
+            )
         return self
 
     def __exit__(
@@ -137,7 +149,7 @@ class Sandbox:
         """Return how the command ended; it starts in an empty private directory with these files.
 
         Args:
-            command: program and arguments; a program without slash is looked for in PATH.
+            command: program and arguments; a program without slash is looked for in PATH. Empty for what is prepared.
             files: name to text.
             stdin: what the command can read.
             seconds: less or more wall time than the limits grant.
@@ -155,8 +167,9 @@ class Sandbox:
         }
         answer = self._ask(request, seconds + GRACE_SECONDS)
         if "error" in answer:
+            what = self.prepared or repr(command[0])
             raise RewardError(
-                f"the sandbox could not run {command[0]!r}: {answer['error']}. Expected a program that exists inside "
+                f"the sandbox could not run {what}: {answer['error']}. Expected a program that exists inside "
                 "the sandbox and that any user may run: correct `command`, or name its folder in `readable`"
             )
         return Run(answer["ended"], answer["status"], answer["stdout"], answer["stderr"], answer["seconds"])
@@ -176,7 +189,8 @@ class Sandbox:
 
     def _setup(self) -> dict[str, Any]:
         limits = self.limits
-        shown = [str(Path(sys.base_prefix).resolve()), *self.readable]
+        packages = installed_folders() if self.prepared else []
+        shown = [str(Path(sys.base_prefix).resolve()), *self.readable, *packages]
         return {
             "parent": os.getpid(),
             "user": None,
@@ -185,6 +199,8 @@ class Sandbox:
             "hidden": _hidden(shown),
             "scratch": self._scratch.name if self._scratch else None,
             "environment": ENVIRONMENT,
+            "prepared": self.prepared,
+            "packages": packages,
             "memory_mb": limits.memory_mb,
             "processes": limits.processes,
             "disk_mb": limits.disk_mb,
@@ -216,6 +232,13 @@ def python() -> str:
     """Return the interpreter that this process runs on, outside of any virtual environment."""
     base: str = getattr(sys, "_base_executable", sys.executable)
     return str(Path(base).resolve())
+
+
+def installed_folders() -> list[str]:
+    """Return the folders on the search path that packages are installed in."""
+    folders = [Path(folder).resolve() for folder in sys.path if folder and Path(folder).is_dir()]
+    own_names = ("site-packages", "dist-packages")
+    return [str(folder) for folder in folders if folder.name in own_names or any(folder.glob("*.dist-info"))]
 
 
 def _hidden(shown: Sequence[str]) -> list[str]:

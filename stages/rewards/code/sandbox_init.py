@@ -6,13 +6,15 @@ run) and answers each with one line. The processes, from the outside in:
     server      once: namespaces without a network, a read-only root that shows only what the setup names
     keeper      per run: feeds the input, cuts the output, watches the clock, kills; the program cannot see it
     init        per run: process 1 of a PID namespace, so that its end is the end of everything started in it
-    program     without privileges
+    program     without privileges; a command, or a function of a module that the server has prepared
 
 Each dies with the one above it, so that nothing outlives the process that asked for the run.
 """
 
 # importing pathlib takes longer than a run of the sandbox
 # ruff: noqa: PTH123, PTH208
+import gc
+import importlib
 import json
 import os
 import resource
@@ -20,6 +22,8 @@ import select
 import signal
 import sys
 import time
+import traceback
+from types import ModuleType
 from typing import Any
 
 from stages.rewards.code import sandbox_kernel as kernel
@@ -40,6 +44,8 @@ def main() -> None:
             setup["user"] = root.own_user()
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")  # where memory runs out, the kernel ends sandboxes first
+        # before the project is out of sight
+        prepared = importlib.import_module(setup["prepared"]) if setup["prepared"] else None
         if setup["isolation"] == "full":
             root.enter_namespaces(setup)
         # nobody may look into this process and its forks: not its memory, not its file descriptors
@@ -48,14 +54,32 @@ def main() -> None:
         place = f": {error.filename}" if error.filename else ""
         _answer({"refused": f"{error.strerror}{place}"})
         return
+    try:
+        if prepared:
+            _prepare(setup, prepared)
+    except Exception as error:
+        _answer({"error": f"{type(error).__name__}: {error}"})
+        return
     _answer({"ready": True})
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _keep(setup, json.loads(line))
+            _keep(setup, json.loads(line), prepared)
         _, status = os.waitpid(child, 0)
         if status != 0:
             _answer({"error": f"the sandbox's keeper ended with wait status {status}"})
+
+
+def _prepare(setup: dict[str, Any], module: ModuleType) -> None:
+    """Let the module import what it needs, here where there is no network and nothing but a private directory."""
+    os.environ.update(setup["environment"])
+    if setup["isolation"] == "full":  # each run covers it
+        flags = kernel.MS_NOSUID | kernel.MS_NODEV
+        kernel.mount("tmpfs", root.PRIVATE, "tmpfs", flags, f"size={setup['disk_mb']}m,mode=700")
+        os.environ.update(HOME=root.PRIVATE, TMPDIR=root.PRIVATE)
+    sys.path += setup["packages"]
+    module.prepare()
+    gc.freeze()  # a collection in one of the copies would touch, and so copy, every page
 
 
 def _answer(answer: dict[str, Any]) -> None:
@@ -70,7 +94,7 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _keep(setup: dict[str, Any], request: dict[str, Any]) -> None:
+def _keep(setup: dict[str, Any], request: dict[str, Any], prepared: ModuleType | None) -> None:
     """Run one command, answer, end."""
     server = os.getppid()
     try:
@@ -82,19 +106,19 @@ def _keep(setup: dict[str, Any], request: dict[str, Any]) -> None:
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         if setup["isolation"] == "full":
             kernel.unshare(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC, "namespaces of one run")
-        _answer(_run(setup, request))
+        _answer(_run(setup, request, prepared))
     except Exception as error:
         _answer({"error": f"{type(error).__name__}: {error}"})
     os._exit(0)
 
 
-def _run(setup: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+def _run(setup: dict[str, Any], request: dict[str, Any], prepared: ModuleType | None) -> dict[str, Any]:
     pipes = {name: os.pipe() for name in ("stdin", "stdout", "stderr", "report")}
     keeper = os.getpid()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _init(setup, request, pipes, keeper)
+        _init(setup, request, pipes, keeper, prepared)
     os.close(pipes["stdin"][0])
     for name in ("stdout", "stderr", "report"):
         os.close(pipes[name][1])
@@ -208,7 +232,13 @@ def _signal(processes: set[int], number: signal.Signals) -> None:
             continue
 
 
-def _init(setup: dict[str, Any], request: dict[str, Any], pipes: dict[str, tuple[int, int]], keeper: int) -> None:
+def _init(
+    setup: dict[str, Any],
+    request: dict[str, Any],
+    pipes: dict[str, tuple[int, int]],
+    keeper: int,
+    prepared: ModuleType | None,
+) -> None:
     """Be process 1: start the program, reap orphans, report how the program ended, end."""
     report = pipes["report"][1]
     full = setup["isolation"] == "full"
@@ -224,7 +254,7 @@ def _init(setup: dict[str, Any], request: dict[str, Any], pipes: dict[str, tuple
                 file.write(text)
         program = os.fork()
         if program == 0:
-            _exec(setup, request, pipes, place)
+            _become_program(setup, request, pipes, place, prepared)
         for pair in pipes.values():
             for fd in pair:
                 if fd != report:
@@ -255,17 +285,24 @@ def _private_directory(setup: dict[str, Any], user: int, full: bool) -> str:
     size, files = setup["disk_mb"], setup["disk_mb"] * MAX_FILES_PER_MB
     options = f"size={size}m,nr_inodes={files},mode=700,uid={user},gid={user}"
     kernel.mount("tmpfs", root.PRIVATE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    safe = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    # read-only: else the program could say that others are to be ended before it where memory runs out
+    safe = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC | kernel.MS_RDONLY
     try:
         kernel.mount("proc", "/proc", "proc", safe, "hidepid=2,subset=pid")
     except OSError:
         # container engines cover parts of /proc, then the kernel allows no new one: the program gets none
-        kernel.mount("tmpfs", "/proc", "tmpfs", safe | kernel.MS_RDONLY, "size=4k")
+        kernel.mount("tmpfs", "/proc", "tmpfs", safe, "size=4k")
     os.chdir(root.PRIVATE)
     return root.PRIVATE
 
 
-def _exec(setup: dict[str, Any], request: dict[str, Any], pipes: dict[str, tuple[int, int]], place: str) -> None:
+def _become_program(
+    setup: dict[str, Any],
+    request: dict[str, Any],
+    pipes: dict[str, tuple[int, int]],
+    place: str,
+    prepared: ModuleType | None,
+) -> None:
     """Become the program: everything is given up, in this order."""
     report = pipes["report"][1]
     try:
@@ -293,10 +330,28 @@ def _exec(setup: dict[str, Any], request: dict[str, Any], pipes: dict[str, tuple
         full = setup["isolation"] == "full"
         kernel.filter_system_calls((kernel.AF_UNIX, kernel.AF_INET, kernel.AF_INET6) if full else ())
         environment = {**setup["environment"], "HOME": place, "TMPDIR": place}
+        if prepared:
+            os.environ.update(environment)
+            _call(prepared)
         os.execvpe(request["command"][0], request["command"], environment)
     except Exception as error:
         _report(report, {"failed": f"cannot start {request['command'][0]!r}: {type(error).__name__}: {error}"})
     os._exit(1)
+
+
+def _call(prepared: ModuleType) -> None:
+    """Run the module's function in place of a command, with the three standard descriptors only; then end."""
+    os.closerange(3, 1 << 16)
+    status = 1
+    try:
+        with open(0, encoding="utf-8", closefd=False) as sys.stdin:
+            prepared.run()
+        sys.stdout.flush()
+        status = 0
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(status)
 
 
 def _limit(setup: dict[str, Any], request: dict[str, Any]) -> None:
