@@ -14,7 +14,7 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL
+from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL, known_schemas
 from pipeline.errors import UsageError
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
@@ -35,6 +35,8 @@ FINDING_ROWS = 20
 HEAT_BINS = 24
 HEAT_COLUMNS = 90
 """Most columns of a distribution; more iterations share columns."""
+LARGEST = 1e100
+"""Larger magnitudes are not drawn: the width of a range that holds them could be infinite."""
 
 Data = dict[str, pl.LazyFrame]
 Values = dict[str, float | None]
@@ -71,6 +73,8 @@ class Heat:
     shares: list[list[float]]
     outside: int
     """Number of values beyond the edges."""
+    not_numbers: int = 0
+    """Number of values that are NaN; they are in no bin."""
 
 
 @dataclass(slots=True)
@@ -211,6 +215,7 @@ def _find(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
 def _open(run: RunDir, iteration: int, report: Report, position: int) -> Data:
     data: Data = {}
     seconds: Values = {}
+    schemas = known_schemas()
     for dataset in DATASETS:
         artifact = _find(run, iteration, dataset)
         if artifact is None:
@@ -224,6 +229,7 @@ def _open(run: RunDir, iteration: int, report: Report, position: int) -> Data:
             seconds[stage] = (seconds.get(stage) or 0.0) + artifact.manifest.seconds
         if dataset not in CHECKPOINTS:
             data[dataset] = artifact.scan()
+            artifact.check_schema(schemas)
     _add(report.families.setdefault("seconds", {}), seconds, position)
     return data
 
@@ -335,17 +341,20 @@ def heat(columns: list[pl.Series], iterations: list[int]) -> Heat | None:
 
     If a thousandth of the values would stretch the range fourfold, it goes to the outer bins.
     """
-    values = [c.drop_nulls().drop_nans().to_numpy() for c in columns]
+    known = [c.drop_nulls() for c in columns]
+    values = [c.drop_nans().to_numpy() for c in known]
     everything = np.concatenate(values) if values else np.zeros(0)
-    everything = everything[np.isfinite(everything)]
-    if not len(everything):
+    not_numbers = sum(len(c) for c in known) - len(everything)
+    if not len(everything) + not_numbers:
         return None
-    low, high = float(everything.min()), float(everything.max())
-    inner_low, inner_high = (float(x) for x in np.quantile(everything, (0.001, 0.999)))
+    usual = everything[np.abs(everything) <= LARGEST]
+    low, high = (float(usual.min()), float(usual.max())) if len(usual) else (0.0, 0.0)
+    inner_low, inner_high = (float(x) for x in np.quantile(usual, (0.001, 0.999))) if len(usual) else (0.0, 0.0)
     if 0 < inner_high - inner_low < (high - low) / 4:
         low, high = inner_low, inner_high
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    if high - low <= max(abs(low), abs(high)) * 1e-9:
+        margin = max(0.5, abs(low) / 100)
+        low, high = low - margin, high + margin
     edges = np.linspace(low, high, HEAT_BINS + 1)
     spans, shares = [], []
     for positions in np.array_split(np.arange(len(iterations)), min(HEAT_COLUMNS, len(iterations))):
@@ -354,7 +363,7 @@ def heat(columns: list[pl.Series], iterations: list[int]) -> Heat | None:
         spans.append((iterations[positions[0]], iterations[positions[-1]]))
         shares.append([float(x) for x in counts / max(len(together), 1)])
     outside = int(((everything < low) | (everything > high)).sum())
-    return Heat([float(x) for x in edges], spans, shares, outside)
+    return Heat([float(x) for x in edges], spans, shares, outside, not_numbers)
 
 
 def _flagged(findings: Iterable[Finding]) -> dict[int, set[str]]:
