@@ -1,15 +1,19 @@
 """Strict configuration: TOML in, frozen pydantic models out; one error names every problem and its remedy."""
 
 import difflib
+import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from reprlib import Repr
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, ValidationError
 from pydantic_core import to_jsonable_python
 
 from pipeline.errors import ConfigError
+from pipeline.text import one_line
 
 
 class StrictModel(BaseModel):
@@ -20,6 +24,33 @@ class StrictModel(BaseModel):
     )
 
 
+def _shown_as_it_is(name: str) -> str:
+    if one_line(name) != name:
+        raise ValueError(f"a name must be one line without invisible characters, found {one_line(name)!r}")
+    return name
+
+
+MOST_BYTES = 4 << 20
+"""Of a config."""
+MOST_NESTED = 32
+"""Levels of tables and lists, and parts of a key: what follows walks them by recursion."""
+LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MOST_NESTED}}}""")
+SHORT = Repr()
+"""How a message shows a value that was found."""
+SHORT.maxstring = SHORT.maxother = 200
+
+
+def _can_exist(place: str) -> str:
+    sizes = [(place, 4095), *((part, 255) for part in place.split("/"))]
+    if "\0" in place or any(len(os.fsencode(text)) > most for text, most in sizes):
+        raise ValueError("no file system has such a path: it is too long, or holds a NUL character")
+    return place
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_shown_as_it_is)]
+"""A name that tables, logs and reports show."""
+Place = Annotated[str, AfterValidator(_can_exist)]
+"""A path, a URL, or the name of what is no file."""
 Model = TypeVar("Model", bound=BaseModel)
 DECIDES_NOTHING = "DECIDES_NOTHING"
 """Class variable of a config table: the settings that decide no row and are in no recipe."""
@@ -77,15 +108,43 @@ def load_toml(path: Path) -> dict[str, Any]:
         ConfigError: when the file is missing or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file: name a TOML file, for example configs/demo.toml")
+        if path.exists() and path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{path} has more than {MOST_BYTES:,} bytes: name a config, which is shorter")
+        return parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: name a TOML file, for example configs/demo.toml") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} cannot be read as a TOML file ({error}): name one, e.g. configs/demo.toml"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML text.
+
+    Raises:
+        ValueError: when it is none, nests deeper than MOST_NESTED, or holds a number that TOML's 64 bits cannot.
+    """
+    if LONG_KEY.search(text):  # tomllib's memory grows with the square of a key's length
+        raise ValueError(f"a key has more than {MOST_NESTED} parts, expected a few")
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"tables or lists are nested deeper than {MOST_NESTED}, expected a few levels") from None
+    values: list[Any] = [tables]
+    for _ in range(MOST_NESTED):
+        inside = [v.values() if isinstance(v, dict) else v for v in values if isinstance(v, dict | list)]
+        values = [value for items in inside for value in items]
+        huge = [v for v in values if type(v) is int and not -(2**63) <= v < 2**63]
+        if huge:
+            raise ValueError(f"an integer of {len(str(huge[0]).lstrip('-'))} digits is more than 64 bits hold")
+        if not values:
+            return tables
+    raise ValueError(f"tables or lists are nested deeper than {MOST_NESTED}, expected a few levels")
 
 
 def without_nulls(tables: dict[str, object]) -> dict[str, object]:
@@ -109,14 +168,14 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > MOST_NESTED:
             raise ConfigError(f"--set {override}: expected key.path=value, for example --set update.learning_rate=2e-6")
         table = result
         for key in keys[:-1]:
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {override}: {key} is not a table of the config")
-        table[keys[-1]] = _value(text.strip())
+        table[keys[-1]] = _value(path, text.strip())
     return result
 
 
@@ -145,7 +204,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {problem['input']!r}"
+    return f"{key}: {message}, found {SHORT.repr(problem['input'])}"
 
 
 def _without_tags(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], type[BaseModel] | None]:
@@ -180,11 +239,13 @@ def _tables(annotation: Any) -> dict[str, type[BaseModel]]:
     return found
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except ValueError as error:
+        raise ConfigError(f"--set {key}: {error}") from error
 
 
 def _copy(value: Any) -> Any:
