@@ -30,16 +30,6 @@ def _shown_as_it_is(name: str) -> str:
     return name
 
 
-MOST_BYTES = 4 << 20
-"""Of a config."""
-MOST_NESTED = 32
-"""Levels of tables and lists, and parts of a key: what follows walks them by recursion."""
-LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MOST_NESTED}}}""")
-SHORT = Repr()
-"""How a message shows a value that was found."""
-SHORT.maxstring = SHORT.maxother = 200
-
-
 def _can_exist(place: str) -> str:
     sizes = [(place, 4095), *((part, 255) for part in place.split("/"))]
     if "\0" in place or any(len(os.fsencode(text)) > most for text, most in sizes):
@@ -52,6 +42,15 @@ Name = Annotated[str, Field(min_length=1), AfterValidator(_shown_as_it_is)]
 Place = Annotated[str, AfterValidator(_can_exist)]
 """A path, a URL, or the name of what is no file."""
 Model = TypeVar("Model", bound=BaseModel)
+MOST_NESTING = 50
+"""Levels of tables and lists in a config."""
+MOST_BYTES = 4 << 20
+"""Of a config."""
+LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MOST_NESTING}}}""")
+"""A key of so many parts. tomllib's memory grows with the square of their number."""
+SHORT = Repr()
+"""How a message shows a value that was found."""
+SHORT.maxstring = SHORT.maxother = 200
 DECIDES_NOTHING = "DECIDES_NOTHING"
 """Class variable of a config table: the settings that decide no row and are in no recipe."""
 DECIDES_ELSEWHERE = "DECIDES_ELSEWHERE"
@@ -107,44 +106,71 @@ def load_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: when the file is missing or is not TOML.
     """
+    return parse_toml(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> str:
+    """Return the text of a TOML file, exactly as it is. Read-only.
+
+    Raises:
+        ConfigError: when the file is missing or is no text.
+    """
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path} is no regular file: name a TOML file, for example configs/demo.toml")
         if path.exists() and path.stat().st_size > MOST_BYTES:
             raise ConfigError(f"{path} has more than {MOST_BYTES:,} bytes: name a config, which is shorter")
-        return parse_toml(path.read_text(encoding="utf-8"))
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: name a TOML file, for example configs/demo.toml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} cannot be read as a TOML file ({error}): name one, e.g. configs/demo.toml"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
-def parse_toml(text: str) -> dict[str, Any]:
-    """Return the tables of a TOML text.
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """Return the tables of a TOML text; ``source`` names it in messages.
 
     Raises:
-        ValueError: when it is none, nests deeper than MOST_NESTED, or holds a number that TOML's 64 bits cannot.
+        ConfigError: when it is not TOML, or nested too deeply, or holds a number that TOML's 64 bits cannot.
     """
-    if LONG_KEY.search(text):  # tomllib's memory grows with the square of a key's length
-        raise ValueError(f"a key has more than {MOST_NESTED} parts, expected a few")
+    if LONG_KEY.search(text):
+        raise _nested_too_deeply(source)
     try:
         tables = tomllib.loads(text)
+    except ValueError as error:  # tomllib's own, and Python's for a number of thousands of digits
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
     except RecursionError:
-        raise ValueError(f"tables or lists are nested deeper than {MOST_NESTED}, expected a few levels") from None
-    values: list[Any] = [tables]
-    for _ in range(MOST_NESTED):
-        inside = [v.values() if isinstance(v, dict) else v for v in values if isinstance(v, dict | list)]
-        values = [value for items in inside for value in items]
-        huge = [v for v in values if type(v) is int and not -(2**63) <= v < 2**63]
-        if huge:
-            raise ValueError(f"an integer of {len(str(huge[0]).lstrip('-'))} digits is more than 64 bits hold")
-        if not values:
-            return tables
-    raise ValueError(f"tables or lists are nested deeper than {MOST_NESTED}, expected a few levels")
+        raise _nested_too_deeply(source) from None
+    check_nesting(tables, source)
+    return tables
+
+
+def check_nesting(value: Any, source: str) -> None:
+    """Check that tables and lists are not nested more deeply than functions that call themselves can follow.
+
+    Raises:
+        ConfigError: naming ``source``.
+    """
+    level = [value]
+    for _ in range(MOST_NESTING):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, Mapping | list)
+            for item in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+        if any(type(item) is int and not -(2**63) <= item < 2**63 for item in level):
+            raise ConfigError(f"{source} holds an integer of more than 64 bits: no setting needs that; correct it")
+    if level:
+        raise _nested_too_deeply(source)
+
+
+def _nested_too_deeply(source: str) -> ConfigError:
+    return ConfigError(
+        f"{source} holds tables or lists nested more than {MOST_NESTING} deep: no setting needs that; remove levels"
+    )
 
 
 def without_nulls(tables: dict[str, object]) -> dict[str, object]:
@@ -164,18 +190,20 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
     Raises:
         ConfigError: when an override has no ``=`` or leads through something that is not a table.
     """
+    check_nesting(tables, "the config")
     result: dict[str, Any] = _copy(tables)
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys) or len(keys) > MOST_NESTED:
+        if not equals or not all(keys) or len(keys) > MOST_NESTING:
             raise ConfigError(f"--set {override}: expected key.path=value, for example --set update.learning_rate=2e-6")
         table = result
         for key in keys[:-1]:
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {override}: {key} is not a table of the config")
-        table[keys[-1]] = _value(path, text.strip())
+        table[keys[-1]] = _value(text.strip())
+    check_nesting(result, "--set")
     return result
 
 
@@ -239,13 +267,13 @@ def _tables(annotation: Any) -> dict[str, type[BaseModel]]:
     return found
 
 
-def _value(key: str, text: str) -> Any:
+def _value(text: str) -> Any:
     try:
-        return parse_toml(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
         return text
-    except ValueError as error:
-        raise ConfigError(f"--set {key}: {error}") from error
+    except RecursionError:
+        raise _nested_too_deeply("--set") from None
 
 
 def _copy(value: Any) -> Any:

@@ -93,13 +93,13 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path, text: str | N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"a = {'[' * 9999}{']' * 9999}", "nested deeper than 32"),
-        (f"a = {'[' * 40}{']' * 40}", "nested deeper than 32"),
-        (f"a = {'{b=' * 40}1{'}' * 40}", "nested deeper than 32"),
-        (f"{'.'.join('a' * 20_000)} = 1", "a key has more than 32 parts"),
-        (f"""{" . ".join(['"b c"'] * 20_000)} = 1""", "a key has more than 32 parts"),
-        (f"[{'.'.join('a' * 20_000)}]", "a key has more than 32 parts"),
-        ("a.b = [{c = 1000000000000000000000000000000}]", "an integer of 31 digits is more than 64 bits hold"),
+        (f"a = {'[' * 9999}{']' * 9999}", "nested more than 50"),
+        (f"a = {'[' * 60}{']' * 60}", "nested more than 50"),
+        (f"a = {'{b=' * 60}1{'}' * 60}", "nested more than 50"),
+        (f"{'.'.join('a' * 20_000)} = 1", "nested more than 50"),
+        (f"""{" . ".join(['"b c"'] * 20_000)} = 1""", "nested more than 50"),
+        (f"[{'.'.join('a' * 20_000)}]", "nested more than 50"),
+        ("a.b = [{c = 1000000000000000000000000000000}]", "holds an integer of more than 64 bits"),
         (f"a = {'9' * 5000}", "Exceeds the limit"),
         ("#" + "x" * (4 << 20), "has more than 4,194,304 bytes"),
     ],
@@ -118,9 +118,9 @@ def test_only_a_regular_file_is_a_config(tmp_path: Path) -> None:
             load_toml(path)
 
 
-@pytest.mark.parametrize("override", [f"{'a.' * 40}b=1", f"a={'[' * 40}{']' * 40}", f"a={'9' * 30}"])
+@pytest.mark.parametrize("override", [f"{'a.' * 60}b=1", f"a={'[' * 60}{']' * 60}", f"a={'9' * 30}"])
 def test_an_override_is_as_shallow_as_a_file(override: str) -> None:
-    with pytest.raises(ConfigError, match=r"nested deeper|expected key\.path|64 bits"):
+    with pytest.raises(ConfigError, match=r"nested more than 50|expected key\.path|64 bits"):
         apply_overrides({}, [override])
 
 

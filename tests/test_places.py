@@ -27,8 +27,8 @@ NAMES = {
     "unpickles": (
         "pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle", "torch.load",
         "numpy.load", "yaml", "pandas.read_pickle", "multiprocessing.Pipe", "multiprocessing.Queue",
-        "multiprocessing.Pool", "multiprocessing.Manager", "multiprocessing.connection.Connection", "multiprocessing.connection.Listener",
-        "multiprocessing.connection.Client",
+        "multiprocessing.Pool", "multiprocessing.Manager", "multiprocessing.connection.Connection",
+        "multiprocessing.connection.Listener", "multiprocessing.connection.Client",
     ),
     "starts": (
         "subprocess", "webbrowser", "pty.spawn", "multiprocessing.Process", "asyncio.create_subprocess_exec",

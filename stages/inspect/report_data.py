@@ -14,8 +14,8 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL, known_schemas
-from pipeline.errors import UsageError
+from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL
+from pipeline.errors import SchemaError, UsageError
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.evaluate import summarize
@@ -153,27 +153,34 @@ def collect(
     used = 0
     scored: list[pl.DataFrame] = []
     for position, iteration in enumerate(iterations):
-        data = _open(run, iteration, report, position)
-        values, families = measure(data, iteration, threshold)
-        _add(report.series, values, position)
-        for family, members in families.items():
-            _add(report.families.setdefault(family, {}), members, position)
-        if "advantages" in data:
-            scored.append(data["advantages"].select("reward", "advantage").collect())
-        else:
-            scored.append(pl.DataFrame(schema={"reward": pl.Float64, "advantage": pl.Float64}))
-        chosen, num_groups = choose_groups(data, flagged.get(iteration, set()), groups, f"{seed}:{iteration}")
-        report.counts["groups"] += num_groups
-        report.counts["completions"] += int(values.get("num_completions") or 0)
-        shown = []
-        for view in group_views(data, iteration, chosen, tokens, _completions(findings or [])):
-            size = encoded_size(view)
-            if used + size <= (most_bytes if view["is_flagged"] else most_bytes * (position + 1) // len(iterations)):
-                used += size
-                shown.append(view)
-        report.groups[iteration] = shown
-        report.counts["shown_groups"] += len(shown)
-        report.counts["shown_completions"] += sum(len(view["members"]) for view in shown)
+        try:
+            data = _open(run, iteration, report, position)
+            values, families = measure(data, iteration, threshold)
+            _add(report.series, values, position)
+            for family, members in families.items():
+                _add(report.families.setdefault(family, {}), members, position)
+            if "advantages" in data:
+                scored.append(data["advantages"].select("reward", "advantage").collect())
+            else:
+                scored.append(pl.DataFrame(schema={"reward": pl.Float64, "advantage": pl.Float64}))
+            chosen, num_groups = choose_groups(data, flagged.get(iteration, set()), groups, f"{seed}:{iteration}")
+            report.counts["groups"] += num_groups
+            report.counts["completions"] += int(values.get("num_completions") or 0)
+            shown = []
+            room = most_bytes * (position + 1) // len(iterations)
+            for view in group_views(data, iteration, chosen, tokens, _completions(findings or [])):
+                size = encoded_size(view)
+                if used + size <= (most_bytes if view["is_flagged"] else room):
+                    used += size
+                    shown.append(view)
+            report.groups[iteration] = shown
+            report.counts["shown_groups"] += len(shown)
+            report.counts["shown_completions"] += sum(len(view["members"]) for view in shown)
+        except pl.exceptions.PolarsError as error:
+            raise SchemaError(
+                f"iteration {iteration} of {run.name} lacks what a report needs ({str(error).splitlines()[0]}): "
+                "expected the columns of `grpo schema`; make it again with this version, or convert it"
+            ) from error
     for mapping in (report.series, *report.families.values()):
         for values_ in mapping.values():
             values_ += [None] * (len(iterations) - len(values_))
@@ -215,7 +222,6 @@ def _find(run: RunDir, iteration: int, dataset: str) -> Artifact | None:
 def _open(run: RunDir, iteration: int, report: Report, position: int) -> Data:
     data: Data = {}
     seconds: Values = {}
-    schemas = known_schemas()
     for dataset in DATASETS:
         artifact = _find(run, iteration, dataset)
         if artifact is None:
@@ -229,7 +235,6 @@ def _open(run: RunDir, iteration: int, report: Report, position: int) -> Data:
             seconds[stage] = (seconds.get(stage) or 0.0) + artifact.manifest.seconds
         if dataset not in CHECKPOINTS:
             data[dataset] = artifact.scan()
-            artifact.check_schema(schemas)
     _add(report.families.setdefault("seconds", {}), seconds, position)
     return data
 
