@@ -9,6 +9,7 @@ from types import ModuleType
 
 import typer
 
+from flows.printing import complain, print_anything
 from pipeline.errors import GrpoError
 
 COMMANDS = (
@@ -43,6 +44,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line. Exit codes: 0 fine, 1 the answer is no, 2 wrong usage or unusable data."""
+    print_anything()
     sys.path.insert(0, "")  # reward functions are found in the current directory
     asked = [name for name in sys.argv[1:2] if name in COMMANDS]
     if sys.argv[1:2] and not any(module_of(name).WRITES for name in asked):
@@ -50,11 +52,11 @@ def main() -> None:
     try:
         build_app(asked or COMMANDS)()
     except GrpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("stopped; the same command continues", file=sys.stderr)
+            complain("stopped; the same command continues")
         raise
 
 

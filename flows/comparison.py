@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from flows.printing import Format, console, number, print_rows
+from flows.printing import Format, number, print_rows, say
 from pipeline.run_dir import RunDir
 from stages.inspect.scoring_diff import Comparison
 
@@ -15,19 +15,19 @@ def print_comparison(found: Comparison, run: RunDir, iterations: list[int], form
     if format_ is not Format.table:
         print_rows(completions.to_dicts(), format_, columns=completions.columns)
         return
-    screen = console()
     print_rows(found.rewards.to_dicts(), format_, columns=found.rewards.columns)
     counts = found.advantages
-    screen.print(
+    say(
         f"{counts['completions']:,} completions: the advantage of {counts['sign_changes']:,} "
         f"({found.sign_flip_share:.2%}) has another sign, of {counts['opposite_signs']:,} the opposite one; rank "
-        f"correlation {number(counts['rank_correlation'], '.4f')}\n{counts['groups']:,} groups: "
-        f"{counts['gain_signal']:,} gain a signal, {counts['lose_signal']:,} lose it"
+        f"correlation {number(counts['rank_correlation'], '.4f')}"
     )
+    say(f"{counts['groups']:,} groups: {counts['gain_signal']:,} gain a signal, {counts['lose_signal']:,} lose it")
     if len(found.groups):
-        screen.print(f"\n{len(found.groups):,} groups differ, most signs first:")
+        say()
+        say(f"{len(found.groups):,} groups differ, most signs first:")
         print_rows(found.groups.head(MOST_GROUPS).to_dicts(), format_, columns=found.groups.columns)
-        screen.print("completions that moved most:")
+        say("completions that moved most:")
         print_rows(completions.to_dicts(), format_, columns=completions.columns)
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from pipeline import stage
 from pipeline.stage import StageResult
+from pipeline.text import one_line
 
 COLUMNS = (
     # heading, key of the metrics row, width, format
@@ -33,12 +34,13 @@ class TerminalReporter:
     """Shows a run on the terminal; elsewhere prints only the iterations' lines."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        width = None if sys.stdout.isatty() else 160
+        self.console = Console(highlight=False, markup=False, emoji=False, width=width)
         self.bar = Progress(
-            TextColumn("{task.description:>12}"),
+            TextColumn("{task.description:>12}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
@@ -55,10 +57,10 @@ class TerminalReporter:
 
     def stage(self, label: str) -> stage.Progress:
         """Put the stage's name on the bar; the returned callable moves it."""
-        self.bar.reset(self.task, description=label, total=None, text="")
+        self.bar.reset(self.task, description=one_line(label), total=None, text="")
 
         def move(done: int, total: int, text: str = "") -> None:
-            self.bar.update(self.task, completed=done, total=total, text=text)
+            self.bar.update(self.task, completed=done, total=total, text=one_line(text))
 
         return move
 
@@ -67,25 +69,25 @@ class TerminalReporter:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self.bar.console.print(text, style="dim", markup=False)
+        self.bar.console.print(one_line(text), style="dim")
 
     def iteration(self, row: dict[str, Any]) -> None:
         """Print the iteration's line, with a heading now and then."""
         if self.lines % HEADER_EVERY == 0:
             heading = "  ".join(f"{name:>{width}}" for name, _, width, _ in COLUMNS)
-            self.bar.console.print(f"{heading}  seconds: {' '.join(SECONDS_SHOWN)}", style="bold", markup=False)
+            self.bar.console.print(f"{heading}  seconds: {' '.join(SECONDS_SHOWN)}", style="bold")
         self.lines += 1
         cells = "  ".join(_cell(row[key], width, format_) for _, key, width, format_ in COLUMNS)
         seconds = {entry["stage"]: entry["seconds"] for entry in row["seconds"]}
         times = " ".join(f"{seconds[name]:.2f}" for name in SECONDS_SHOWN if name in seconds)
-        self.bar.console.print(f"{cells}  {times}", markup=False)
+        self.bar.console.print(f"{cells}  {times}")
 
     def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
         """Print the policy's pass rates on the held-out prompts."""
         known = {name: value for name, value in figures.items() if value is not None}
         labels = {"eval_pass_at_1": "greedy", "eval_pass_rate": "sampled", "eval_pass_at_k": "best of k sampled"}
         parts = [f"{labels[name]} {value:.3f}" for name, value in known.items()]
-        self.bar.console.print(f"held-out after {num_updates} updates: {', '.join(parts)}", style="bold", markup=False)
+        self.bar.console.print(f"held-out after {num_updates} updates: {', '.join(parts)}", style="bold")
 
 
 def _cell(value: Any, width: int, format_: str) -> str:

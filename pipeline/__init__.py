@@ -12,6 +12,7 @@ artifact      reads and verifies finished artifacts
 writer        writes artifacts: parts first, the manifest last
 stage         stages: recipe, reuse, refusal
 functions     functions that a config names as module:function
+text          text that others wrote, made visible for people
 provenance    versions, commit, processor
 run_dir       the names inside a run directory
 runs          runs by path or URL: opening, locking, publishing

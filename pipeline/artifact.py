@@ -68,7 +68,7 @@ class Artifact:
 
         self.fetch()
         self.verify()
-        return pl.scan_parquet(self.files())
+        return pl.scan_parquet(self.files(), glob=False)
 
     def read(self) -> "pl.DataFrame":
         """Return all rows after verifying the bytes once in this process. Read-only."""

@@ -1,15 +1,19 @@
 """Strict configuration: TOML in, frozen pydantic models out; one error names every problem and its remedy."""
 
 import difflib
+import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from reprlib import Repr
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Tag, ValidationError
 from pydantic_core import to_jsonable_python
 
 from pipeline.errors import ConfigError
+from pipeline.text import one_line
 
 
 class StrictModel(BaseModel):
@@ -20,7 +24,33 @@ class StrictModel(BaseModel):
     )
 
 
+def _shown_as_it_is(name: str) -> str:
+    if one_line(name) != name:
+        raise ValueError(f"a name must be one line without invisible characters, found {one_line(name)!r}")
+    return name
+
+
+def _can_exist(place: str) -> str:
+    sizes = [(place, 4095), *((part, 255) for part in place.split("/"))]
+    if "\0" in place or any(len(os.fsencode(text)) > most for text, most in sizes):
+        raise ValueError("no file system has such a path: it is too long, or holds a NUL character")
+    return place
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_shown_as_it_is)]
+"""A name that tables, logs and reports show."""
+Place = Annotated[str, AfterValidator(_can_exist)]
+"""A path, a URL, or the name of what is no file."""
 Model = TypeVar("Model", bound=BaseModel)
+MOST_NESTING = 50
+"""Levels of tables and lists in a config."""
+MOST_BYTES = 4 << 20
+"""Of a config."""
+LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MOST_NESTING}}}""")
+"""A key of so many parts. tomllib's memory grows with the square of their number."""
+SHORT = Repr()
+"""How a message shows a value that was found."""
+SHORT.maxstring = SHORT.maxother = 200
 DECIDES_NOTHING = "DECIDES_NOTHING"
 """Class variable of a config table: the settings that decide no row and are in no recipe."""
 DECIDES_ELSEWHERE = "DECIDES_ELSEWHERE"
@@ -76,16 +106,71 @@ def load_toml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: when the file is missing or is not TOML.
     """
+    return parse_toml(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> str:
+    """Return the text of a TOML file, exactly as it is. Read-only.
+
+    Raises:
+        ConfigError: when the file is missing or is no text.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file: name a TOML file, for example configs/demo.toml")
+        if path.exists() and path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{path} has more than {MOST_BYTES:,} bytes: name a config, which is shorter")
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: name a TOML file, for example configs/demo.toml") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} cannot be read as a TOML file ({error}): name one, e.g. configs/demo.toml"
         ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """Return the tables of a TOML text; ``source`` names it in messages.
+
+    Raises:
+        ConfigError: when it is not TOML, or nested too deeply, or holds a number that TOML's 64 bits cannot.
+    """
+    if LONG_KEY.search(text):
+        raise _nested_too_deeply(source)
+    try:
+        tables = tomllib.loads(text)
+    except ValueError as error:  # tomllib's own, and Python's for a number of thousands of digits
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+    except RecursionError:
+        raise _nested_too_deeply(source) from None
+    check_nesting(tables, source)
+    return tables
+
+
+def check_nesting(value: Any, source: str) -> None:
+    """Check that tables and lists are not nested more deeply than functions that call themselves can follow.
+
+    Raises:
+        ConfigError: naming ``source``.
+    """
+    level = [value]
+    for _ in range(MOST_NESTING):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, Mapping | list)
+            for item in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+        if any(type(item) is int and not -(2**63) <= item < 2**63 for item in level):
+            raise ConfigError(f"{source} holds an integer of more than 64 bits: no setting needs that; correct it")
+    if level:
+        raise _nested_too_deeply(source)
+
+
+def _nested_too_deeply(source: str) -> ConfigError:
+    return ConfigError(
+        f"{source} holds tables or lists nested more than {MOST_NESTING} deep: no setting needs that; remove levels"
+    )
 
 
 def without_nulls(tables: dict[str, object]) -> dict[str, object]:
@@ -105,11 +190,12 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
     Raises:
         ConfigError: when an override has no ``=`` or leads through something that is not a table.
     """
+    check_nesting(tables, "the config")
     result: dict[str, Any] = _copy(tables)
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > MOST_NESTING:
             raise ConfigError(f"--set {override}: expected key.path=value, for example --set update.learning_rate=2e-6")
         table = result
         for key in keys[:-1]:
@@ -117,6 +203,7 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {override}: {key} is not a table of the config")
         table[keys[-1]] = _value(text.strip())
+    check_nesting(result, "--set")
     return result
 
 
@@ -145,7 +232,7 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, found {problem['input']!r}"
+    return f"{key}: {message}, found {SHORT.repr(problem['input'])}"
 
 
 def _without_tags(model: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], type[BaseModel] | None]:
@@ -183,8 +270,10 @@ def _tables(annotation: Any) -> dict[str, type[BaseModel]]:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text
+    except RecursionError:
+        raise _nested_too_deeply("--set") from None
 
 
 def _copy(value: Any) -> Any:

@@ -111,7 +111,7 @@ class RunDir:
         import polars as pl
 
         try:
-            return pl.read_parquet(self.metrics)
+            return pl.read_parquet(self.metrics, glob=False)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise ArtifactDamaged(
                 f"{self.metrics} cannot be read ({str(error).splitlines()[0]}): delete it and start the run's own "

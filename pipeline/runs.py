@@ -11,6 +11,7 @@ from pipeline.files import WRITER_LOCK, locked
 from pipeline.manifest import is_finished
 from pipeline.object_store import local_path, open_store
 from pipeline.run_dir import RESOLVED_CONFIG, RunDir, is_record, state_of
+from pipeline.text import one_line
 
 
 def run_at(where: str | Path) -> RunDir:
@@ -66,8 +67,12 @@ def lock(run: RunDir) -> Iterator[None]:
     """Lock the run for writing; the system releases the lock when the process ends, even when it is killed.
 
     Raises:
-        UsageError: when another process is writing this run.
+        UsageError: when another process is writing this run, or its name is not shown as it is.
     """
+    if one_line(run.name) != run.name:
+        raise UsageError(
+            f"{run.name!r} has invisible characters: expected a path that is shown as it is; rename the run"
+        )
     with ExitStack() as held:
         try:
             run.root.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ def _count(path: Path) -> tuple[int, dict[str, int]]:
     columns = [name for name in pq.read_schema(path).names if name == "drop_reason"]
     if not columns:
         return pq.read_metadata(path).num_rows, {}
-    return _drops(pl.read_parquet(path, columns=columns))
+    return _drops(pl.read_parquet(path, columns=columns, glob=False))
 
 
 def _drops(frame: "pl.DataFrame") -> tuple[int, dict[str, int]]:

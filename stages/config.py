@@ -10,7 +10,7 @@ from pydantic import Field, create_model, model_validator
 from grpo.settings import UpdateConfig
 from pipeline.artifact import open_artifact
 from pipeline.chain import CHAIN, load_stage
-from pipeline.config import StrictModel, apply_overrides, deciding, load_toml, validate
+from pipeline.config import Place, StrictModel, apply_overrides, deciding, load_toml, validate
 from pipeline.errors import RecipeMismatch
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
@@ -45,7 +45,7 @@ class ResourcesConfig(StrictModel):
 class OfflineConfig(StrictModel):
     """Stored completions that feed iterations of this run, instead of newly generated ones."""
 
-    run: str = Field(min_length=1)
+    run: Place = Field(min_length=1)
     """Directory of the run that has them."""
     iterations: list[int] = Field(min_length=1)
     """Its iterations; each feeds one iteration of this run, in this order."""

@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from pipeline.artifact import Artifact
-from pipeline.config import StrictModel
+from pipeline.config import Name, Place, StrictModel
 from pipeline.errors import PolicyError
 from stages.checkpoints import VOCABULARY_FILES
 
@@ -17,9 +17,9 @@ CURRENT = "current"
 class MemberConfig(StrictModel):
     """A group member: one policy that writes some completions of every group."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$")
+    name: Name = Field(pattern=r"^\w[\w.-]*$")
     """Name of this policy in the column policy_name: letters, digits, dots, dashes."""
-    policy: str = CURRENT
+    policy: Place = CURRENT
     """``current``; ``initial``; ``iteration:N``, the policy after N updates (until then the current); ``age:N``, the
     one N updates ago (the initial one while there is no older); or the path of a checkpoint, such as a sibling trained
     on other data."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.config import StrictModel
+from pipeline.config import Place, StrictModel
 from pipeline.errors import PolicyError
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, copy_tokenizer
@@ -17,7 +17,7 @@ from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, copy_tokenizer
 class PolicyConfig(StrictModel):
     """Which weights the run begins with."""
 
-    model: str = Field(min_length=1)
+    model: Place = Field(min_length=1)
     """A Hugging Face model name, the path or URL of a checkpoint, or ``starter``: the one that [starter] describes."""
     revision: str | None = None
     """Commit of a hub model; the weights behind a name can change."""

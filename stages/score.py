@@ -145,7 +145,9 @@ def compute(task: StageTask[ScoreConfig, Scorer]) -> None:
 
     for part, rows in enumerate(slices(completions, completion_columns(rewards), ROWS_PER_PART)):
         if task.writer.has_part(part):
-            scored = pl.read_parquet(task.writer.part_path(part), columns=["reward_name", "reward", "error"])
+            scored = pl.read_parquet(
+                task.writer.part_path(part), columns=["reward_name", "reward", "error"], glob=False
+            )
             reused += len(scored)
         else:
             scored = scorer.score(rows, prompts, rewards, report)

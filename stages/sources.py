@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.config import StrictModel
+from pipeline.config import Place, StrictModel
 from pipeline.errors import SourceError
 from pipeline.files import identity, sha256_file
 from pipeline.object_store import download_file, local_path
@@ -30,7 +30,7 @@ Split = Literal["train", "held_out"]
 class SourceConfig(StrictModel):
     """Where prompts come from."""
 
-    source: str
+    source: Place
     """``reasoning_gym:<task>``, the path or URL of a .jsonl, .parquet or .csv file, or a Hugging Face dataset."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of a reasoning-gym task, for example min_digits."""

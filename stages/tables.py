@@ -16,9 +16,9 @@ def file_records(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a local file. CSV cells stay text: 007 is not 7."""
     try:
         if path.suffix == ".parquet":
-            return pl.read_parquet(path).to_dicts()
+            return pl.read_parquet(path, glob=False).to_dicts()
         if path.suffix == ".csv":
-            return pl.read_csv(path, infer_schema=False, raise_if_empty=False).to_dicts()
+            return pl.read_csv(path, glob=False, infer_schema=False, raise_if_empty=False).to_dicts()
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as {path.suffix} ({error}): repair or convert it") from error
@@ -42,11 +42,12 @@ def read_table(path: Path) -> pl.DataFrame:
     """
     try:
         if path.suffix == ".jsonl":
-            return pl.read_ndjson(path, infer_schema_length=None)
+            with path.open("rb") as opened:  # a path would be read as a pattern
+                return pl.read_ndjson(opened, infer_schema_length=None)
         if path.suffix == ".csv":
-            return pl.read_csv(path, infer_schema=False)
+            return pl.read_csv(path, glob=False, infer_schema=False)
         if path.suffix == ".parquet":
-            return pl.read_parquet(path)
+            return pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         raise RewardError(f"{path} cannot be read as {path.suffix} ({error}): correct the path, or the file") from error
     raise RewardError(f"{path} ends in {path.suffix!r}: expected .jsonl, .csv or .parquet; convert it")

@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["kill", "overhead", "report"])
+@pytest.mark.parametrize("name", ["kill", "overhead", "report", "fuzz_configs"])
 def test_help_shows_what_is_measured(name: str) -> None:
     result = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -53,3 +53,15 @@ def test_clock_counts_inner_times_once() -> None:
     assert clock.iterations == [
         {("between", "other"): 1.0 + 16.0, ("score", "artifacts"): 2.0 + 8.0, ("score", "fsync"): 4.0}
     ]
+
+
+def test_strange_configs_are_refused_or_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of the cases, in this process: what computes without end would run into the suite's limit."""
+    fuzz = load("fuzz_configs")
+    fuzz.sources(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found = {case: fuzz.examine(fuzz.write_case(case, 7, tmp_path), tmp_path) for case in range(50)}
+    assert {case: outcome.text for case, outcome in found.items() if not outcome.is_fine} == {}
+    assert len({outcome.kind for outcome in found.values()} - {"accepted"}) > 1
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "config.toml"])

@@ -1,5 +1,7 @@
 """Configuration: what is accepted, and the one message for what is not."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,8 +12,9 @@ from pydantic import BaseModel
 import grpo.strict
 from grpo.losses.options import PpoClip
 from pipeline.config import StrictModel, apply_overrides, load_toml
-from pipeline.errors import ConfigError, RecipeMismatch
+from pipeline.errors import ConfigError, RecipeMismatch, UsageError
 from pipeline.run_dir import RunDir
+from pipeline.runs import lock
 from stages.config import RunConfig, check_unchanged, load_config
 from stages.preflight import remarks
 from tests.test_identity import tables
@@ -135,6 +138,68 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path, text: str | N
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"a = {'[' * 9999}{']' * 9999}", "nested more than 50"),
+        (f"a = {'[' * 60}{']' * 60}", "nested more than 50"),
+        (f"a = {'{b=' * 60}1{'}' * 60}", "nested more than 50"),
+        (f"{'.'.join('a' * 20_000)} = 1", "nested more than 50"),
+        (f"""{" . ".join(['"b c"'] * 20_000)} = 1""", "nested more than 50"),
+        (f"[{'.'.join('a' * 20_000)}]", "nested more than 50"),
+        ("a.b = [{c = 1000000000000000000000000000000}]", "holds an integer of more than 64 bits"),
+        (f"a = {'9' * 5000}", "Exceeds the limit"),
+        ("#" + "x" * (4 << 20), "has more than 4,194,304 bytes"),
+    ],
+)
+def test_a_text_that_would_exhaust_the_reader_is_one_message(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_toml(path)
+
+
+def test_only_a_regular_file_is_a_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="is no regular file"):
+            load_toml(path)
+
+
+@pytest.mark.parametrize("override", [f"{'a.' * 60}b=1", f"a={'[' * 60}{']' * 60}", f"a={'9' * 30}"])
+def test_an_override_is_as_shallow_as_a_file(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"nested more than 50|expected key\.path|64 bits"):
+        apply_overrides({}, [override])
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J", "a\u202eb", "a\u200db", "tab\t"])
+@pytest.mark.parametrize("table", ["[[score.rewards]]\nfunction = 'a:b'", "[[generate.members]]\ncount = 2"])
+def test_names_are_shown_as_they_are(tmp_path: Path, table: str, name: str) -> None:
+    text = f"{MINIMAL}{table}\nname = {json.dumps(name)}\n"
+    with pytest.raises(ConfigError, match=r"name: (a name must be one line|String should)"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize("place", ["a\x00b", "a" * 256, "a/" * 2100])
+@pytest.mark.parametrize("key", ["policy.model", "prompts.source", "evaluate.source.source"])
+def test_a_path_that_no_file_system_has_is_refused(tmp_path: Path, key: str, place: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: no file system has such a path"):
+        load(tmp_path, MINIMAL, f"{key}={json.dumps(place)}")
+
+
+def test_a_message_shows_the_beginning_of_a_long_value(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, MINIMAL, f"iterations={'x' * 10_000}")
+    assert len(str(error.value)) < 600
+
+
+def test_a_run_with_a_name_that_hides_something_is_not_begun(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a\u202eb")
+    with pytest.raises(UsageError, match="has invisible characters"), lock(run):
+        pass
+    assert not run.root.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from flows.commands.groups import groups
@@ -18,6 +19,7 @@ from flows.commands.rows import rows
 from flows.commands.schema import schema
 from flows.commands.show import show
 from flows.printing import Format, print_rows
+from pipeline.errors import UsageError
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
 from stages.inspect.metrics import recorded_metrics
@@ -69,6 +71,65 @@ def test_markup_in_a_prompt_is_shown_and_not_obeyed(run: Path, capsys: pytest.Ca
 def test_rows_takes_columns_a_condition_and_a_limit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows(run, "completions", 0, "completion,finish_reason", "completion = '3'", 2, Format.jsonl)
     assert rows_of(capsys) == [{"completion": "3", "finish_reason": "stop"}] * 2
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "completion in (select a from read_csv('{file}'))",
+        "completion in (from read_csv('{file}'))",
+        "completion in (with t as (select a from read_csv('{file}')) select a from t)",
+        "completion in (table t)",
+        "completion in (values ('2'))",
+        "completion > ALL (select 1)",
+        "$$ ' $$ = '' or completion in (select a from read_csv('{file}')) or '' = $$ ' $$",
+        "E'\\'' = '' and completion in (select a from read_csv('{file}')) and completion = ''",
+        "completion = '2' -- '\n or completion in (select a from read_csv('{file}')) --'",
+        "completion = '2' /* ' */ or completion in (select a from read_csv('{file}')) /* ' */",
+        "`'` = '' or completion in (select a from read_csv('{file}')) or `'` = ''",
+        "completion = '2",
+    ],
+)
+def test_a_condition_reads_nothing_but_the_rows(
+    run: Path, condition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file.csv").write_text("a\n2\n")
+    opened: list[str] = []
+    monkeypatch.setattr(pl, "sql_expr", opened.append)
+    with pytest.raises(UsageError, match="is more than a condition over the columns"):
+        rows(str(run), "completions", 0, None, condition.replace("{file}", str(tmp_path / "file.csv")), 0, Format.jsonl)
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("condition", "count"),
+    [
+        ("completion like '%select from%' or \"completion\" = '2'", 1),
+        ("completion is not distinct from '2'", 1),
+        ("kept_mass is null and completion ~ '^[23]$' and not (seed < 0)", 4),
+        ("completion::int between 3 and 4 and length(completion) in (1, 2)", 3),
+        ("completion_token_ids[1] = 22", 3),
+    ],
+)
+def test_a_condition_is_sql(run: Path, condition: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rows(str(run), "completions", 0, "completion", condition, 0, Format.jsonl)
+    assert len(rows_of(capsys)) == count
+
+
+@pytest.mark.parametrize("condition", ["completion::date = 1", "no_such = 1", "completion", "'a' > any ('b', )"])
+def test_a_wrong_condition_is_one_error(run: Path, condition: str) -> None:
+    with pytest.raises(UsageError, match="is not an SQL condition over completions"):
+        rows(str(run), "completions", 0, "completion", condition, 0, Format.jsonl)
+
+
+def test_a_panic_of_polars_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl, "sql_expr", panic)
+    with pytest.raises(UsageError, match="is not an SQL condition over completions"):
+        rows(str(run), "completions", 0, "completion", "a = 1", 0, Format.jsonl)
+
+
+def panic(_: str) -> None:
+    raise pl.exceptions.PanicException("entered unreachable code")
 
 
 def test_csv_can_be_read_back(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,9 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,14 +15,17 @@ import pytest
 
 from flows.report.figures import draw, figure_specs
 from flows.report.render import content_security_policy, for_script, say, write_report
-from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, SchemaError, UsageError
+from pipeline.text import STEERING, visible
 from stages.inspect.report_data import Report, heat
-from tests.builders import advantage_rows, reward_rows, write_artifact
+from tests.builders import advantage_rows, completion_rows, fill, prompt_rows, reward_rows, write_artifact
+from tests.finished import fix_hashes
 from tests.report_runs import new_run, write_iteration
 
 HOSTILE = (
     '</script><script>window.pwned=1</script><img src=x onerror="pwned=1"><a href="javascript:pwned()">&amp;\u2028'
 )
+STEERS = "\x00\x01\x1b\ufffe\r\x9b\u202e\u200b\u2028\ufeff\U000e0041"
 
 
 class Page(HTMLParser):
@@ -173,6 +179,97 @@ def test_a_run_without_iterations_has_a_report(tmp_path: Path) -> None:
     assert "No iteration has rewards or answers yet." in path.read_text(encoding="utf-8")
 
 
+def steering(text: str) -> str:
+    return "".join(sorted(set(STEERING.findall(text))))
+
+
+def test_no_character_that_steers_is_on_the_page(tmp_path: Path) -> None:
+    """Names, ids and reasons of every kind reach the page: legends, tables, groups, findings, facts."""
+    run = new_run(tmp_path, {"policy": {"model": STEERS}, "score": {"rewards": [{"name": STEERS, "function": STEERS}]}})
+    for index, reward in enumerate((1.0, 0.5)):
+        ids = {"completion_id": f"c{STEERS}", "group_id": f"g{STEERS}"}
+        texts = ("policy_name", "policy_digest", "finish_reason", "completion")
+        rows = {**ids, **dict.fromkeys(texts, f"x{index}{STEERS}")}
+        write_artifact(run.place(index, "completions"), "completions", completion_rows(rows))
+        write_artifact(run.place(index, "prompts"), "prompts", prompt_rows({"task": STEERS}))
+        parts = [{**ids, "reward_name": f"{STEERS}{i}", "reward": reward / i} for i in (1, 2)]
+        rewards = fill("rewards", parts, error=STEERS, detail=STEERS, reward_recipe="r")
+        write_artifact(run.place(index, "rewards"), "rewards", rewards)
+        advantages = advantage_rows({**ids, "reward": reward, "drop_reason": f"{STEERS}{index}"})
+        write_artifact(run.place(index, "advantages"), "advantages", advantages)
+    named = {"iteration": 0, "group_id": f"g{STEERS}", "completion_id": f"c{STEERS}"}
+    finding = {"check": STEERS, "severity": STEERS, "message": STEERS, "rows": [named]}
+    (tmp_path / "findings.json").write_text(json.dumps([finding]), encoding="utf-8")
+    path, _ = write_report(run.root, tmp_path / "page.html", findings=tmp_path / "findings.json")
+    text = path.read_text(encoding="utf-8")
+    assert steering(text) == ""
+    assert steering(unescape(text.partition("<script")[0])) == ""
+    page = Page(text)
+    [group] = page.data("groups-0")  # type: ignore[misc]
+    assert group["members"][0]["text"] == f"x0{STEERS}"
+    legends = re.findall(r"<text[^>]*>([^<]*)</text>", text)
+    assert [legend for legend in legends if "x00" in legend], legends
+
+
+def test_the_script_shows_what_the_terminal_shows(tmp_path: Path) -> None:
+    path, _ = write_report(new_run(tmp_path).root)
+    page = Page(path.read_text(encoding="utf-8"))
+    [script] = [text for attributes, text in page.scripts if attributes.get("type") != "application/json"]
+    assert re.findall(r"textContent = (?!visible|tokens|event.target.title).*", script) == []
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed: the script's own function cannot be asked")
+    function = script[script.index("function visible") : script.index("function el(")]
+    samples = [STEERS, "a\n\tb \\neq", *map(chr, range(0, 0x110000, 37))]
+    code = f"const STEERING = new RegExp({json.dumps(page.data('page-data')['steering'])}, 'gu'); {function}"  # type: ignore[index]
+    code += "const texts = JSON.parse(require('fs').readFileSync(0)); console.log(JSON.stringify(texts.map(visible)));"
+    done = subprocess.run([node, "-e", code], input=json.dumps(samples), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [visible(sample) for sample in samples]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ((NAN, 1.0), "1 values are no numbers and stand in no cell"),
+        ((-INF, INF), "\u2212inf"),
+        ((1e308, -1e308), "beyond 1e+100, and not drawn"),
+        ((1.7e308, 1.7e308), "values beyond the edges stand in the outer cells"),
+    ],
+)
+def test_numbers_beyond_drawing_are_said(tmp_path: Path, rewards: tuple[float, float], said: str) -> None:
+    run = new_run(tmp_path)
+    for index, reward in enumerate(rewards):
+        write_iteration(run, index, reward=reward)
+    path, _ = write_report(run.root)
+    page = path.read_text(encoding="utf-8")
+    assert said in page
+    assert "NaN" not in page.partition("<script>")[0]
+
+
+def test_rows_without_a_column_are_one_error(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    write_iteration(run, 0)
+    place = run.place(0, "rewards")
+    pl.read_parquet(place / "part-00000.parquet").drop("reward_name").write_parquet(place / "part-00000.parquet")
+    fix_hashes(place)
+    with pytest.raises(SchemaError, match=r"iteration 0 of .* lacks what a report needs"):
+        write_report(run.root)
+
+
+def test_a_prompt_without_a_text_has_a_report(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    write_iteration(run, 0)
+    shutil.rmtree(run.place(0, "prompts"))
+    silent = prompt_rows({"messages": [{"role": None, "content": None}]})
+    write_artifact(run.place(0, "prompts"), "prompts", silent)
+    path, _ = write_report(run.root)
+    [group] = Page(path.read_text(encoding="utf-8")).data("groups-0")  # type: ignore[misc]
+    assert group["messages"] == [{"role": None, "content": None}]
+
+
 def test_a_changed_file_is_reported_not_shown(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     write_iteration(run, 0)
@@ -193,7 +290,7 @@ def test_names_with_dollars_underscores_and_foreign_letters_are_drawn_as_they_ar
     assert drawn is not None
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn.svg)
     assert [t for t in texts if "x" in t or "_" in t or "漢" in t] == [
-        "\u2060_private",
+        " _private",
         "$x^2$",
         "&lt;b&gt;漢字&lt;/b&gt;",
     ]

@@ -193,9 +193,18 @@ def test_one_wild_value_does_not_flatten_a_distribution() -> None:
     assert spread.outside > 0
 
 
-@pytest.mark.parametrize("values", [[], [None], [float("nan")]])
+@pytest.mark.parametrize("values", [[], [None]])
 def test_a_distribution_of_nothing_is_none(values: list[float | None]) -> None:
     assert heat([pl.Series(values, dtype=pl.Float64)], [0]) is None
+
+
+def test_what_is_no_number_or_too_large_is_counted_and_not_spread() -> None:
+    spread = heat([pl.Series([float("nan"), 1e308, -1e308, float("inf"), 1.0, 2.0])], [0])
+    assert spread is not None
+    assert (spread.edges[0], spread.edges[-1], spread.outside, spread.not_numbers) == (1.0, 2.0, 3, 1)
+    equal = heat([pl.Series([1e20, 1e20])], [0])
+    assert equal is not None
+    assert (equal.edges[0], equal.edges[-1]) == (0.99e20, 1.01e20)
 
 
 def test_numbers_that_json_cannot_say_become_their_names() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from stages.sources import SourceConfig, SourceRow, draw, is_held_out, source_identity
+from stages.tables import file_records, read_table
 
 SUMS = SourceConfig(source="reasoning_gym:chain_sum", options={"min_terms": 2, "max_terms": 2, "max_digits": 2})
 
@@ -31,6 +32,16 @@ def take(config: SourceConfig, turn: int = 0, count: int = 4, seed: int = 0, spl
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     rows = take(file_source(tmp_path, name=name), count=20)
     assert sorted((row.question, row.reference_answer) for row in rows) == sorted((f"q{i}", str(i)) for i in range(20))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_path_with_brackets_is_no_pattern(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "[a-z]*?" / f"rows{suffix}"
+    path.parent.mkdir()
+    rows = pl.DataFrame({"question": ["1 + 1 ="]})
+    {".jsonl": rows.write_ndjson, ".csv": rows.write_csv, ".parquet": rows.write_parquet}[suffix](path)
+    assert file_records(path) == rows.to_dicts()
+    assert read_table(path).to_dicts() == rows.to_dicts()
 
 
 def test_an_epoch_holds_each_row_once_and_the_next_one_is_shuffled_anew(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.options import Output, Run
-from flows.printing import Format, console, print_rows
+from flows.printing import Format, print_rows, say
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
@@ -46,28 +46,26 @@ def audit_run(path: str | Path, config_path: Path | None, format_: Format) -> in
 
 
 def _print_report(report: "AuditReport", path: str | Path) -> None:
-    screen = console()
     warnings = sum(finding.severity == "warning" for finding in report.findings)
-    screen.print(
+    say(
         f"{report.run}: {report.num_answers:,} answers of {report.num_iterations} iterations; "
-        f"{_count(warnings, 'warning')}, {len(report.findings) - warnings} for information\n",
-        markup=False,
+        f"{_count(warnings, 'warning')}, {len(report.findings) - warnings} for information"
     )
+    say()
     for finding in report.findings:
-        # markup off everywhere: messages quote what a model wrote
-        screen.print(f"{finding.severity}: {finding.check}", style=_style(finding), markup=False)
-        screen.print(f"    {finding.message}", markup=False)
+        say(f"{finding.severity}: {finding.check}", _style(finding))
+        say(f"    {finding.message}")
         if finding.rows:
-            screen.print(f"    see {_see(finding.rows[0], path)}", markup=False)
+            say(f"    see {_see(finding.rows[0], path)}")
             more = ", ".join(_name(row) for row in finding.rows[1 : 1 + ROWS_SHOWN])
             if more:
-                screen.print(f"    also {more}", markup=False)
+                say(f"    also {more}")
     if report.findings:
-        screen.print()
+        say()
     for status in ("clear", "not applicable"):
         for outcome in report.outcomes:
             if outcome.status == status:
-                screen.print(f"{status}: {outcome.check} ({outcome.note})", style="dim", markup=False)
+                say(f"{status}: {outcome.check} ({outcome.note})", "dim")
 
 
 def _count(number: int, noun: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.options import Output, answer
-from flows.printing import Format, console, print_rows
+from flows.printing import Format, print_rows, say
 from pipeline.errors import ArtifactMissing
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
@@ -43,7 +43,7 @@ def print_diff(a: str | Path, b: str | Path, format_: Format) -> bool:
     differences = compare_runs(open_run(a), open_run(b))
     rows = [{"kind": d.kind, "where": d.where, "what": d.what, "a": d.a, "b": d.b} for d in differences]
     if format_ is Format.table and not rows:
-        console().print(f"{a} and {b} are equal", markup=False)
+        say(f"{a} and {b} are equal")
     else:
         print_rows(rows, format_, columns=("kind", "where", "what", "a", "b"))
     return not rows

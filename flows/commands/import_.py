@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.options import Config, Overrides, start_working
+from flows.printing import say
 
 WRITES = True
 
@@ -49,4 +50,5 @@ def import_(
         run.record_config(config.read_text(encoding="utf-8"), settings.model_dump(mode="json"))
         session.perform("score", 0)
         session.perform("normalize", 0)
-    print(f"{run.name}\nlook at it: grpo groups {run.name}; grpo show {run.name}")
+    say(run.name)
+    say(f"look at it: grpo groups {run.name}; grpo show {run.name}")

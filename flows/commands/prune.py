@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.options import Output, Run
-from flows.printing import Format, console, digest_in, path_below, print_rows
+from flows.printing import Format, digest_in, path_below, print_rows, say
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.runs import lock, open_run
@@ -48,9 +48,7 @@ def prune(
     print_rows(rows, format_, columns=("checkpoint", "updates", "files", "bytes", "digest"))
     if format_ is Format.table:
         verb = "would be dropped" if dry_run else "dropped"
-        console().print(
-            f"{sum(item.num_bytes for item in done):,} bytes of {len(done)} checkpoints {verb}", markup=False
-        )
+        say(f"{sum(item.num_bytes for item in done):,} bytes of {len(done)} checkpoints {verb}")
 
 
 def _needed(run: RunDir) -> set[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.options import Iteration, Output, Run, answer, last_iteration, start_working
-from flows.printing import Format, console, print_rows
+from flows.printing import Format, print_rows, say
 from pipeline.chain import INITIAL
 from pipeline.errors import GrpoError, UsageError
 from pipeline.runs import open_run
@@ -116,20 +116,19 @@ def _print(rows: "Sequence[Replayed]", format_: Format, tolerance: float) -> Non
         print_rows(listed, format_, columns=(*COLUMNS, "tolerance", "deviations", "machine"))
         return
     print_rows(listed, format_, columns=[name for name in COLUMNS if name != "found"])
-    screen = console()
     for row in rows:
         if row.found:
             text = f"iteration {row.iteration} {row.dataset} ({row.result}): {row.found}"
-            screen.print(text, markup=False, soft_wrap=True)
+            say(text)
     odd = [{"iteration": r.iteration, "dataset": r.dataset, **_plain(d)} for r in rows for d in r.deviations]
     odd.sort(key=lambda d: (d["is_close"], -(float("inf") if d["relative"] is None else d["relative"])))
     if odd:
         columns = ("iteration", "dataset", "part", "name", "relative", "is_close", "where")
         print_rows(odd[:MOST_DEVIATIONS], format_, columns=columns)
     if len(odd) > MOST_DEVIATIONS:
-        screen.print(f"and {len(odd) - MOST_DEVIATIONS} more: see --format jsonl", markup=False)
+        say(f"and {len(odd) - MOST_DEVIATIONS} more: see --format jsonl")
     for line in _verdict(rows, tolerance):
-        screen.print(line, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _plain(odd: "Deviation") -> dict[str, Any]:

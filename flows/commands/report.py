@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.options import Run
+from flows.printing import say
 
 WRITES = True
 
@@ -28,4 +29,4 @@ def report(
 
     place, made = write_report(run, output, findings=findings, groups=groups, megabytes=megabytes, seed=seed)
     shown, total = made.counts["shown_groups"], made.counts["groups"]
-    print(f"{place}: {shown:,} of {total:,} groups, {place.stat().st_size:,} bytes")
+    say(f"{place}: {shown:,} of {total:,} groups, {place.stat().st_size:,} bytes")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.options import Config, NewRun, Output, Overrides, Run, named_after, start_working
-from flows.printing import Format, print_rows
+from flows.printing import Format, print_rows, say
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run, run_at
@@ -48,10 +48,9 @@ def rescore(
         done = rescore_run(source, config, run_at(directory), chosen, overrides or [], reporter)
     print_rows(summary(source, done), format_, columns=("reward_name", "completions", "mean", "std", "failed"))
     if format_ is Format.table:
-        print(f"{done.num_completions:,} completions of {len(done.iterations)} iterations in {done.seconds:.1f} s")
-        print(
-            f"{directory}\ncompare: grpo diff {run} {directory} --rewards; train on it: grpo fork {run} {config} --at N"
-        )
+        say(f"{done.num_completions:,} completions of {len(done.iterations)} iterations in {done.seconds:.1f} s")
+        say(directory)
+        say(f"compare: grpo diff {run} {directory} --rewards; train on it: grpo fork {run} {config} --at N")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.options import Iteration, Output, Run, last_iteration
-from flows.printing import Format, console, print_rows
+from flows.printing import Format, print_rows, say
 from pipeline.errors import UsageError
 from pipeline.runs import open_run
 
@@ -78,21 +78,17 @@ def _choose(completions: "pl.LazyFrame", limit: int, group: str | None) -> "pl.D
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.text import Text
-
-    screen = console()
     for row in rows:
         reward = "null" if row["reward"] is None else f"{row['reward']:.4g}"
-        screen.print(Text.assemble((f"{reward:>8}", "bold"), f"  {row['completion_id']}"))
+        say(f"{reward:>8}  {row['completion_id']}", "bold")
         for label in ("prompt", "reference", "completion", "error", "detail"):
             if row[label] is not None:
-                # Text, never markup: values come from a model
-                screen.print(Text(f"          {label:<10} {_lines(row[label])}"))
+                first, *more = str(row[label]).split("\n")
+                say(f"          {label:<10} {first}")
+                for line in more:
+                    say(" " * 21 + line)
     scored = [row["reward"] for row in rows if row["reward"] is not None]
     failed = len(rows) - len(scored)
     mean = f"mean {sum(scored) / len(scored):.4g}, " if scored else ""
-    screen.print(f"\n{len(rows)} completions: {mean}{failed} without a reward")
-
-
-def _lines(value: str) -> str:
-    return value.replace("\n", "\n" + " " * 21)
+    say()
+    say(f"{len(rows)} completions: {mean}{failed} without a reward")

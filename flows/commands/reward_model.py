@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.options import Config, Overrides, start_working
+from flows.printing import say
 
 WRITES = True
 
@@ -31,4 +32,4 @@ def reward_model(
     with reporter.shown():
         progress, device = reporter.stage("reward_model"), resolve_device("auto")
         result = train_reward_model(settings, runs / "reward_models", progress, device=device)
-    print(result.main.path)
+    say(result.main.path)

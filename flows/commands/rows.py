@@ -1,5 +1,6 @@
 """`grpo rows`: rows of one dataset."""
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     import polars as pl
 
 WRITES = False
+QUERY_WORDS = frozenset({"select", "from", "with", "values", "table"})
+DISTINCT_FROM = re.compile(r"\bdistinct\s+from\b", re.IGNORECASE)
+QUOTED = re.compile(r"""(?<![\w&$'"])(?:'(?:[^']|'')*'|"(?:[^"]|"")*")""")
+"""Text and quoted names; before E'...' and the like a letter stands, and the quotation mark is left."""
+CONDITION = re.compile(r"[\w\s.,()\[\]<>=!+*/%|~^:-]*")
 
 
 def rows(
@@ -38,10 +44,10 @@ def rows(
     if unknown:
         raise UsageError(f"{dataset} has no columns {unknown}: see `grpo schema {dataset}`")
     if where:
-        frame = _filtered(frame, where, dataset)
-    if limit > 0:
-        frame = frame.head(limit)
-    print_rows(frame.select(names).collect().to_dicts(), format_, columns=names)
+        found = _matching(frame, where, names, limit, dataset)
+    else:
+        found = (frame.head(limit) if limit > 0 else frame).select(names).collect()
+    print_rows(found.to_dicts(), format_, columns=names)
 
 
 def open_dataset(path: str, dataset: str, iteration: int | None) -> Artifact:
@@ -57,12 +63,33 @@ def open_dataset(path: str, dataset: str, iteration: int | None) -> Artifact:
     return run.open(last_iteration(run, dataset) if iteration is None else iteration, dataset)
 
 
-def _filtered(frame: "pl.LazyFrame", where: str, dataset: str) -> "pl.LazyFrame":
+def _matching(frame: "pl.LazyFrame", where: str, names: list[str], limit: int, dataset: str) -> "pl.DataFrame":
+    """Return the rows that meet an SQL condition.
+
+    Raises:
+        UsageError: when it is none, or could read anything but the rows.
+    """
     import polars as pl
 
+    _check_condition(where)
     try:
         filtered = frame.filter(pl.sql_expr(where))
-        filtered.head(1).collect()
-    except pl.exceptions.PolarsError as error:
+        return (filtered.head(limit) if limit > 0 else filtered).select(names).collect()
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UsageError(f"--where {where!r} is not an SQL condition over {dataset}: {error}") from error
-    return filtered
+
+
+def _check_condition(where: str) -> None:
+    """Raise UsageError for a condition with a query in it: polars would open the files and URLs that it names.
+
+    A query begins with one of QUERY_WORDS. Outside of plain quotes only characters are let through that cannot begin a
+    comment or another kind of quotes, so that polars's parser takes the same parts for text as this one.
+    """
+    bare = QUOTED.sub(" ", where)
+    words = set(re.findall(r"\w+", DISTINCT_FROM.sub(" ", bare).lower()))
+    if words & QUERY_WORDS or not CONDITION.fullmatch(bare) or "--" in bare or "/*" in bare:
+        raise UsageError(
+            f"--where {where!r} is more than a condition over the columns (it holds a query, a comment or an open or "
+            "unusual quotation mark): expected for example \"finish_reason = 'length'\"; give one, or read the Parquet "
+            "files with a database"
+        )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.options import Config, Overrides, start_working
+from flows.printing import say
 
 if TYPE_CHECKING:
     from flows.prepare import Prepared
@@ -43,4 +44,5 @@ def train_run(prepared: "Prepared", config: Path, overrides: list[str] | None) -
     reporter.note(f"{config} -> {run.name}")
     with reporter.shown():
         policy = train_prepared(replace(prepared, reporter=reporter), config, overrides)
-    print(f"last policy: {run.shown(Path(policy))}\nlook at it: grpo metrics {run.name}; grpo show {run.name}")
+    say(f"last policy: {run.shown(Path(policy))}")
+    say(f"look at it: grpo metrics {run.name}; grpo show {run.name}")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.commands.options import Output
-from flows.printing import Format, print_rows
+from flows.printing import Format, print_rows, say
 from pipeline.errors import UsageError
 
 WRITES = False
@@ -25,7 +25,8 @@ def schema(
     from pipeline.chain import known_schemas
 
     if markdown:
-        print(schema_markdown(), end="")
+        for line in schema_markdown().splitlines():
+            say(line)
         return
     if dataset is None:
         print_rows([{"dataset": name, "doc": _doc(schema)} for name, schema in known_schemas().items()], format_)

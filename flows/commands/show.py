@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.options import Iteration, Output, Run, last_iteration
-from flows.printing import Format, console, number, print_rows
+from flows.printing import Format, number, print_rows, say, say_text
 from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
+from pipeline.text import one_line
 
 if TYPE_CHECKING:
     import polars as pl
@@ -46,18 +47,12 @@ def show(
         .collect()
         .row(0, named=True)
     )
-    screen = console()
-    screen.print(
-        f"iteration {index}, group {first['group_id']}, prompt {first['prompt_id']}, task {prompt['task']}",
-        markup=False,
-    )
+    say(f"iteration {index}, group {first['group_id']}, prompt {first['prompt_id']}, task {prompt['task']}")
     for message in prompt["messages"]:
-        screen.print(f"  {message['role']}: {message['content']}", markup=False)
-    screen.print(f"  reference answer: {prompt['reference_answer']}", markup=False)
-    screen.print(
-        f"  rewards: mean {number(first['group_reward_mean'])}, std {number(first['group_reward_std'])}\n",
-        markup=False,
-    )
+        say_text(f"{one_line(message['role'])}: {message['content']}", indent=2)
+    say_text(f"reference answer: {prompt['reference_answer']}", indent=2)
+    say(f"  rewards: mean {number(first['group_reward_mean'])}, std {number(first['group_reward_std'])}")
+    say()
     rows = members.to_dicts()
     if max(len(row["completion"]) for row in rows) > LONG_ANSWER:
         for row in rows:
@@ -82,10 +77,6 @@ def _member_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _print_member(row: dict[str, Any]) -> None:
     """Print a completion that needs its own lines."""
-    from rich.padding import Padding
-    from rich.text import Text
-
-    screen = console()
     facts = _member_row(row)
     facts.pop("completion")
     line = "  ".join(
@@ -93,13 +84,12 @@ def _print_member(row: dict[str, Any]) -> None:
         for name, value in facts.items()
         if value is not None
     )
-    screen.print(Text(line, style="bold"))
-    # Text, never markup: values come from a model
-    screen.print(Padding(Text(row["completion"]), (0, 0, 0, 4)))
+    say(line, "bold")
+    say_text(row["completion"], indent=4)
     for part in row["parts"]:
         if part["detail"] is not None:
-            screen.print(Padding(Text(f"{part['reward_name']}: {part['detail']}", style="dim"), (0, 0, 0, 4)))
-    screen.print()
+            say_text(f"{one_line(part['reward_name'])}: {part['detail']}", indent=4, style="dim")
+    say()
 
 
 def _members(run: RunDir, iteration: int, group: str | None) -> "pl.DataFrame":

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.options import Run, start_working
+from flows.printing import say
 from pipeline.chain import STEPS
 from pipeline.errors import UsageError
 
@@ -39,4 +40,4 @@ def stage(
         made = session.perform(name, iteration)
         if is_new:
             session.perform("optimizer", iteration)  # else the next update would have to train on these rows again
-    print(run_dir.shown(made.path))
+    say(run_dir.shown(made.path))

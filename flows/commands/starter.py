@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.options import Config, Overrides, start_working
+from flows.printing import say
 from pipeline.errors import UsageError
 
 WRITES = True
@@ -33,4 +34,4 @@ def starter(
     with reporter.shown():
         root = session.starters_root(RunDir(runs / "any"))
         result = session.starter(settings, root, reporter.stage("starter"))
-    print(result.main.path)
+    say(result.main.path)

@@ -4,7 +4,6 @@ Texts, token ids and the sampler's log probabilities are stored for every comple
 stored if the run has ``update.record_tokens``.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -12,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from flows.commands.options import Output, Run
-from flows.printing import Format, console, number, print_rows
+from flows.printing import Format, number, print_rows, say
 from pipeline.errors import ArtifactDamaged
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
+from pipeline.text import json_text
 
 WRITES = False
 
@@ -78,16 +78,15 @@ def tokens(
     if format_ is not Format.table:
         print_rows(rows, format_, columns=COLUMNS)
         return
-    screen = console()
-    screen.print(_headline(told), markup=False)
+    say(_headline(told))
     for record in told.records:
         step = record["optimizer_step"]
-        screen.print(f"optimizer step {step}: {_summary(record)}", markup=False)
+        say(f"optimizer step {step}: {_summary(record)}")
         print_rows([_line(row) for row in rows if row["optimizer_step"] == step], format_)
     if not told.records:
         print_rows([_line(row) for row in rows], format_)
     for note in _notes(told):
-        screen.print(note, markup=False)
+        say(note)
 
 
 def tell(run: RunDir, iteration: int | None, completion_id: str) -> Told:
@@ -161,7 +160,7 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "": row["position"],
         "token": row["token_id"],
-        "text": json.dumps(row["text"], ensure_ascii=False),
+        "text": json_text(row["text"]),
         "trainer": row["trainer_logprob"],
         "sampler": row["sampling_logprob"],
         "ratio": row["importance_ratio"],

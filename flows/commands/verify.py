@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.options import Output, Run, answer
-from flows.printing import Format, console, print_rows
+from flows.printing import Format, print_rows, say, show_progress
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
@@ -56,16 +56,17 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
 
     run = open_run(path)
     is_shown = sys.stderr.isatty()
-    findings = verify_run(run, limit=limit, progress=_show if is_shown else _ignore)
+    progress = show_progress if is_shown else _ignore
+    findings = verify_run(run, limit=limit, progress=progress)
     checks = dict(CHECKS)
     figures: list[dict[str, Any]] = []
     if deep is not None:
         from stages.inspect.verify.logprobs import CHECK, PROVES, check_logprobs
 
         checks[CHECK] = PROVES
-        figures = [asdict(found) for found in check_logprobs(run, findings, deep, _show if is_shown else _ignore)]
+        figures = [asdict(found) for found in check_logprobs(run, findings, deep, progress)]
     if is_shown:
-        _show("")
+        show_progress("")
     problems = [
         {
             "check": problem.check,
@@ -84,20 +85,19 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
         return findings.is_fine
     tallies = [{"check": name, **_tally(findings.tallies[name]), "proves": checks[name]} for name in checks]
     print_rows(tallies, format_)
-    screen = console()
     if figures:
-        screen.print("log probabilities, trainer against sampler, in nats per token:", markup=False)
+        say("log probabilities, trainer against sampler, in nats per token:")
         print_rows(figures, format_)
     for (check, reason), count in findings.notes.items():
-        screen.print(f"not checked: {check} of {count} artifacts: {reason}", markup=False)
+        say(f"not checked: {check} of {count} artifacts: {reason}")
     if findings.pruned:
         places = len({where.path for where, _ in findings.pruned})
-        screen.print(f"pruned: {len(findings.pruned)} files of {places} checkpoints, dropped on purpose", markup=False)
+        say(f"pruned: {len(findings.pruned)} files of {places} checkpoints, dropped on purpose")
     for problem in problems:
         place = " ".join(str(problem[key]) for key in ("artifact", "part", "row") if problem[key] is not None)
-        screen.print(f"{problem['check']}: {place}: {problem['found']}", markup=False, soft_wrap=True)
+        say(f"{problem['check']}: {place}: {problem['found']}")
     verdict = "nothing is wrong" if findings.is_fine else f"{_count_wrong(findings.tallies)} things are wrong"
-    screen.print(f"{run.root}: {verdict}", markup=False)
+    say(f"{run.root}: {verdict}")
     return findings.is_fine
 
 
@@ -124,10 +124,6 @@ def _tally(tally: Any) -> dict[str, Any]:
 
 def _count_wrong(tallies: dict[str, Any]) -> int:
     return sum(tally.wrong for tally in tallies.values())
-
-
-def _show(text: str) -> None:
-    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _ignore(_: str) -> None: ...

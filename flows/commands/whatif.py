@@ -3,7 +3,7 @@
 from typing import Any
 
 from flows.commands.options import Output, Overrides, Run
-from flows.printing import Format, console, print_rows
+from flows.printing import Format, print_rows, say
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.runs import open_run
 
@@ -53,7 +53,9 @@ def whatif(
         print_rows(per_iteration, format_)
         return
     found = compare(None, (pl.concat(before), pl.concat(after)))
-    console().print(f"{config.model_dump()}\n-> {wanted.model_dump()}\n", markup=False)
+    say(config.model_dump())
+    say(f"-> {wanted.model_dump()}")
+    say()
     columns = ("iteration", "completions", "sign_changes", "groups", "gain_signal", "lose_signal", "mean_size_a",
                "mean_size_b", "rank_correlation")  # fmt: skip
     print_rows(_thinned(per_iteration), format_, columns=columns)

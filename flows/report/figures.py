@@ -23,7 +23,8 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from stages.inspect.report_data import Heat, Report
+from pipeline.text import one_line
+from stages.inspect.report_data import LARGEST, Heat, Report
 
 FIGURES = Path(__file__).parent / "page" / "figures.toml"
 WIDTH, HEIGHT = 500, 285
@@ -117,7 +118,8 @@ def _draw_lines(spec: FigureSpec, report: Report) -> Drawn | None:
     series = {label: values for label, values in found.items() if any(v is not None for v in values)}
     if not series:
         return None
-    most = sorted(series, key=lambda label: -max((v for v in series[label] if v is not None), default=0.0))[:MOST_LINES]
+    drawn = {label: [_drawable(v) for v in values] for label, values in series.items()}
+    most = sorted(drawn, key=lambda label: -max((v for v in drawn[label] if v is not None), default=0.0))[:MOST_LINES]
     note = f"The {MOST_LINES} largest of {len(series)} are drawn. " if len(series) > MOST_LINES else ""
     shown: list[str] = []
     for label in (label for label in series if label in most):
@@ -126,16 +128,20 @@ def _draw_lines(spec: FigureSpec, report: Report) -> Drawn | None:
             shown.append(label)
         else:
             note += f"The curve of {label} is that of {twin}. "
+    left_out = sum(v is not None for values in series.values() for v in values)
+    left_out -= sum(v is not None for values in drawn.values() for v in values)
+    if left_out:
+        note += f"{left_out:,} values are no numbers, infinite or beyond {LARGEST:g}, and not drawn. "
     if all(_is_constant(values) for values in series.values()):
         return Drawn(spec, "", series, (0, 0, 0, 0), (0, 0))
     figure, axes = _axes(report.iterations)
-    positive = [v for label in shown for v in series[label] if v is not None and v > 0]
-    all_positive = len(positive) == sum(v is not None for label in shown for v in series[label])
-    if spec.is_log and all_positive and max(positive) > 30 * min(positive):
+    known = [v for label in shown for v in drawn[label] if v is not None]
+    positive = [v for v in known if v > 0]
+    if spec.is_log and positive and len(positive) == len(known) and max(positive) > 30 * min(positive):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))  # the default is math text
         axes.yaxis.set_minor_formatter(NullFormatter())
-    handles = [_line(axes, i, report.iterations, series[label]) for i, label in enumerate(shown)]
+    handles = [_line(axes, i, report.iterations, drawn[label]) for i, label in enumerate(shown)]
     if spec.is_share:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.03), min(high, 1.03))
@@ -144,6 +150,10 @@ def _draw_lines(spec: FigureSpec, report: Report) -> Drawn | None:
         names = [_label(text) for text in shown]
         figure.legend(handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=12, labelcolor=INK)
     return _finish(spec, figure, axes, series, note)
+
+
+def _drawable(value: float | None) -> float | None:
+    return None if value is None or not abs(value) <= LARGEST else value
 
 
 def _is_constant(values: Sequence[float | None]) -> bool:
@@ -190,6 +200,8 @@ def _draw_heat(spec: FigureSpec, heat: Heat | None) -> Drawn | None:
     note = f"The strongest shade stands for {top:.0%} of an iteration's answers. "
     if heat.outside:
         note += f"{heat.outside:,} values beyond the edges stand in the outer cells. "
+    if heat.not_numbers:
+        note += f"{heat.not_numbers:,} values are no numbers and stand in no cell. "
     if any(first != last for first, last in heat.spans):
         note += "A column holds several iterations. "
     return _finish(spec, figure, axes, {}, note)
@@ -209,9 +221,10 @@ def _axes(iterations: Sequence[int]) -> tuple[Figure, Axes]:
 
 
 def _label(text: str) -> str:
-    """Return a label for the legend; matplotlib would drop one that begins with an underscore."""
+    """Return a label for the legend, where matplotlib would drop one that begins with an underscore."""
+    text = one_line(text)
     short = text if len(text) <= MOST_LABEL else text[: MOST_LABEL - 1] + "…"
-    return "\u2060" + short if short.startswith("_") else short
+    return " " + short if short.startswith("_") else short
 
 
 def _finish(spec: FigureSpec, figure: Figure, axes: Axes, series: dict[str, list[float | None]], note: str) -> Drawn:

@@ -1,27 +1,32 @@
 """`grpo report`: one HTML file about a run that opens anywhere, without a network.
 
 The page is data plus a fixed script and style sheet, whose hashes are in its Content-Security-Policy: nothing that a
-model wrote can run, be loaded, or change how the page looks. Completions are stored as JSON and become text nodes.
+model wrote can run, be loaded, or change how the page looks. Completions are stored as JSON and become text nodes. What
+steers text is an escape everywhere: the template and the script make every text visible.
 """
 
 import base64
 import hashlib
-import json
+import math
+import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
 from flows.report.figures import Drawn, FigureSpec, draw, figure_specs
-from pipeline.errors import UsageError
+from pipeline.errors import OutOfSpace, UsageError
 from pipeline.files import atomic_write
 from pipeline.runs import open_run
+from pipeline.text import STEERING, json_text, visible
 from stages.inspect.report_data import FINDING_ROWS, Finding, Report, collect, read_findings
-from stages.inspect.report_groups import TAIL_TOKENS
+from stages.inspect.report_groups import TAIL_TOKENS, number
 
+Where = TypeVar("Where")
 PAGE = Path(__file__).parent / "page"
 TABLE_ROWS = 40
 MOST_FINDINGS = 200
@@ -78,7 +83,9 @@ def write_report(
     try:
         with atomic_write(place) as temporary:
             temporary.write_text(render(report), encoding="utf-8", newline="\n")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except OutOfSpace:
+        raise
+    except OSError as error:
         raise UsageError(f"{place} cannot be written ({error.strerror}): name another file with --output") from error
     return place, report
 
@@ -105,12 +112,14 @@ def render(report: Report) -> str:
         },
         "shown": {k: len(groups) for k, groups in shown.items()},
         "tail_tokens": TAIL_TOKENS,
+        "steering": re.sub(r"\\U0*([0-9a-f]+)", r"\\u{\1}", STEERING.pattern),  # as JavaScript writes it
     }
     ranked = sorted(report.findings or [], key=lambda f: {"error": 0, "warning": 1}.get(f.severity, 2))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         keep_trailing_newline=True,
     )
     return environment.get_template("page.html").render(
@@ -132,6 +141,11 @@ def render(report: Report) -> str:
     )
 
 
+def _shown(value: Any) -> Any:
+    """Return what the template puts on the page: text made visible, our own markup as it is."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def content_security_policy(style: str, script: str) -> str:
     """Return a policy that loads nothing, and permits only this style sheet and this script."""
     return (
@@ -146,21 +160,23 @@ def _hash(text: str) -> str:
 
 def for_script(value: Any) -> Markup:
     """Return JSON that cannot end the script element around it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
+    text = json_text(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
 
 
-def count(number: int, noun: str) -> str:
+def count(times: int, noun: str) -> str:
     """Return "1 group", "2 groups"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{times:,} {noun}{'' if times == 1 else 's'}"
 
 
 def say(value: float | None, *, is_share: bool = False) -> str:
     """Return a number as text: four digits, shares in percent, nothing for None."""
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return str(value).replace("-", "\u2212")
     if is_share:
         return f"{value:.1%}" if abs(value) >= 0.001 else "0" if value == 0 else f"{100 * value:.1g}%"
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -171,8 +187,8 @@ def say(value: float | None, *, is_share: bool = False) -> str:
     return text.replace("-", "\u2212")
 
 
-def _rounded(series: dict[str, list[float | None]]) -> dict[str, list[float | None]]:
-    return {label: [None if v is None else float(f"{v:.5g}") for v in values] for label, values in series.items()}
+def _rounded(series: dict[str, list[float | None]]) -> dict[str, list[float | str | None]]:
+    return {label: [number(v, 5) for v in values] for label, values in series.items()}
 
 
 def _known(report: Report, values: list[float | None]) -> list[tuple[int, float]]:
@@ -188,12 +204,18 @@ def _glance(report: Report) -> list[dict[str, Any]]:
         points: list[tuple[int | str, float]] = [*known]
         if (initial := report.initial.get(name)) is not None:
             points.insert(0, ("the start", initial))
-        ends = (points[0], points[-1], min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1]))
+        ends = (points[0], points[-1], *_extremes(points))
         texts = [say(value, is_share=is_share) for _, value in ends]
         is_constant = len(set(texts)) == 1
         wheres = [None if is_constant else where for where, _ in ends]
         rows.append({"label": label, "cells": list(zip(texts, wheres, strict=True))})
     return rows
+
+
+def _extremes(points: Sequence[tuple[Where, float]]) -> tuple[tuple[Where, float], tuple[Where, float]]:
+    """Return the points with the lowest and the highest value; NaN is neither unless there is nothing else."""
+    numbers = [point for point in points if not math.isnan(point[1])] or points
+    return min(numbers, key=lambda p: p[1]), max(numbers, key=lambda p: p[1])
 
 
 def _figure(report: Report, drawn: Drawn) -> dict[str, Any]:
@@ -222,7 +244,7 @@ def _limit(report: Report, name: str) -> str:
 
 def _summary(report: Report, label: str, values: list[float | None], is_share: bool) -> str:
     known = _known(report, values)
-    low, high = min(known, key=lambda p: p[1]), max(known, key=lambda p: p[1])
+    low, high = _extremes(known)
     first, last, least, most = (say(v, is_share=is_share) for v in (known[0][1], known[-1][1], low[1], high[1]))
     if least == most:
         return f"{label}: {first} throughout"
@@ -288,11 +310,11 @@ def _selection(report: Report) -> str:
 def _left_out(report: Report, missing: list[FigureSpec]) -> list[str]:
     lines = [f"{spec.title}: {spec.needs} of this run does not hold it." for spec in missing]
     total = len(report.iterations)
-    for dataset, number in report.absent.items():
-        which = "any iteration" if number == total else f"{number:,} of {count(total, 'iteration')}"
+    for dataset, times in report.absent.items():
+        which = "any iteration" if times == total else f"{times:,} of {count(total, 'iteration')}"
         lines.append(f"{dataset}: not stored for {which}.")
-    for dataset, number in report.elsewhere.items():
-        where = f"read from another run for {count(number, 'iteration')}"
+    for dataset, times in report.elsewhere.items():
+        where = f"read from another run for {count(times, 'iteration')}"
         lines.append(f"{dataset}: {where}; its seconds are not counted here.")
     recorded = any("ratio" in m for views in report.groups.values() for view in views for m in view["members"])
     if "training_records" not in report.absent and not recorded and report.counts["shown_groups"]:

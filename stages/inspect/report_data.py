@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL
-from pipeline.errors import UsageError
+from pipeline.errors import SchemaError, UsageError
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.evaluate import summarize
@@ -35,6 +35,8 @@ FINDING_ROWS = 20
 HEAT_BINS = 24
 HEAT_COLUMNS = 90
 """Most columns of a distribution; more iterations share columns."""
+LARGEST = 1e100
+"""Larger magnitudes are not drawn: the width of a range that holds them could be infinite."""
 
 Data = dict[str, pl.LazyFrame]
 Values = dict[str, float | None]
@@ -71,6 +73,8 @@ class Heat:
     shares: list[list[float]]
     outside: int
     """Number of values beyond the edges."""
+    not_numbers: int = 0
+    """Number of values that are NaN; they are in no bin."""
 
 
 @dataclass(slots=True)
@@ -149,27 +153,34 @@ def collect(
     used = 0
     scored: list[pl.DataFrame] = []
     for position, iteration in enumerate(iterations):
-        data = _open(run, iteration, report, position)
-        values, families = measure(data, iteration, threshold)
-        _add(report.series, values, position)
-        for family, members in families.items():
-            _add(report.families.setdefault(family, {}), members, position)
-        if "advantages" in data:
-            scored.append(data["advantages"].select("reward", "advantage").collect())
-        else:
-            scored.append(pl.DataFrame(schema={"reward": pl.Float64, "advantage": pl.Float64}))
-        chosen, num_groups = choose_groups(data, flagged.get(iteration, set()), groups, f"{seed}:{iteration}")
-        report.counts["groups"] += num_groups
-        report.counts["completions"] += int(values.get("num_completions") or 0)
-        shown = []
-        for view in group_views(data, iteration, chosen, tokens, _completions(findings or [])):
-            size = encoded_size(view)
-            if used + size <= (most_bytes if view["is_flagged"] else most_bytes * (position + 1) // len(iterations)):
-                used += size
-                shown.append(view)
-        report.groups[iteration] = shown
-        report.counts["shown_groups"] += len(shown)
-        report.counts["shown_completions"] += sum(len(view["members"]) for view in shown)
+        try:
+            data = _open(run, iteration, report, position)
+            values, families = measure(data, iteration, threshold)
+            _add(report.series, values, position)
+            for family, members in families.items():
+                _add(report.families.setdefault(family, {}), members, position)
+            if "advantages" in data:
+                scored.append(data["advantages"].select("reward", "advantage").collect())
+            else:
+                scored.append(pl.DataFrame(schema={"reward": pl.Float64, "advantage": pl.Float64}))
+            chosen, num_groups = choose_groups(data, flagged.get(iteration, set()), groups, f"{seed}:{iteration}")
+            report.counts["groups"] += num_groups
+            report.counts["completions"] += int(values.get("num_completions") or 0)
+            shown = []
+            room = most_bytes * (position + 1) // len(iterations)
+            for view in group_views(data, iteration, chosen, tokens, _completions(findings or [])):
+                size = encoded_size(view)
+                if used + size <= (most_bytes if view["is_flagged"] else room):
+                    used += size
+                    shown.append(view)
+            report.groups[iteration] = shown
+            report.counts["shown_groups"] += len(shown)
+            report.counts["shown_completions"] += sum(len(view["members"]) for view in shown)
+        except pl.exceptions.PolarsError as error:
+            raise SchemaError(
+                f"iteration {iteration} of {run.name} lacks what a report needs ({str(error).splitlines()[0]}): "
+                "expected the columns of `grpo schema`; make it again with this version, or convert it"
+            ) from error
     for mapping in (report.series, *report.families.values()):
         for values_ in mapping.values():
             values_ += [None] * (len(iterations) - len(values_))
@@ -335,17 +346,20 @@ def heat(columns: list[pl.Series], iterations: list[int]) -> Heat | None:
 
     If a thousandth of the values would stretch the range fourfold, it goes to the outer bins.
     """
-    values = [c.drop_nulls().drop_nans().to_numpy() for c in columns]
+    known = [c.drop_nulls() for c in columns]
+    values = [c.drop_nans().to_numpy() for c in known]
     everything = np.concatenate(values) if values else np.zeros(0)
-    everything = everything[np.isfinite(everything)]
-    if not len(everything):
+    not_numbers = sum(len(c) for c in known) - len(everything)
+    if not len(everything) + not_numbers:
         return None
-    low, high = float(everything.min()), float(everything.max())
-    inner_low, inner_high = (float(x) for x in np.quantile(everything, (0.001, 0.999)))
+    usual = everything[np.abs(everything) <= LARGEST]
+    low, high = (float(usual.min()), float(usual.max())) if len(usual) else (0.0, 0.0)
+    inner_low, inner_high = (float(x) for x in np.quantile(usual, (0.001, 0.999))) if len(usual) else (0.0, 0.0)
     if 0 < inner_high - inner_low < (high - low) / 4:
         low, high = inner_low, inner_high
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    if high - low <= max(abs(low), abs(high)) * 1e-9:
+        margin = max(0.5, abs(low) / 100)
+        low, high = low - margin, high + margin
     edges = np.linspace(low, high, HEAT_BINS + 1)
     spans, shares = [], []
     for positions in np.array_split(np.arange(len(iterations)), min(HEAT_COLUMNS, len(iterations))):
@@ -354,7 +368,7 @@ def heat(columns: list[pl.Series], iterations: list[int]) -> Heat | None:
         spans.append((iterations[positions[0]], iterations[positions[-1]]))
         shares.append([float(x) for x in counts / max(len(together), 1)])
     outside = int(((everything < low) | (everything > high)).sum())
-    return Heat([float(x) for x in edges], spans, shares, outside)
+    return Heat([float(x) for x in edges], spans, shares, outside, not_numbers)
 
 
 def _flagged(findings: Iterable[Finding]) -> dict[int, set[str]]:

@@ -1,7 +1,6 @@
 """The groups of an iteration that a reader should see, and what is known of their completions, as data. Read-only."""
 
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from pipeline.run_dir import RunDir
+from pipeline.text import json_text
 
 MOST_COMPLETIONS = 16
 """Most completions shown of a group: those that a finding names, then the best and the worst alternately."""
@@ -289,4 +289,4 @@ def shorten(text: str | None) -> str | None:
 
 def encoded_size(view: View) -> int:
     """Return the bytes of the view as JSON."""
-    return len(json.dumps(view, ensure_ascii=False, separators=(",", ":")).encode())
+    return len(json_text(view, separators=(",", ":")).encode())

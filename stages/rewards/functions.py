@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from pipeline.config import StrictModel
+from pipeline.config import Name, StrictModel
 from pipeline.errors import GrpoError, RewardError
 from pipeline.files import sha256_text
 from pipeline.functions import import_function
@@ -36,7 +36,7 @@ class RewardConfig(StrictModel):
     DECIDES_NOTHING: ClassVar = frozenset({"function", "concurrency"})
     DECIDES_ELSEWHERE: ClassVar = frozenset({"arguments"})  # through the reward's recipe
 
-    name: str = Field(min_length=1)
+    name: Name
     """Value of the column reward_name; normalize.weights refers to it."""
     function: str
     """``module:function``."""

@@ -4,21 +4,27 @@
   const page = JSON.parse(document.getElementById("page-data").textContent);
   const byId = (id) => document.getElementById(id);
 
+  // Control, direction and zero-width characters would hide or reorder what stands there: pipeline.text writes the same.
+  const STEERING = new RegExp(page.steering, "gu");
+  function visible(text) {
+    return String(text).replace(STEERING, (character) => {
+      const code = character.codePointAt(0);
+      const [mark, digits] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
+      return "\\" + mark + code.toString(16).padStart(digits, "0");
+    });
+  }
+
   function el(tag, attributes, ...children) {
     const node = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes || {})) {
-      if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+      if (value === null || value === undefined || value === false) continue;
+      // data- is read by this script alone, which compares it with what stands in the run
+      node.setAttribute(name, value === true ? "" : name.startsWith("data-") ? value : visible(value));
     }
     for (const child of children.flat(Infinity)) {
-      if (child !== null && child !== undefined) node.append(child); // append makes text of a string
+      if (child !== null && child !== undefined) node.append(child instanceof Node ? child : visible(child)); // append makes text of a string
     }
     return node;
-  }
-
-  // Control, direction and zero-width characters would hide or reorder what stands there.
-  const STEERING = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
-  function visible(text) {
-    return String(text).replace(STEERING, (c) => "<U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + ">");
   }
 
   function num(value, digits) {
@@ -51,7 +57,7 @@
       for (const [name, value] of [["x1", x], ["x2", x], ["y1", top], ["y2", bottom]]) line.setAttribute(name, value);
       const values = Object.entries(data.series).filter(([, v]) => v[position] !== null)
         .map(([label, v]) => label + " " + num(v[position]));
-      readout.textContent = "iteration " + page.iterations[position] + ": " + (values.join(", ") || "nothing stored");
+      readout.textContent = visible("iteration " + page.iterations[position] + ": " + (values.join(", ") || "nothing stored"));
     }
     function nearest(event) {
       const box = svg.getBoundingClientRect();
@@ -102,7 +108,7 @@
 
   function question(group) {
     const last = (group.messages || []).at(-1);
-    const text = last ? last.content : group.group_id;
+    const text = last?.content ?? group.group_id;
     return visible(text.length > 110 ? text.slice(0, 109) + "\u2026" : text).replace(/\s+/g, " ");
   }
 
@@ -129,16 +135,16 @@
     const article = byId("group");
     const group = groupsOf(state.iteration).find((g) => g.group_id === state.group);
     if (!group) {
-      article.replaceChildren(el("p", {}, "Group " + visible(state.group) + " of iteration " + state.iteration +
+      article.replaceChildren(el("p", {}, "Group " + state.group + " of iteration " + state.iteration +
         " is not on this page: see `grpo show` on the run."));
       return;
     }
     const facts = ["rewards: mean " + num(group.mean) + ", std " + num(group.std)];
-    if (group.task) facts.push("task " + visible(group.task));
+    if (group.task) facts.push("task " + group.task);
     if (group.members.length < group.num_members) facts.push(group.members.length + " of " + group.num_members + " members shown, the best and the worst");
     const prompt = group.messages
-      ? el("div", { class: "prompt" }, group.messages.map((m) => [el("div", { class: "role" }, visible(m.role)), el("div", { class: "text" }, visible(m.content))]),
-        el("div", { class: "role" }, "reference answer"), el("div", { class: "text" }, group.reference === null || group.reference === undefined ? "none is known" : visible(group.reference)))
+      ? el("div", { class: "prompt" }, group.messages.map((m) => [el("div", { class: "role" }, m.role ?? "no role"), el("div", { class: "text" }, m.content ?? "no text is stored")]),
+        el("div", { class: "role" }, "reference answer"), el("div", { class: "text" }, group.reference === null || group.reference === undefined ? "none is known" : group.reference))
       : el("p", { class: "where" }, "The prompt is not stored in this run.");
     const widest = Math.max(...group.members.map((m) => Math.abs(m.advantage) || 0), 1e-9);
     article.replaceChildren(el("h3", {}, "Group " + group.group_id + " of iteration " + state.iteration),
@@ -154,14 +160,14 @@
     if (member.num_tokens === undefined && member.text === undefined) {
       card.append(el("p", { class: "where" }, "The answer is not stored in this run."));
     } else if (state.plain || !member.tokens) {
-      card.append(el("div", { class: "text tokens" }, visible(member.text ?? "")));
+      card.append(el("div", { class: "text tokens" }, member.text ?? ""));
     } else card.append(...tokensOf(group, member, widest));
-    const parts = member.parts.map((part) => el("tr", {}, el("th", { scope: "row" }, visible(part.name)),
+    const parts = member.parts.map((part) => el("tr", {}, el("th", { scope: "row" }, part.name),
       el("td", { class: part.error ? "failed" : null }, part.reward === null ? "no score" : num(part.reward, 3)),
-      el("td", {}, part.error ? el("span", { class: "failed text" }, visible(part.error)) : null, part.detail ? detailOf(part.detail) : null)));
+      el("td", {}, part.error ? el("span", { class: "failed text" }, part.error) : null, part.detail ? detailOf(part.detail) : null)));
     if (parts.length) card.append(el("table", {}, el("thead", {}, el("tr", {}, ["reward", "score", "detail"].map((name) => el("th", { scope: "col" }, name)))), el("tbody", {}, parts)));
     const facts = [
-      ["policy", member.policy === undefined ? undefined : visible(member.policy) + " " + (member.policy_digest || "")],
+      ["policy", member.policy === undefined ? undefined : member.policy + " " + (member.policy_digest || "")],
       ["updates behind", member.age], ["ended by", member.finish], ["tokens", member.num_tokens],
       ["log probability", member.logprob_sum],
       [member.dropped ? "left out" : "trained in step", member.dropped || (member.optimizer_steps || []).join(", ") || undefined],
@@ -174,7 +180,7 @@
   }
 
   function detailOf(text) {
-    return el("details", {}, el("summary", {}, "what it saw"), el("div", { class: "text" }, visible(text)));
+    return el("details", {}, el("summary", {}, "what it saw"), el("div", { class: "text" }, text));
   }
 
   function tokensOf(group, member, widest) {
@@ -191,7 +197,7 @@
         if (kind.middle !== undefined && Math.abs(value - kind.middle) > 1e-3) classes.push(value > kind.middle ? "high" : "low");
       }
       if (!trains) classes.push("out");
-      const text = visible(group.pieces[piece]).replace(/\n/g, "\u23ce\n") || "\u25ab";
+      const text = group.pieces[piece].replace(/\n/g, "\u23ce\n") || "\u25ab";
       const said = tokenFacts(member, i);
       return el("span", { class: classes.join(" "), title: said, "data-value": typeof value === "number" ? value.toFixed(2).replace("-", "\u2212") : value ?? null }, text);
     });

@@ -61,7 +61,7 @@ def check_advantages(ledger: Ledger, item: Located, source: Located) -> None:
     if not is_same:
         ledger.skipped("advantages", "a function of normalize is not there as it was")
         return
-    expected = normalize.normalize_rows(pl.scan_parquet(rewards.files()), config)
+    expected = normalize.normalize_rows(pl.scan_parquet(rewards.files(), glob=False), config)
     found = scan(advantages).collect(engine="streaming")
     rows, count = compare(
         expected, found, ["completion_id"], limit=ledger.limit, tolerance=_tolerance(advantages.manifest.environment)
@@ -114,7 +114,7 @@ def slim(completions: Artifact) -> pl.DataFrame:
     Lists of tokens become lists of bits of the same lengths, and a fingerprint of what the trainer reads takes the
     place of sampling_logprobs, which `batch_rows` hands through.
     """
-    frame = pl.scan_parquet(completions.files())
+    frame = pl.scan_parquet(completions.files(), glob=False)
     has_mass = frame.select(pl.col("kept_mass").is_not_null().any()).collect(engine="streaming").item()
     logprobs = full_vocabulary_logprobs(has_kept_mass=has_mass)
     content = fingerprint("prompt_token_ids", "completion_token_ids", "loss_mask", logprobs)
@@ -215,7 +215,7 @@ def check_metrics(
         if len(finished) > 1:
             ledger.wrong("metrics", where, f"the file is gone, but {len(finished)} iterations are finished")
         return
-    stored = {row["iteration"]: row for row in pl.read_parquet(run.metrics).to_dicts()}
+    stored = {row["iteration"]: row for row in pl.read_parquet(run.metrics, glob=False).to_dicts()}
     for iteration in sorted({*stored} - {*finished}):
         ledger.wrong("metrics", where, "figures of an iteration that is not finished", row=f"iteration {iteration}")
     for iteration in finished:

@@ -175,7 +175,7 @@ def _check_counts(ledger: Ledger, item: Located) -> None:
 def _drops(path: Path) -> dict[str, int]:
     if "drop_reason" not in pq.read_schema(path).names:
         return {}
-    reasons = pl.scan_parquet(path).select("drop_reason").drop_nulls().collect()["drop_reason"]
+    reasons = pl.scan_parquet(path, glob=False).select("drop_reason").drop_nulls().collect()["drop_reason"]
     return dict(reasons.value_counts().iter_rows())
 
 

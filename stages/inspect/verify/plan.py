@@ -41,7 +41,11 @@ def _check_engine(ledger: Ledger, where: Where, completions: Artifact) -> None:
     """Check that each part names one engine: it was written by one process."""
     names = ("engine", "engine_version", "logprobs_mode")
     for part in completions.files():
-        rows = pl.scan_parquet(part).select("completion_id", engine=pl.struct(names)).collect(engine="streaming")
+        rows = (
+            pl.scan_parquet(part, glob=False)
+            .select("completion_id", engine=pl.struct(names))
+            .collect(engine="streaming")
+        )
         if rows["engine"].n_unique() > 1:
             common = rows["engine"].mode(maintain_order=True)[0]
             odd = [(i, engine) for i, engine in rows.iter_rows() if engine != common]

@@ -29,7 +29,7 @@ FINISH_REASONS = ("stop", "length", "abort")
 
 def scan(artifact: Artifact) -> pl.LazyFrame:
     """Return the rows with the name of their file in ``_part``. The files' hashes were compared before. Read-only."""
-    frame = pl.scan_parquet(artifact.files(), include_file_paths=PART)
+    frame = pl.scan_parquet(artifact.files(), include_file_paths=PART, glob=False)
     return frame.with_columns(pl.col(PART).str.extract(r"([^/\\]+)$"))
 
 

@@ -72,7 +72,7 @@ class JudgementCache:
             return {}
         wanted = pl.LazyFrame({"request_hash": list(hashes)}, schema={"request_hash": pl.String})
         known = (
-            pl.scan_parquet(paths)
+            pl.scan_parquet(paths, glob=False)
             .join(wanted, on="request_hash", how="semi")
             .select("request_hash", "answer", "finish_reason", "served_model", *TOKEN_COUNTS, "created")
             .sort("created", "answer")
