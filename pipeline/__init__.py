@@ -7,6 +7,8 @@ config        strict TOML; which settings are part of a recipe
 errors        every error that a user can see
 files         atomic writes, hashes, locks, full devices
 processes     child processes that die with their parent
+clock         time limits that count work, and figures per second
+wire          messages of a process that is not trusted
 manifest      what manifest.json holds: recipe, content, digest
 artifact      reads and verifies finished artifacts
 writer        writes artifacts: parts first, the manifest last

@@ -5,9 +5,11 @@ import ctypes
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import polars as pl
@@ -47,6 +49,9 @@ def misbehave(completion: str) -> Any:
     """Do what the completion says; the length of any other text is its reward."""
     match completion:
         case "hang":
+            while True:
+                pass
+        case "sleep":
             time.sleep(3600)
         case "exit":
             os._exit(3)
@@ -76,8 +81,8 @@ def misbehave(completion: str) -> Any:
 
 
 async def misbehave_async(completion: str) -> Any:
-    """The same with others waiting in the same process; ``sleep`` waits without blocking them."""
-    if completion == "sleep":
+    """The same with others waiting in the same process; ``wait`` waits without blocking them."""
+    if completion == "wait":
         await asyncio.sleep(3600)
     await asyncio.sleep(0.001)
     return misbehave(completion)
@@ -110,6 +115,65 @@ def mutate(completion: str, messages: list[dict[str, str]], words: list[str]) ->
     return float(len(messages) + len(words) - 1)
 
 
+def burn(seconds: float) -> None:
+    """Work for so many seconds of the processor."""
+    ends = time.process_time() + seconds
+    while time.process_time() < ends:
+        pass
+
+
+def work_for(completion: str) -> float:
+    """Work for as many seconds of the processor as the completion says."""
+    burn(float(completion))
+    return 1.0
+
+
+async def wait_for(completion: str) -> float:
+    """Wait for as many seconds as the completion says, beside others."""
+    await asyncio.sleep(float(completion))
+    return 1.0
+
+
+def let_others_work(completion: str) -> float:
+    """Wait for a process that works without end, where the completion says so."""
+    subprocess.run([sys.executable, "-c", f"while {completion == 'work'}: pass"], check=True)
+    return 1.0
+
+
+def fork(completion: str) -> float:
+    """Return 1, and 0 in a child that goes on instead of leaving, or as the completion says."""
+    child = os.fork()
+    if child == 0:
+        if completion == "raise":
+            raise ValueError("the child")
+        if completion == "quit":
+            sys.exit(1)
+        return 0.0
+    return 1.0 if os.waitpid(child, 0)[1] == 0 else 0.5
+
+
+async def fork_async(completion: str) -> float:
+    """The same beside others."""
+    await asyncio.sleep(0.001)
+    return fork(completion)
+
+
+def fork_in_frame(completions: pl.DataFrame) -> pl.Series:
+    """The same for a frame."""
+    return pl.Series([fork("")] * len(completions))
+
+
+def forge(completion: str) -> float:
+    """Write the completion to every socket of this process, as a worker that is not to be trusted would."""
+    if completion != "honest":
+        for descriptor in range(3, 64):
+            with suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                    os.write(descriptor, completion.encode("latin-1"))
+        time.sleep(3600)
+    return 1.0
+
+
 def leave_a_process(completion: str) -> float:
     """Start a process that would outlive everything, write its id to the file that the completion names, and die."""
     child = subprocess.Popen(["sleep", "3600"])
@@ -122,11 +186,21 @@ def be_late(completion: str) -> float:
     """Stop the supervisor while the first text is late; the second one lets it go on, and do what it was told."""
     if completion == "late":
         os.kill(os.getppid(), signal.SIGSTOP)
-        time.sleep(2.5)
+        burn(1.0)
+        time.sleep(1.0)  # the pool has looked
     elif completion == "next":
         os.kill(os.getppid(), signal.SIGCONT)
         time.sleep(0.2)
     return float(len(completion))
+
+
+def long_detail(completion: str) -> Score:
+    """Return a text of so many characters, and two quotes around, as the detail."""
+    return Score(1.0, "x" * int(completion))
+
+
+def long_detail_in_frame(completions: pl.DataFrame) -> pl.DataFrame:
+    return pl.DataFrame({"reward": 1.0, "detail": ["x" * int(text) for text in completions["completion"]]})
 
 
 def length_in_frame(completions: pl.DataFrame, scale: float = 1.0) -> pl.Series:
@@ -153,7 +227,7 @@ def frame_that_dies(completions: pl.DataFrame) -> pl.Series:
 
 
 def frame_that_hangs(completions: pl.DataFrame) -> pl.Series:
-    time.sleep(3600)
+    burn(3600)
     return pl.Series([1.0])
 
 

@@ -80,9 +80,9 @@ def test_a_program_does_not_find_the_tests_or_the_answers_of_other_runs() -> Non
 
 
 def test_no_time_is_left_for_the_later_tests() -> None:
-    program = "import time\ntime.sleep(float(input()))\nprint(1)"
-    tests = [{"input": "0", "output": "1"}, {"input": "600", "output": "1"}, {"input": "0", "output": "1"}]
-    score = code(program, tests, total_seconds=4.0)
+    program = "if input() == 'stay':\n    while True: pass\nprint(1)"
+    tests = [{"input": "go\n", "output": "1"}, {"input": "stay", "output": "1"}, {"input": "go\n", "output": "1"}]
+    score = code(program, tests, total_seconds=1.0)
     assert score.reward == pytest.approx(1 / 3)
     assert [verdict["verdict"] for verdict in score.detail["verdicts"]] == ["passed", "timeout", "not run"]
 

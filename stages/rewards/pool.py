@@ -2,6 +2,8 @@
 
 A row whose function takes too long, or takes its worker down, becomes a null reward with its error; the other rows of
 the same chunk are given to the next worker. Nothing that a reward function does reaches this process but results.
+
+How long a row takes is counted by its work, not by the clock on the wall, see `pipeline.clock`.
 """
 
 import mmap
@@ -21,10 +23,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.clock import LOOK_SECONDS, Meter
 from pipeline.errors import RewardError
 from pipeline.processes import end, start_python, wait_for_exit
-from stages.rewards.results import failed, no_reward_within, result_frame
-from stages.rewards.worker import IDLE, NOTE, Job, Rows
+from pipeline.wire import Inbox
+from stages.rewards.results import Result, checked, failed, no_reward_within, result_frame
+from stages.rewards.worker import IDLE, NOTE, READY, Job, Rows
 
 if TYPE_CHECKING:
     import polars as pl
@@ -32,34 +36,40 @@ if TYPE_CHECKING:
 CHUNK_SECONDS = 0.1
 """What a chunk of rows should take a worker: long beside the way there and back, short beside a person's patience."""
 MAX_CHUNK_ROWS = 1024
-POLL_SECONDS = 0.05
+MAX_MESSAGE_BYTES = 32 << 20
 START_SECONDS = 300.0
 """For importing the function's module."""
 EXIT_SECONDS = 5.0
 MAX_FAILED_STARTS = 3
 ROOT = Path(__file__).parents[2]
 
-Results = dict[int, tuple[Any, ...]]
-"""Row number -> reward, error, detail."""
+Results = dict[int, Result]
+"""By row number."""
 
 
 @dataclass(slots=True)
 class Worker:
     """A process that scores, as the pool sees it."""
 
-    connection: Connection | None
-    """None = it has closed its end."""
+    pid: int
+    connection: Connection
+    inbox: Inbox | None
+    """None = it has closed its end, or nothing more is taken from it."""
     note: mmap.mmap
     since: float = field(default_factory=time.monotonic)
-    """When it was started, or its chunk handed over."""
+    """When its chunk was handed over."""
     is_ready: bool = False
     chunk: Rows | None = None
     waiting: set[int] = field(default_factory=set)
     """Numbers of the chunk's rows that have no result yet."""
-    suspect: tuple[int, float] | None = None
-    """The note, when it was found to be late at the last look."""
+    noted: tuple[int, float] = (IDLE, 0.0)
+    """The note at the last look."""
+    meter: Meter | None = None
+    """Counts since that note was first seen."""
     has_timed_out: bool = False
     """Killed for taking too long."""
+    nonsense: str = ""
+    """What it sent that was no result: killed for it."""
 
 
 @dataclass(slots=True)
@@ -68,8 +78,8 @@ class Slot:
 
     control: socket.socket
     supervisor: "subprocess.Popen[bytes]"
-    since: float = field(default_factory=time.monotonic)
-    """When it began to start a worker."""
+    start: Meter
+    """Counts since it began to start a worker."""
     worker: Worker | None = None
 
 
@@ -96,13 +106,13 @@ class WorkerPool:
                 descriptors = [theirs.fileno(), job.fileno()]
                 arguments = ["-m", "stages.rewards.worker", *map(str, descriptors)]
                 supervisor = start_python(arguments, pass_fds=descriptors, environment=environment, log=self.log)
-            self.slots.append(Slot(ours, supervisor))
+            self.slots.append(Slot(ours, supervisor, Meter(supervisor.pid)))
 
     def close(self) -> None:
         """End all processes."""
         for slot in self.slots:
             slot.control.close()  # the supervisor ends its worker, then itself
-            if slot.worker and slot.worker.connection:
+            if slot.worker:
                 slot.worker.connection.close()
         for slot in self.slots:
             wait_for_exit(slot.supervisor, EXIT_SECONDS)
@@ -111,15 +121,10 @@ class WorkerPool:
 
     def score_frame(self, completions: "pl.DataFrame") -> "pl.DataFrame":
         """Return reward, error and detail of every row, from a function over a frame."""
-        found: list[pl.DataFrame] = []
-        rows = Rows(list(range(len(completions))), [], {}, {}, completions)
-
-        def receive(worker: Worker, frame: "pl.DataFrame") -> None:
-            found.append(frame)
-            worker.waiting.clear()
-
-        errors = self._run(deque([rows]), receive)
-        return found[0] if found else result_frame([errors[number] for number in rows.numbers])
+        numbers = range(len(completions))
+        results, errors = self._run(deque([Rows(list(numbers), [], {}, {}, completions)]))
+        # a worker that ends before it has said all leaves no row of which one could be sure
+        return result_frame([next(iter(errors.values())) if errors else results[number] for number in numbers])
 
     def score_rows(
         self,
@@ -131,20 +136,15 @@ class WorkerPool:
 
         ``facts`` has prompt_id and the columns that the function asks for; ``contexts`` what it asks of the prompts.
         """
-        results: Results = {}
+        results, errors = self._run(_Chunks(self, facts, contexts), progress)
+        return result_frame([(errors.get(number) or results[number]) for number in range(len(facts))])
 
-        def receive(worker: Worker, message: tuple[list[int], list[tuple[Any, ...]]]) -> None:
-            numbers, values = message
-            results.update(zip(numbers, values, strict=True))
-            worker.waiting.difference_update(numbers)
-            progress(len(results))
-
-        results |= self._run(_Chunks(self, facts, contexts), receive)
-        return result_frame([results[number] for number in range(len(facts))])
-
-    def _run(self, chunks: "deque[Rows] | _Chunks", receive: Callable[[Worker, Any], None]) -> Results:
-        """Hand out chunks until every row has a result; return the results of rows that took their worker down."""
+    def _run(
+        self, chunks: "deque[Rows] | _Chunks", progress: Callable[[int], None] = lambda _: None
+    ) -> tuple[Results, Results]:
+        """Hand out chunks until every row has a result; return these, and those of rows that ended their worker."""
         self.start()
+        results: Results = {}
         errors: Results = {}
         again: deque[Rows] = deque()
         try:
@@ -154,8 +154,9 @@ class WorkerPool:
                         _hand_over(worker, (again or chunks).popleft())
                 for slot in self._readable():
                     # a worker's last results come before its end
-                    if slot.worker and slot.worker.connection and slot.worker.connection.poll():
-                        self._listen_to_worker(slot.worker, slot.worker.connection, receive)
+                    if slot.worker and slot.worker.inbox and slot.worker.connection.poll():
+                        self._listen_to_worker(slot, slot.worker, slot.worker.inbox, results)
+                        progress(len(results))
                     else:
                         self._listen_to_supervisor(slot, errors, again)
                 for slot in self.slots:
@@ -163,31 +164,34 @@ class WorkerPool:
         except BaseException:
             self.close()  # workers are in the middle of something: the next call gets new ones
             raise
-        return errors
+        return results, errors
 
     def _readable(self) -> list[Slot]:
         """Wait until a worker or a supervisor has something to say, but not for long; return the slots of those."""
         sources: dict[Any, Slot] = {}
         for slot in self.slots:
             sources[slot.control] = slot
-            if slot.worker and slot.worker.connection:
+            if slot.worker and slot.worker.inbox:
                 sources[slot.worker.connection] = slot
-        limit = min(POLL_SECONDS, self.job.time_limit / 4)
+        limit = min(LOOK_SECONDS, self.job.time_limit / 4)
         ready = [sources[source] for source in multiprocessing.connection.wait(list(sources), limit)]
         return list({id(slot): slot for slot in ready}.values())
 
-    def _listen_to_worker(self, worker: Worker, connection: Connection, receive: Callable[[Worker, Any], None]) -> None:
-        """Take one message of a worker."""
+    def _listen_to_worker(self, slot: Slot, worker: Worker, inbox: Inbox, results: Results) -> None:
+        """Take what a worker has sent; end it when that is no results of its rows."""
         try:
-            message = connection.recv()
-        except (EOFError, OSError):  # it has gone, or died in the middle of a message: its supervisor says so next
-            connection.close()
-            worker.connection = None
-            return
-        if not worker.is_ready:
-            worker.is_ready, self.failed_starts = True, 0
-            return
-        receive(worker, message)
+            for message in inbox.read():
+                if worker.is_ready:
+                    results.update(_results(message, worker.waiting))
+                elif message == READY:
+                    worker.is_ready, self.failed_starts = True, 0
+                else:
+                    raise ValueError(f"{str(message)[:80]!r} before it was ready")
+        except EOFError:  # it has gone: its supervisor says so next
+            worker.inbox = None
+        except ValueError as error:
+            worker.inbox, worker.nonsense = None, str(error)
+            _kill(slot)
         if not worker.waiting and worker.chunk is not None:
             seconds = (time.monotonic() - worker.since) / len(worker.chunk.numbers)
             self.seconds_per_row = 0.5 * self.seconds_per_row + 0.5 * seconds
@@ -196,12 +200,13 @@ class WorkerPool:
     def _listen_to_supervisor(self, slot: Slot, errors: Results, again: deque[Rows]) -> None:
         """Take one message of a supervisor: its worker has started, or has ended."""
         message, descriptors, _, _ = socket.recv_fds(slot.control, 64, 2)
-        if message == b"started":
-            connection, note = descriptors
-            slot.worker = Worker(Connection(connection), mmap.mmap(note, NOTE.size))
+        if message.startswith(b"started"):
+            descriptor, note = descriptors
+            connection, inbox = Connection(descriptor), Inbox(descriptor, MAX_MESSAGE_BYTES)
+            slot.worker = Worker(int(message.split()[1]), connection, inbox, mmap.mmap(note, NOTE.size))
             os.close(note)
         elif message.startswith(b"ended") and slot.worker is not None:
-            worker, slot.worker, slot.since = slot.worker, None, time.monotonic()
+            worker, slot.worker, slot.start = slot.worker, None, Meter(slot.supervisor.pid)
             self._reap(worker, int(message.split()[1]), errors, again)
         else:
             raise RewardError(
@@ -211,31 +216,29 @@ class WorkerPool:
 
     def _check_time(self, slot: Slot) -> None:
         """End a worker that has been at the same row for too long."""
-        now, worker = time.monotonic(), slot.worker
+        worker = slot.worker
         if worker is None or not worker.is_ready:
-            if now - (worker or slot).since > START_SECONDS:
+            if slot.start.look() > START_SECONDS:
                 raise RewardError(
                     f"the module of {self.job.function} was not imported within {START_SECONDS:.0f} s by a worker "
                     f"process{self._see_log()}: do long work inside the function, not when the module is imported"
                 )
             return
-        if worker.has_timed_out or worker.chunk is None:
+        if worker.has_timed_out or worker.nonsense or worker.chunk is None:
             return
-        row, since = noted = NOTE.unpack_from(worker.note, 0)
-        is_late = row != IDLE and now - since > self.job.time_limit
-        if is_late and noted == worker.suspect:
+        noted = NOTE.unpack_from(worker.note, 0)
+        if worker.meter is None or noted != worker.noted:
+            worker.noted, worker.meter = noted, Meter(worker.pid)
+        elif noted[0] != IDLE and worker.meter.look() > self.job.time_limit:
             worker.has_timed_out = True
-            with suppress(OSError):  # it may have ended just now
-                slot.control.send(b"kill")
-            return
-        # the worker may have been writing just now: the same note must be found late twice
-        worker.suspect = noted if is_late else None
+            _kill(slot)
 
     def _reap(self, worker: Worker, status: int, errors: Results, again: deque[Rows]) -> None:
         """A worker has ended: find the row that did it, and give the others to the next worker."""
         reason = no_reward_within(self.job.time_limit) if worker.has_timed_out else _cause(status)
-        if worker.connection is not None:
-            worker.connection.close()
+        if worker.nonsense:
+            reason = f"the worker process sent {worker.nonsense} while it scored this completion, expected its results"
+        worker.connection.close()
         if not worker.is_ready:
             self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
@@ -246,12 +249,11 @@ class WorkerPool:
         chunk, waiting = worker.chunk, worker.waiting
         if chunk is None or not waiting:
             return
-        row = NOTE.unpack_from(worker.note, 0)[0]
-        if worker.has_timed_out and worker.suspect is not None:
-            row = worker.suspect[0]  # the note may have gone on before the end came
+        # the note may have gone on before the end came
+        row = worker.noted[0] if worker.has_timed_out else NOTE.unpack_from(worker.note, 0)[0]
         left = [number for number in chunk.numbers if number in waiting]
         if self.job.is_frame:
-            errors.update(dict.fromkeys(left, tuple(failed(reason))))
+            errors.update(dict.fromkeys(left, failed(reason)))
             return
         if worker.has_timed_out and row >= 0 and row not in waiting:
             again.append(_part(chunk, left))  # the late row has given its result just before the end
@@ -260,7 +262,7 @@ class WorkerPool:
         if culprit is None:  # several were under way: one by one the culprit shows
             again.extend(_part(chunk, [number]) for number in left)
             return
-        errors[culprit] = tuple(failed(reason))
+        errors[culprit] = failed(reason)
         left.remove(culprit)
         if left:
             again.append(_part(chunk, left))
@@ -272,8 +274,29 @@ class WorkerPool:
 def _hand_over(worker: Worker, chunk: Rows) -> None:
     worker.chunk, worker.waiting, worker.since = chunk, set(chunk.numbers), time.monotonic()
     with suppress(OSError):  # if it died just now, its supervisor says so next
-        if worker.connection is not None:
-            worker.connection.send(chunk)
+        worker.connection.send(chunk)
+
+
+def _kill(slot: Slot) -> None:
+    with suppress(OSError):  # it may have ended just now
+        slot.control.send(b"kill")
+
+
+def _results(message: Any, waiting: set[int]) -> Results:
+    """Return the results in a message, and take their rows from those that wait.
+
+    Raises:
+        ValueError: when it holds anything but results of those rows.
+    """
+    if not isinstance(message, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in message):
+        raise ValueError(f"{str(message)[:80]!r}")
+    found: Results = {}
+    for number, values in message:
+        if type(number) is not int or number not in waiting or number in found:
+            raise ValueError(f"a result of row {str(number)[:80]}, which it was not to score")
+        found[number] = checked(values)
+    waiting.difference_update(found)
+    return found
 
 
 class _Chunks:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     import polars as pl
 
 MAX_ERROR_CHARACTERS = 2000
+MAX_DETAIL_CHARACTERS = 1 << 20
+NO_REWARD_WITHIN = "no reward within"
+TIMED_OUT = rf"^({NO_REWARD_WITHIN}|TimeoutError\b)"
+"""Errors of calls that ran out of time, by the pool's limit or one of their own: another machine may give rewards."""
 
 
 class Result(NamedTuple):
@@ -23,7 +27,31 @@ class Result(NamedTuple):
 
 def no_reward_within(seconds: float) -> str:
     """Return the error of a call that took too long."""
-    return f"no reward within {seconds:g} s (time_limit)"
+    return f"{NO_REWARD_WITHIN} {seconds:g} s (time_limit)"
+
+
+def has_timed_out(error: str = "error") -> "pl.Expr":
+    """Return which rows have no reward because time ran out, from the column of errors; never null."""
+    import polars as pl
+
+    return pl.col(error).str.contains(TIMED_OUT).fill_null(False)
+
+
+def checked(value: Any) -> Result:
+    """Return a result that came from a worker process.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    if not isinstance(value, list) or len(value) != len(Result._fields):
+        raise ValueError(f"the result {str(value)[:80]}")
+    reward, error, detail = value
+    is_scored = isinstance(reward, float) and math.isfinite(reward) and error is None
+    has_failed = reward is None and isinstance(error, str) and len(error) <= MAX_ERROR_CHARACTERS
+    is_told = detail is None or (isinstance(detail, str) and len(detail) <= MAX_DETAIL_CHARACTERS)
+    if not (is_scored or has_failed) or not is_told or any(isinstance(t, str) and _utf8(t) != t for t in value):
+        raise ValueError(f"the result {str(value)[:80]}")
+    return Result(reward, error, detail)
 
 
 def result_frame(results: "list[Result] | list[tuple[Any, ...]]") -> "pl.DataFrame":
@@ -43,7 +71,9 @@ def of_value(value: Any) -> Result:
             else _utf8(json.dumps(score.detail, sort_keys=True, ensure_ascii=False, allow_nan=False))
         )
     except (TypeError, ValueError) as error:
-        return Result(None, f"the detail is not JSON ({error})", None)
+        return failed(f"the detail is not JSON ({error})")
+    if detail is not None and len(detail) > MAX_DETAIL_CHARACTERS:
+        return Result(None, _too_long(len(detail)), None)
     found = score.reward
     if found is None:
         return Result(None, "the function returned None", detail)
@@ -68,6 +98,10 @@ def of_error(error: BaseException) -> Result:
 def failed(error: str) -> Result:
     """Return the result of a call that gave nothing."""
     return Result(None, _utf8(error[:MAX_ERROR_CHARACTERS]), None)
+
+
+def _too_long(characters: int) -> str:
+    return f"the detail has {characters:,} characters, expected at most {MAX_DETAIL_CHARACTERS:,}"
 
 
 def _utf8(text: str) -> str:
@@ -96,9 +130,12 @@ def of_frame(value: Any, num_rows: int) -> "pl.DataFrame":
         if isinstance(frame["detail"].dtype, pl.Struct):
             detail = detail.struct.json_encode()
         detail = detail.cast(pl.String)
-    is_known = reward.is_finite().fill_null(False)
+    is_short = (detail.str.len_chars() <= MAX_DETAIL_CHARACTERS).fill_null(True)
+    is_known = reward.is_finite().fill_null(False) & is_short
     reason = (
-        pl.when(reward.is_null())
+        pl.when(~is_short)
+        .then(pl.lit(f"the detail has more than {MAX_DETAIL_CHARACTERS:,} characters"))
+        .when(reward.is_null())
         .then(pl.lit("the function returned null"))
         .when(reward.is_nan())
         .then(pl.lit("the function returned nan"))
@@ -106,8 +143,8 @@ def of_frame(value: Any, num_rows: int) -> "pl.DataFrame":
     )
     return frame.select(
         reward=pl.when(is_known).then(reward),
-        error=pl.when(is_known).then(None).otherwise(pl.coalesce(error, reason)).cast(pl.String),
-        detail=detail,
+        error=pl.when(~is_known).then(pl.coalesce(error, reason).str.head(MAX_ERROR_CHARACTERS)).cast(pl.String),
+        detail=pl.when(is_short).then(detail),
     )
 
 

@@ -6,6 +6,9 @@ The supervisor imports the function's module once, forks a worker, waits for its
 ended, and forks the next one: a worker that crashed or was killed is replaced within milliseconds, however long its
 imports took. Worker and pool (`stages.rewards.pool`) talk over a connection that is made anew for each worker, so that
 a message cut off by a kill harms nobody, and share 16 bytes in which the worker notes what it is doing.
+
+What the pool sends is pickled: it decides anyway what this process runs. What comes back is not, see `pipeline.wire`:
+functions of strangers, and texts of models that they read, run here.
 """
 
 import asyncio
@@ -27,16 +30,20 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pipeline import wire
+from pipeline.clock import is_done_within
 from pipeline.processes import die_with_parent, kill_group
 from stages.rewards.results import Result, failed, no_reward_within, of_error, of_frame, of_value, result_frame
 
 NOTE = struct.Struct("=qd")
-"""Row that is being scored, and since when (time.monotonic, which processes of one machine share)."""
+"""Row that is being scored, and since when (time.monotonic): another note is another call."""
 IDLE = -1
 SEVERAL = -2
-"""An async function has several rows under way: the note's time is then a heartbeat."""
+"""An async function, or one over a frame, has several rows under way. Of an async one the time is a heartbeat."""
 HEARTBEAT_SECONDS = 0.1
 FLUSH_SECONDS = 0.05
+FLUSH_CHARACTERS = 1 << 20
+READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,7 @@ def supervise(control: socket.socket, job_descriptor: int) -> None:
                 os._exit(status)
         ours.close()
         try:
-            socket.send_fds(control, [b"started"], [theirs.fileno(), note])
+            socket.send_fds(control, [f"started {pid}".encode()], [theirs.fileno(), note])
             theirs.close()
             os.close(note)
             ended = _wait(control, pid)
@@ -146,58 +153,57 @@ def work(job: Job, connection: Connection, note: mmap.mmap) -> None:
     module, _, name = job.function.partition(":")
     call = getattr(importlib.import_module(module), name)
     take_note(note, IDLE, time.monotonic())
-    connection.send("ready")
+    outbox = _Outbox(connection.fileno())
+    wire.write(connection.fileno(), READY)
     with asyncio.Runner() as runner, suppress(EOFError):  # one loop for life: functions keep connections open
         while True:
             rows: Rows = connection.recv()
             if job.is_frame:
                 take_note(note, SEVERAL, time.monotonic())
-                connection.send(call_on_frame(call, job.arguments, rows.frame))
-            elif job.is_async and len(rows.numbers) > 1:
-                runner.run(_score_together(job, call, rows, note, _Outbox(connection)))
+                for number, values in zip(rows.numbers, _call_on_frame(call, job, rows.frame), strict=True):
+                    outbox.add(number, Result(*values))
+            elif job.is_async:
+                runner.run(_score_together(job, call, rows, note, outbox))
             else:
-                _score_one_by_one(job, call, rows, note, _Outbox(connection), runner)
+                _score_one_by_one(job, call, rows, note, outbox)
+            outbox.flush()
             take_note(note, IDLE, time.monotonic())
 
 
 class _Outbox:
     """Sends a few results at a time, so that a crash loses little."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.numbers: list[int] = []
-        self.results: list[tuple[Any, ...]] = []
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.process = os.getpid()
+        self.results: list[tuple[int, Result]] = []
+        self.characters = 0
         self.sent = time.monotonic()
 
-    def add(self, number: int, result: Result, now: float) -> None:
-        self.numbers.append(number)
-        self.results.append(tuple(result))
-        if now - self.sent > FLUSH_SECONDS:
-            self.flush(now)
+    def add(self, number: int, result: Result) -> None:
+        if os.getpid() != self.process:  # a function has forked, and its child has returned
+            os._exit(0)
+        self.results.append((number, result))
+        self.characters += len(result.error or "") + len(result.detail or "")
+        if self.characters > FLUSH_CHARACTERS or time.monotonic() - self.sent > FLUSH_SECONDS:
+            self.flush()
 
-    def flush(self, now: float) -> None:
-        if not self.numbers:
-            return
-        self.connection.send((self.numbers, self.results))
-        self.numbers, self.results, self.sent = [], [], now
+    def flush(self) -> None:
+        if self.results:
+            wire.write(self.descriptor, self.results)
+        self.results, self.characters, self.sent = [], 0, time.monotonic()
 
 
-def _score_one_by_one(
-    job: Job, call: Callable[..., Any], rows: Rows, note: mmap.mmap, outbox: _Outbox, runner: asyncio.Runner
-) -> None:
-    now = time.monotonic()
+def _score_one_by_one(job: Job, call: Callable[..., Any], rows: Rows, note: mmap.mmap, outbox: _Outbox) -> None:
     for number, arguments in _arguments(job, rows):
-        take_note(note, number, now)
+        take_note(note, number, time.monotonic())
         try:
-            value = call(**arguments)
-            result = of_value(runner.run(value) if job.is_async else value)
+            result = of_value(call(**arguments))
         except Exception as error:  # a user's function may raise anything; the error is data
             result = of_error(error)
         except SystemExit as error:
-            result = failed(f"the function called sys.exit({error.code!r})")
-        now = time.monotonic()
-        outbox.add(number, result, now)
-    outbox.flush(now)
+            result = _of_exit(error)
+        outbox.add(number, result)
 
 
 async def _score_together(job: Job, call: Callable[..., Any], rows: Rows, note: mmap.mmap, outbox: _Outbox) -> None:
@@ -206,48 +212,50 @@ async def _score_together(job: Job, call: Callable[..., Any], rows: Rows, note: 
             take_note(note, SEVERAL, time.monotonic())
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
+    async def ask(arguments: dict[str, Any]) -> Result:
+        try:
+            return of_value(await call(**arguments))
+        except Exception as error:  # a user's function may raise anything; the error is data
+            return of_error(error)
+        except SystemExit as error:
+            return _of_exit(error)
+
     async def one(number: int, arguments: dict[str, Any]) -> None:
         async with free:
-            asked = asyncio.create_task(call(**arguments))
-            # not wait_for: it would wait for a function that swallows its cancellation
-            done, _ = await asyncio.wait({asked}, timeout=job.time_limit)
-            if not done:
-                asked.cancel()
+            asked = asyncio.create_task(ask(arguments))
+            if await is_done_within(asked, job.time_limit):
+                result = asked.result()
+            else:
+                asked.cancel()  # not waited for: the function may swallow it
                 abandoned.append(asked)
                 result = failed(no_reward_within(job.time_limit))
-            else:
-                error = asked.exception()
-                result = of_value(asked.result()) if error is None else of_error(error)
-        outbox.add(number, result, time.monotonic())
+        outbox.add(number, result)
 
-    abandoned: list[asyncio.Task[Any]] = []
+    abandoned: list[asyncio.Task[Result]] = []
     free = asyncio.Semaphore(job.concurrency)
     beating = asyncio.create_task(heartbeat())
     await asyncio.gather(*(one(number, arguments) for number, arguments in _arguments(job, rows)))
     beating.cancel()
-    outbox.flush(time.monotonic())
+
+
+def _of_exit(error: SystemExit) -> Result:
+    return failed(f"the function called sys.exit({error.code!r})")
 
 
 def _arguments(job: Job, rows: Rows) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row's number and keyword arguments."""
-    contexts = {prompt_id: _Fresh(_context(job, given)) for prompt_id, given in rows.contexts.items()}
-    arguments, nothing = _Fresh(job.arguments), _Fresh({})
+    contexts = {prompt_id: _context(job, given) for prompt_id, given in rows.contexts.items()}
     names, columns = list(rows.facts), list(rows.facts.values())
     for number, prompt_id, *values in zip(rows.numbers, rows.prompt_ids, *columns, strict=True):
-        given = contexts.get(prompt_id, nothing)
-        yield number, {**given.copy(), **dict(zip(names, values, strict=True)), **arguments.copy()}
+        given = contexts.get(prompt_id, {})
+        yield number, {**_fresh(given), **dict(zip(names, values, strict=True)), **_fresh(job.arguments)}
 
 
-class _Fresh:
-    """Gives a function lists and dictionaries of its own: one row must not see what another did with them."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.plain = {key: value for key, value in values.items() if not isinstance(value, list | dict)}
-        mutable = {key: value for key, value in values.items() if isinstance(value, list | dict)}
-        self.pickled = pickle.dumps(mutable, protocol=5) if mutable else None
-
-    def copy(self) -> dict[str, Any]:
-        return self.plain if self.pickled is None else {**self.plain, **pickle.loads(self.pickled)}
+def _fresh(value: Any) -> Any:
+    """Return lists and dictionaries of its own: one call must not see what another did with them."""
+    if isinstance(value, dict):
+        return {key: _fresh(inner) for key, inner in value.items()}
+    return [_fresh(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _context(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,12 +267,13 @@ def _context(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
     return known if job.takes_anything else {name: known[name] for name in job.parameters if name in known}
 
 
-def call_on_frame(call: Callable[..., Any], arguments: Mapping[str, Any], completions: Any) -> Any:
+def _call_on_frame(call: Callable[..., Any], job: Job, completions: Any) -> list[tuple[Any, ...]]:
     """Return reward, error and detail for every row: what the function says, or the error that took all rows."""
     try:
-        return of_frame(call(completions=completions, **arguments), len(completions))
+        frame = of_frame(call(completions=completions, **job.arguments), len(completions))
     except Exception as error:  # a user's function may raise anything; the error is data
-        return result_frame([of_error(error)] * len(completions))
+        frame = result_frame([of_error(error)] * len(completions))
+    return frame.rows()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import hashlib
 import json
 import platform
 import re
-import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import clock
 from pipeline.errors import RewardError
 from stages.rewards.base import Score
 from stages.rewards.code.sandbox import Isolation, Limits, Run, Sandbox, python
@@ -70,8 +70,8 @@ def code(
         score: "share" or "all", which ends at the first test that is not passed.
         language: of the fenced block.
         command: how the file ``program`` is run, for instance ["bash", "program"]; Python when left out.
-        seconds: wall time of one input, or of the whole of ``test_code``.
-        total_seconds: wall time of one completion; below the time limit that the worker has for a call.
+        seconds: of work, see `pipeline.clock`, for one input, or for the whole of ``test_code``.
+        total_seconds: of work for one completion; below the time limit that the worker has for a call.
         memory_mb: address space of each process.
         processes: processes and threads at one time.
         disk_mb: what the program can write.
@@ -114,7 +114,8 @@ def code_identity(**arguments: Any) -> dict[str, Any]:
     """Return what decides the reward: the arguments, the interpreter, and the files that carry out the tests."""
     folder = Path(__file__).parent
     names = ("code.py", "harness.py", "sandbox.py", "sandbox_init.py", "sandbox_root.py", "sandbox_kernel.py")
-    digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+    files = [*(folder / name for name in names), Path(clock.__file__)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return {**arguments, "python": platform.python_version(), "files": digest}
 
 
@@ -208,17 +209,18 @@ def _run_inputs(
     total_seconds: float,
     is_first_failure_the_end: bool,
 ) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + total_seconds
+    left = total_seconds
     verdicts: list[dict[str, Any]] = []
     ended = ""
     for given, expected in pairs:
-        seconds = min(sandbox.limits.seconds, deadline - time.monotonic())
+        seconds = min(sandbox.limits.seconds, left)
         if not ended and seconds <= 0:
             ended = "no time was left (total_seconds)"
         if ended:
             verdicts.append({"verdict": "not run", "text": ended})
             continue
         run = sandbox.run(command, {"program": program}, given, seconds)
+        left -= run.seconds
         verdicts.append(_judge(run, expected))
         if is_first_failure_the_end and verdicts[-1]["verdict"] != "passed":
             ended = "another test was not passed"

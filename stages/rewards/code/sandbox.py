@@ -9,6 +9,7 @@ not. Linux only.
 """
 
 import json
+import math
 import os
 import select
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from pipeline.clock import LOOK_SECONDS, PATIENCE
 from pipeline.errors import RewardError
 
 Isolation = Literal["full", "process"]
@@ -28,7 +30,7 @@ PACKAGES = ("pipeline", "grpo", "stages", "flows", "tests")
 SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives", "/etc/ld.so.cache")
 """Programs and libraries of the system: what every sandbox shows."""
 GRACE_SECONDS = 10.0
-"""Beyond the run's own limit, for a machine under load; after it the whole sandbox is killed."""
+"""Beyond the run's own limit, while this process is awake; after it the whole sandbox is killed."""
 PREPARE_SECONDS = 300.0
 """For what a prepared module imports."""
 ENVIRONMENT = {
@@ -49,7 +51,7 @@ class Limits:
     """What a run is granted."""
 
     seconds: float = 5.0
-    """Wall time of a run; the CPU time of each process is limited to the next whole second."""
+    """Of work in a run, see `pipeline.clock`; beyond twice as much the kernel ends a process."""
     memory_mb: int = 512
     """Address space of each process."""
     processes: int = 16
@@ -74,7 +76,7 @@ class Run:
     """Bytes that are not UTF-8 are replaced."""
     stderr: str
     seconds: float
-    """Wall time."""
+    """Of work, as far as it counts against the limit."""
 
 
 @dataclass(slots=True)
@@ -152,7 +154,7 @@ class Sandbox:
             command: program and arguments; a program without slash is looked for in PATH. Empty for what is prepared.
             files: name to text.
             stdin: what the command can read.
-            seconds: less or more wall time than the limits grant.
+            seconds: less or more work than the limits grant.
 
         Raises:
             RewardError: when the command cannot be started, or the sandbox itself failed.
@@ -165,7 +167,7 @@ class Sandbox:
             "seconds": seconds,
             "output_bytes": self.limits.output_bytes,
         }
-        answer = self._ask(request, seconds + GRACE_SECONDS)
+        answer = self._ask(request, seconds * PATIENCE + GRACE_SECONDS)
         if "error" in answer:
             what = self.prepared or repr(command[0])
             raise RewardError(
@@ -216,7 +218,9 @@ class Sandbox:
             server.stdin.flush()
             answers = select.poll()
             answers.register(server.stdout, select.POLLIN)
-            line = server.stdout.readline() if answers.poll(seconds * 1000) else ""
+            # many short waits: a pause of this process, however long, ends one of them
+            is_there = any(answers.poll(LOOK_SECONDS * 1000) for _ in range(math.ceil(seconds / LOOK_SECONDS)))
+            line = server.stdout.readline() if is_there else ""
         except BrokenPipeError:
             line = ""
         if not line:
