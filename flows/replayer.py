@@ -21,7 +21,7 @@ from pipeline.run_dir import RunDir
 from pipeline.stage import run_stage
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
-from stages.inspect.artifact_diff import TOLERANCE, Deviation, deviations, machine_changes
+from stages.inspect.artifact_diff import TOLERANCE, Deviation, deviations, machine_changes, timed_out_rows
 from stages.rewards.scorer import Scorer
 from stages.trainers.base import Trainer
 from stages.wiring import Call, Wiring
@@ -39,8 +39,9 @@ class Replayed:
     stage: str
     dataset: str
     result: str
-    """equal = to the bit; close = within the tolerance; differs; other recipe = the current code or settings
-    have another recipe, so nothing was computed; not computed = an input is gone, for example pruned."""
+    """equal = to the bit; close = within the tolerance; differs; timed out = differs, but only in rewards for which
+    time ran out in one of both; other recipe = the current code or settings have another recipe, so nothing was
+    computed; not computed = an input is gone, for example pruned."""
     stored: str
     computed: str | None
     found: str
@@ -95,9 +96,11 @@ class Replayer:
                 yield Replayed(iteration, stage, name, "equal", *digests, "", seconds)
                 continue
             odd = deviations(name, stored[name], artifact, self.tolerance)
-            word = "close" if all(d.is_close for d in odd) else "differs"
+            word, found = "close" if all(d.is_close for d in odd) else "differs", _found(odd)
+            if word == "differs" and (late := timed_out_rows(name, stored[name], artifact, odd)):
+                word, found = "timed out", late
             machine = machine_changes(stored[name], artifact)
-            yield Replayed(iteration, stage, name, word, *digests, _found(odd), seconds, odd, machine)
+            yield Replayed(iteration, stage, name, word, *digests, found, seconds, odd, machine)
 
     def _optimizer(self, trainer: Trainer, iteration: int, policy: Artifact, folder: Path) -> Artifact:
         """Return the state of the trainer that has just made the policy."""

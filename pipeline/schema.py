@@ -345,10 +345,11 @@ SCHEMAS: dict[str, pa.Schema] = {
                             pa.field("name", pa.string()),
                             pa.field("mean", pa.float64()),
                             pa.field("null_count", pa.int64()),
+                            pa.field("timed_out_count", pa.int64()),
                         ]
                     )
                 ),
-                "per reward function: mean and number of completions it could not score",
+                "per reward function: mean, number of completions it could not score, and of those whose time ran out",
             ),
             column("completion_tokens_mean", pa.float64(), "mean length of the answers"),
             column("truncated_share", pa.float64(), "share of answers cut at max_tokens"),
@@ -386,7 +387,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             column(
                 "generate_tokens_per_second",
                 pa.float64(),
-                "completion tokens over the seconds of generate; null = completions of another run",
+                "completion tokens over the seconds of generate; null = completions of another run, or no time at all",
                 nullable=True,
             ),
             column(

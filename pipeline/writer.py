@@ -57,6 +57,8 @@ class ArtifactWriter:
     schema: "pa.Schema | None" = None
     """Schema of its rows; None = that of `pipeline.schema`."""
     started: float = field(default_factory=time.time)
+    started_clock: float = field(default_factory=time.monotonic)
+    """The same by the clock that nobody sets: what took how long is read from it."""
     _counts: dict[str, tuple[int, dict[str, int]]] = field(default_factory=dict)
     """Part written by this process -> its rows, and its dropped rows by reason."""
 
@@ -159,7 +161,7 @@ class ArtifactWriter:
                 drops=dict(sorted(drops.items())),
                 environment=environment,
                 started_at=datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
-                seconds=round(time.time() - self.started, 3),
+                seconds=round(time.monotonic() - self.started_clock, 3),
                 recipe=self.recipe,
                 content=content,
                 digest=digest_of(self.recipe, content),

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from pipeline.clock import per_second
 from pipeline.errors import ConfigError
 from pipeline.files import identity
 from pipeline.schema import SCHEMAS
@@ -250,7 +251,7 @@ class _Meter:
 
     def update(self, finished: int, tokens: int) -> None:
         self.part_tokens = tokens
-        rate = (self.tokens + tokens) / max(time.monotonic() - self.started, 1e-9)
+        rate = per_second(self.tokens + tokens, time.monotonic() - self.started) or 0.0
         self.task.progress(self.done + finished, self.total, f"{rate:,.0f} tokens/s")
 
     def finish_part(self, requests: int) -> None:

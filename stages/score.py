@@ -13,10 +13,12 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from pipeline.artifact import Artifact
+from pipeline.clock import per_second
 from pipeline.config import StrictModel
 from pipeline.errors import RewardError
 from pipeline.stage import Stage, StageTask
 from stages.rewards.functions import RewardConfig, RewardFunction, check_parameters, find_reward
+from stages.rewards.results import has_timed_out
 from stages.rewards.scorer import Scorer, completion_columns, needs_prompts, open_scorer
 
 ROWS_PER_PART = 50_000
@@ -64,12 +66,17 @@ def check_rewards(config: ScoreConfig, metadata: Mapping[str, Any]) -> None:
 
 
 class FailureCounter:
-    """Counts the completions that each function could not score, and stops the stage above the limit."""
+    """Counts the completions that each function could not score, and stops the stage above the limit.
+
+    Both count against the limit, calls that failed and calls that ran out of time: unscored completions leave the means
+    and the training without a sound, whatever the reason.
+    """
 
     def __init__(self, rewards: Sequence[RewardFunction], num_completions: int, max_failed_share: float) -> None:
         self.num_completions = num_completions
         self.max_failed_share = max_failed_share
         self.failed = dict.fromkeys((reward.name for reward in rewards), 0)
+        self.timed_out = dict(self.failed)
         self.examples: dict[str, str] = {}
 
     def add(self, rewards: pl.DataFrame) -> None:
@@ -78,21 +85,28 @@ class FailureCounter:
         Raises:
             RewardError: when a function has failed for more than the allowed share of all completions.
         """
-        failures = rewards.filter(pl.col("reward").is_null()).group_by("reward_name", maintain_order=True)
-        for name, count, example in failures.agg(pl.len(), pl.col("error").first()).iter_rows():
-            self.failed[name] += count
+        unscored = rewards.filter(pl.col("reward").is_null()).group_by("reward_name", maintain_order=True)
+        counts = unscored.agg(pl.len(), has_timed_out().sum().alias("timed_out"), pl.col("error").first())
+        for name, count, timed_out, example in counts.iter_rows():
+            self.timed_out[name] += timed_out
+            self.failed[name] += count - timed_out
             self.examples.setdefault(name, example)
-            if self.failed[name] > self.max_failed_share * self.num_completions:
+            if self.failed[name] + self.timed_out[name] > self.max_failed_share * self.num_completions:
                 raise RewardError(
-                    f"the reward {name!r} could not score {self.failed[name]:,} of {self.num_completions:,} "
-                    f"completions, score.max_failed_share allows {self.max_failed_share:.0%}; first error: "
-                    f"{self.examples[name]}. Correct the function; or raise the limit, which is part of the config, in "
-                    "a new run, which [[offline]] can feed what was generated"
+                    f"the reward {name!r} could not score {self.failed[name] + self.timed_out[name]:,} of "
+                    f"{self.num_completions:,} completions ({self._counts(name)}), score.max_failed_share allows "
+                    f"{self.max_failed_share:.0%}; first error: {self.examples[name]}. Correct the function, or its "
+                    "time_limit; or raise the limit, which is part of the config, in a new run, which [[offline]] can "
+                    "feed what was generated"
                 )
 
     def __str__(self) -> str:
-        """Return how many failed; empty when none has."""
-        return "".join(f", {name}: {count:,} failed" for name, count in self.failed.items() if count)
+        """Return how many failed, and how many ran out of time; empty when none has."""
+        return "".join(f", {name}: {counts}" for name in self.failed if (counts := self._counts(name)))
+
+    def _counts(self, name: str) -> str:
+        counts = {"failed": self.failed[name], "timed out": self.timed_out[name]}
+        return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 def slices(completions: Artifact, columns: Sequence[str], num_rows: int) -> Iterator[pl.DataFrame]:
@@ -140,7 +154,7 @@ def compute(task: StageTask[ScoreConfig, Scorer]) -> None:
     started, done, reused = time.monotonic(), 0, 0
 
     def report(more: int) -> None:
-        rate = (done + more - reused) / max(time.monotonic() - started, 1e-9)
+        rate = per_second(done + more - reused, time.monotonic() - started) or 0.0
         task.progress(done + more, num_completions * len(rewards), f"{rate:,.0f} rows/s{failures}")
 
     for part, rows in enumerate(slices(completions, completion_columns(rewards), ROWS_PER_PART)):

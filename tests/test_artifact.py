@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,17 @@ def test_parquet_bytes_hold_no_clock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = write_artifact(tmp_path / "x", "rewards", reward_rows(a=[1.0])).files()[0].read_bytes()
     monkeypatch.setattr("time.time", lambda: 1.0)
     assert write_artifact(tmp_path / "y", "rewards", reward_rows(a=[1.0])).files()[0].read_bytes() == first
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_seconds_are_right_though_the_clock_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    writer = new_writer(tmp_path / "prompts", "prompts", "recipe")
+    writer.write_part(0, prompt_rows({}))
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + jump)
+    assert 0 <= seal(writer).manifest.seconds < 3600
 
 
 def test_a_file_explains_its_columns(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_metrics_are_those_of_the_rows(run: Path, capsys: pytest.CaptureFixture[
         "num_completions": 4,
         "num_trained": 2,
         "num_tokens": 4,
-        "rewards": [{"name": "exact", "mean": 0.25, "null_count": 0}],
+        "rewards": [{"name": "exact", "mean": 0.25, "null_count": 0, "timed_out_count": 0}],
         "eval_pass_at_1": None,
     }
     assert {key: row[key] for key in expected} == expected

@@ -79,6 +79,29 @@ def test_a_forged_reward_that_no_file_can_tell_is_found(run: RunDir, capsys: pyt
     assert str(row["found"]).startswith(f"rewards row 2 {stored}: reward stored 0.25, computed ")
 
 
+@pytest.mark.parametrize(
+    ("error", "result", "found"),
+    [
+        ("no reward within 60 s (time_limit)", "timed out", "1 timed out then, scored now; the first: rewards row 2 "),
+        (
+            "TimeoutError: no decision within 3 s",
+            "timed out",
+            "1 timed out then, scored now; the first: rewards row 2 ",
+        ),
+        ("ValueError: no number in it", "differs", "rewards row 2 "),
+    ],
+)
+def test_a_reward_that_ran_out_of_time_is_told_from_one_that_differs(
+    run: RunDir, capsys: pytest.CaptureFixture[str], error: str, result: str, found: str
+) -> None:
+    forge(run, run.place(1, "rewards"), replace_value("reward", 2, None))
+    forge(run, run.place(1, "rewards"), replace_value("error", 2, error))
+    assert not print_replay(run.root, [1], "score", Format.jsonl)
+    (row,) = rows_of(capsys)
+    assert row["result"] == result
+    assert str(row["found"]).startswith(found)
+
+
 def test_answers_of_another_model_are_found(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     def other(_: Request) -> list[int]:
         return [25, EOS]

@@ -32,6 +32,8 @@ def everything(completion: str, prompt: str, reference: str | None, city: str, s
 def troublesome(completion: str) -> Any:
     if completion == "raise":
         raise ValueError("no number in it")
+    if completion == "late":
+        raise TimeoutError("no decision within 3 s")
     return {"nan": math.nan, "none": None, "text": "not a number", "infinite": math.inf}.get(completion, 1.0)
 
 
@@ -170,6 +172,16 @@ def test_failures_add_up_over_the_parts_of_a_dataset(scorer: Scorer) -> None:
     assert str(counter) == ", r: 1 failed"
     with pytest.raises(RewardError, match="'r' could not score 2 of 4 completions"):
         counter.add(rows)
+
+
+def test_calls_that_ran_out_of_time_are_counted_apart_and_stop_the_stage_as_well(scorer: Scorer) -> None:
+    config = rewards("tests.test_score:troublesome")
+    rows = score(scorer, config, "fine", "raise", "late", "late")
+    counter = FailureCounter(find_rewards(config), num_completions=4, max_failed_share=0.75)
+    counter.add(rows)
+    assert str(counter) == ", r: 1 failed, 2 timed out"
+    with pytest.raises(RewardError, match=r"'r' could not score 3 of 4 completions \(1 failed, 2 timed out\), "):
+        FailureCounter(find_rewards(config), num_completions=4, max_failed_share=0.7).add(rows)
 
 
 def test_slices_go_over_the_borders_of_files_and_lose_no_row(tmp_path: Path) -> None:

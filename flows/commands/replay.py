@@ -141,6 +141,7 @@ def _verdict(rows: "Sequence[Replayed]", tolerance: float) -> Iterator[str]:
         "equal": "equal to the bit",
         "close": "close",
         "differs": "different",
+        "timed out": "different where time ran out",
         "other recipe": "of another recipe",
         "not computed": "not computed",
     }
@@ -156,3 +157,8 @@ def _verdict(rows: "Sequence[Replayed]", tolerance: float) -> Iterator[str]:
             yield f"the machine is of another kind, so bits may differ: {'; '.join(changes)}"
         else:
             yield "the machine is of the same kind: equal bits were to be expected"
+    if counts["timed out"]:
+        yield (
+            "timed out = rewards differ only where time ran out, then or now: neither is proof of the other; replay "
+            "again on a machine that is no slower"
+        )

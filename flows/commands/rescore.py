@@ -46,7 +46,10 @@ def rescore(
     with reporter.shown():
         chosen = parse_iterations(iterations)
         done = rescore_run(source, config, run_at(directory), chosen, overrides or [], reporter)
-    print_rows(summary(source, done), format_, columns=("reward_name", "completions", "mean", "std", "failed"))
+    rows = summary(source, done)
+    is_short = format_ is Format.table and not any(row["timed_out"] for row in rows)
+    columns = ("reward_name", "completions", "mean", "std", "failed", "timed_out")
+    print_rows(rows, format_, columns=columns[:-1] if is_short else columns)
     if format_ is Format.table:
         say(f"{done.num_completions:,} completions of {len(done.iterations)} iterations in {done.seconds:.1f} s")
         say(directory)
@@ -153,6 +156,8 @@ def summary(source: RunDir, rescored: Rescored) -> list[dict[str, object]]:
     """Return a row per reward: completions, mean, failures; and the combined reward before and after. Read-only."""
     import polars as pl
 
+    from stages.rewards.results import has_timed_out
+
     rewards = pl.concat([rescored.run.open(i, "rewards").scan() for i in rescored.iterations])
     rows = (
         rewards.group_by("reward_name", maintain_order=True)
@@ -160,7 +165,8 @@ def summary(source: RunDir, rescored: Rescored) -> list[dict[str, object]]:
             pl.len().alias("completions"),
             pl.col("reward").mean().alias("mean"),
             pl.col("reward").std().alias("std"),
-            pl.col("reward").is_null().sum().alias("failed"),
+            (pl.col("reward").is_null() & ~has_timed_out()).sum().alias("failed"),
+            has_timed_out().sum().alias("timed_out"),
         )
         .collect()
         .to_dicts()
@@ -174,5 +180,5 @@ def summary(source: RunDir, rescored: Rescored) -> list[dict[str, object]]:
                 pl.col("reward").std().alias("std"),
                 pl.col("reward").is_null().sum().alias("failed"),
             ).collect()
-            rows.append({"reward_name": label, **found.row(0, named=True)})
+            rows.append({"reward_name": label, **found.row(0, named=True), "timed_out": None})
     return rows

@@ -6,7 +6,7 @@ beyond the tolerance is named. torch is imported only when tensors are compared.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import polars as pl
 
 from pipeline.artifact import Artifact
 from stages.checkpoints import holds_tensors
+from stages.rewards.results import has_timed_out
 
 TOLERANCE = 1e-5
 """Largest difference that counts as rounding, relative to the largest magnitude in the tensor or column: about a
@@ -214,6 +215,38 @@ def column_deviations(name: str, a: Artifact, b: Artifact, tolerance: float) -> 
         for c in columns
         if largest[c] > 0
     ]
+
+
+SCORED = frozenset({"reward", "error", "detail", "is_correct"})
+"""Columns that a reward function decides."""
+
+
+def timed_out_rows(name: str, stored: Artifact, computed: Artifact, odd: Sequence[Deviation]) -> str:
+    """Return in words how rewards differ, when all that do were cut off by a time limit in one of both; else nothing.
+
+    Then nothing is wrong with either: one machine was quicker. Read-only.
+    """
+    beyond = [d.name for d in odd if not d.is_close]
+    if not SCORED.issuperset(beyond) or "error" not in beyond:
+        return ""
+    is_odd = pl.any_horizontal(pl.col(c).ne_missing(pl.col(f"{c}_now")) for c in beyond)
+    then, now = has_timed_out(), has_timed_out("error_now")
+    frames = [stored.scan().with_row_index("row"), computed.scan().select(pl.col(beyond).name.suffix("_now"))]
+    counts, first = pl.collect_all(
+        [
+            (rows := pl.concat(frames, how="horizontal").filter(is_odd)).select(
+                all=pl.len(), then=then.sum(), now=(now & ~then).sum()
+            ),
+            rows.head(1),
+        ]
+    )
+    all_, lost, won = counts.row(0)
+    if all_ != lost + won:
+        return ""
+    row = first.row(0, named=True)
+    parts = [f"{lost} timed out then, scored now"] if lost else []
+    parts += [f"{won} scored then, timed out now"] if won else []
+    return f"{', '.join(parts)}; the first: {row_name(name, row['row'], row)}"
 
 
 def _magnitudes(frame: pl.LazyFrame, at_least_one: set[str]) -> dict[str, float]:

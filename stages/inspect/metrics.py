@@ -7,12 +7,14 @@ import polars as pl
 
 from pipeline.artifact import open_artifact
 from pipeline.chain import CHAIN, WRITER, When
+from pipeline.clock import per_second
 from pipeline.conformance import conform
 from pipeline.files import atomic_write
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from stages.evaluate import summarize
+from stages.rewards.results import has_timed_out
 
 KL_RISES = 4
 KL_FLOOR = 1e-3
@@ -52,9 +54,7 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
         **zero_variance.row(0, named=True),
         "rewards": parts.to_dicts(),
         **training,
-        "generate_tokens_per_second": num_tokens / max(seconds["completions"], 1e-9)
-        if "completions" in seconds
-        else None,
+        "generate_tokens_per_second": per_second(num_tokens, seconds.get("completions", 0.0)),
         "seconds": [{"stage": WRITER[name].name, "seconds": value} for name, value in seconds.items()],
     }
     if "evaluations" in seconds:
@@ -120,7 +120,9 @@ def zero_variance_share(advantages: pl.LazyFrame) -> pl.LazyFrame:
 
 def _parts(rewards: pl.LazyFrame) -> pl.LazyFrame:
     return rewards.group_by(name="reward_name", maintain_order=True).agg(
-        pl.col("reward").mean().alias("mean"), pl.col("reward").is_null().sum().alias("null_count")
+        pl.col("reward").mean().alias("mean"),
+        pl.col("reward").is_null().sum().alias("null_count"),
+        has_timed_out().sum().alias("timed_out_count"),
     )
 
 

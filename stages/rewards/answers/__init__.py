@@ -9,5 +9,6 @@ format               form and length
 reasoning_gym        the verifiers of reasoning-gym
 reasoning_gym_tasks  calls them, in the worker or inside of the sandbox
 ratings              what people said about stored completions
+time_limit           ends what computes without end
 answer_part          the part of a completion that holds its answer
 """

@@ -1,18 +1,15 @@
 """A reward that compares mathematics by meaning, with math-verify."""
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from importlib.metadata import version
-from types import FrameType
 from typing import Any
 
 import regex
 
 from stages.rewards.answers.answer_part import NO_REFERENCE, NOTHING_WITHIN, accepted_answers, answer_part, shown
+from stages.rewards.answers.time_limit import run_within
 from stages.rewards.base import Score
 
 DELIMITED = regex.compile(r"\$|\\\(|\\\[|\\boxed")
@@ -26,10 +23,6 @@ PROSE = regex.compile(
 BARE_FUNCTION = regex.compile(r"(?<![\\\p{L}])(?=(?:sin|cos|tan|cot|log|ln|exp|pi)\b)")
 BARE_ROOT = regex.compile(r"(?<![\\\p{L}])sqrt\s*\(([^()]*)\)")
 PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy")
-
-
-class _OutOfTime(BaseException):
-    """Passes through the handlers of `Exception` inside sympy."""
 
 
 def math_match(
@@ -46,8 +39,7 @@ def math_match(
     otherwise what math-verify finds in the text: LaTeX between dollars or a plain number, after "final answer is" or
     "answer" if there, else the last.
 
-    Null when the comparison takes longer than ``seconds``. This limit holds in the main thread, where a signal can end
-    it, and not while one long multiplication runs; beyond that the limit of the worker process holds.
+    Raises TimeoutError when the comparison needs more than ``seconds`` of the processor: the reward is then null.
 
     Args:
         completion: the answer.
@@ -55,7 +47,7 @@ def math_match(
         references: further accepted answers.
         within: which part of the answer counts.
         digits: decimal places to which numbers are compared.
-        seconds: the longest time for one answer.
+        seconds: of processor time for one answer, see `run_within`.
     """
     accepted = accepted_answers(reference, references)
     if not accepted:
@@ -67,18 +59,18 @@ def math_match(
     _load()  # before the limit begins: an import that is cut off leaves half a package behind
     if not part.strip():
         return Score(0.0, detail | {"reason": "no mathematics in the answer"})
-    try:
-        with _time_limit(seconds):
-            expected = [(text, known) for text in accepted if (known := _parse_reference(text))]
-            if not expected:
-                return Score(None, detail | {"reason": "no mathematics in the reference"})
-            parsed = _parse(part)
-            if not parsed:
-                return Score(0.0, detail | {"reason": "no mathematics in the answer"})
-            detail["answer"] = shown(str(parsed[-1]))
-            matched = next((text for text, known in expected if _is_equal(known, parsed, digits)), None)
-    except _OutOfTime:
-        return Score(None, detail | {"reason": f"no decision within {seconds:g} seconds"})
+    return run_within(seconds, partial(_compare, part, accepted, digits, detail))
+
+
+def _compare(part: str, accepted: Sequence[str], digits: int, detail: dict[str, Any]) -> Score:
+    expected = [(text, known) for text in accepted if (known := _parse_reference(text))]
+    if not expected:
+        return Score(None, detail | {"reason": "no mathematics in the reference"})
+    parsed = _parse(part)
+    if not parsed:
+        return Score(0.0, detail | {"reason": "no mathematics in the answer"})
+    detail["answer"] = shown(str(parsed[-1]))
+    matched = next((text for text, known in expected if _is_equal(known, parsed, digits)), None)
     if matched is not None:
         detail["reference"] = shown(matched)
     return Score(float(matched is not None), detail)
@@ -139,24 +131,3 @@ def _is_equal(expected: tuple[Any, ...], parsed: list[Any], digits: int) -> bool
         return bool(verify(list(expected), parsed, float_rounding=digits, timeout_seconds=None, raise_on_error=True))
     except Exception:  # two things that sympy cannot compare are not equal
         return False
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _OutOfTime after the seconds, in the main thread; a timer that was running goes on afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _OutOfTime
-
-    outer_handler = signal.signal(signal.SIGALRM, stop)
-    outer_left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, outer_handler)
-        if outer_left:
-            signal.setitimer(signal.ITIMER_REAL, max(outer_left - (seconds - left), 0.001))
