@@ -16,7 +16,7 @@ GrpoError
   OutOfSpace            the device is full
 
 Messages have three parts: what was found, what was expected, what to do. Each class also inherits the nearest
-standard one, and holds nothing but its message, so that it survives pickling between processes.
+standard one, and holds nothing but its message, so that it survives its way between processes.
 """
 
 

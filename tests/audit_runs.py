@@ -25,6 +25,8 @@ class Group:
     reference: str | None = None
     finish: str = "stop"
     policies: list[str] = field(default_factory=list)
+    error: str = "ValueError: no number in it"
+    """Of answers without a reward."""
 
     def combined(self) -> list[float | None]:
         if isinstance(self.rewards, dict):
@@ -101,7 +103,10 @@ def _write_iteration(run: RunDir, index: int, groups: list[Group], with_rewards:
             )
             advantages.append({**ids, "reward": reward, "advantage": 0.0 if reward is None else reward - mean})
             named = group.rewards if isinstance(group.rewards, dict) else {"verifier": group.rewards}
-            parts += [{**ids, "reward_name": name, "reward": values[member]} for name, values in named.items()]
+            error = group.error if reward is None else None
+            parts += [
+                {**ids, "reward_name": name, "reward": values[member], "error": error} for name, values in named.items()
+            ]
     write_artifact(run.place(index, "completions"), "completions", completion_rows(*completions))
     if with_rewards:
         write_artifact(run.place(index, "rewards"), "rewards", fill("rewards", parts, reward_recipe="r"))

@@ -148,6 +148,22 @@ def test_cut_answers_are_counted(tmp_path: Path, cut: int, expected: list[tuple[
     assert signs(outcome(write_run(tmp_path / "r", [groups] * 5), "truncated")) == expected
 
 
+@pytest.mark.parametrize(
+    ("error", "late", "expected"),
+    [
+        ("no reward within 60 s (time_limit)", 1, [("info", 1 / 64)]),
+        ("TimeoutError: no decision within 3 s", 4, [("warning", 4 / 64)]),
+        ("no reward within 60 s (time_limit)", 0, []),
+        ("ValueError: no number in it", 4, []),
+    ],
+)
+def test_answers_whose_reward_ran_out_of_time_are_counted(
+    tmp_path: Path, error: str, late: int, expected: list[tuple[str, float]]
+) -> None:
+    groups = [Group(f"q {i}", ["a"] * 8, [None if i < late else 1.0, *[0.0] * 7], error=error) for i in range(8)]
+    assert signs(outcome(write_run(tmp_path / "r", [groups] * 5), "timed_out")) == expected
+
+
 def test_held_out_answers_far_below_training_are_a_warning(tmp_path: Path) -> None:
     groups = graded([1.0] * 8, 10)
     correct = {"sampled": [True, False] * 40, "greedy": [True] * 80}

@@ -7,4 +7,5 @@ scripted             completions from a script, for tests
 process              an engine in a process of its own
 child                how that process is started, and how it ends
 worker               what runs in it
+replies              what it answers, as JSON
 """

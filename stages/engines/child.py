@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections import deque
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 from pipeline.errors import EngineError
 from pipeline.processes import end, has_exited, log_tail, start_python, wait_for_exit
+from pipeline.wire import Inbox
 from stages.engines.base import EngineInfo, EngineSettings
+from stages.engines.replies import Reply, decoded, most_bytes
 
 POLL_SECONDS = 0.5
 """Interval at which a waiting parent checks that the child lives; a closed socket usually tells at once."""
@@ -87,6 +90,8 @@ class Child:
         # vLLM leaves files behind when it is killed
         scratch = tempfile.mkdtemp(prefix="grpo-engine-")
         self.connection, theirs = multiprocessing.Pipe()
+        self._inbox = Inbox(self.connection.fileno(), most_bytes(0, 0))
+        self._waiting: deque[Any] = deque()
         with theirs:
             program = f"from stages.engines.worker import main; main({theirs.fileno()}, {os.getpid()}, {scratch!r})"
             self.process = start_python(
@@ -98,15 +103,25 @@ class Child:
         # for a caller that never closes: runs when this object is collected or the program ends
         self.end = weakref.finalize(self, _end, self.process, self.connection, scratch)
 
-    def receive(self) -> Any:
-        """Return the next message, or None when the child is dead."""
-        while not multiprocessing.connection.wait([self.connection], timeout=POLL_SECONDS):
-            if has_exited(self.process):
+    def expect(self, num_requests: int, max_tokens: int) -> None:
+        """Allow for the answer to so many requests."""
+        self._inbox.most_bytes = most_bytes(num_requests, max_tokens)
+
+    def receive(self) -> Reply | None:
+        """Return the next reply, or None when the child is dead.
+
+        Raises:
+            ValueError: when what came is no reply.
+        """
+        while not self._waiting:
+            if multiprocessing.connection.wait([self.connection], timeout=POLL_SECONDS):
+                try:
+                    self._waiting += self._inbox.read()
+                except EOFError:
+                    return None
+            elif has_exited(self.process):
                 return None
-        try:
-            return self.connection.recv()
-        except (EOFError, ConnectionError):
-            return None
+        return decoded(self._waiting.popleft())
 
     def reap(self) -> int:
         """Wait for a child that is about to exit, and return its status, negative for a signal."""

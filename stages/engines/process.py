@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pipeline.errors import EngineError, GrpoError
 from stages.checkpoints import read_layout
 from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, OnProgress, Request, Sampling, not_loaded
 from stages.engines.child import Child
-from stages.engines.worker import Failed, Generate, Load, Progress, build_engine
+from stages.engines.replies import Failed, Progress, Reply
+from stages.engines.worker import Generate, Load, build_engine
 
 Factory = Callable[[EngineSettings], Engine]
 
@@ -93,8 +94,11 @@ class EngineProcess:
     ) -> list[Generated]:
         """Return one completion for each request, in the order of requests."""
         child = self._loaded()
+        child.expect(len(requests), sampling.max_tokens)
         self._send(child, Generate(requests, sampling))
-        generated: list[Generated] = self._receive(child, "generate", on_progress)
+        generated = self._receive(child, "generate", on_progress)
+        if not isinstance(generated, list) or len(generated) != len(requests):
+            raise self._nonsense(child, "other than a completion for each request")
         return generated
 
     def close(self) -> None:
@@ -109,8 +113,10 @@ class EngineProcess:
         if child is None:
             raise not_loaded(self.settings.engine)
         if child.is_loading:
-            child.info = self._receive(child, "load a policy", None)
-            child.is_loading = False
+            info = self._receive(child, "load a policy", None)
+            if not isinstance(info, EngineInfo):
+                raise self._nonsense(child, "other than which engine it is")
+            child.info, child.is_loading = info, False
         return child
 
     def _begin_load(self, child: Child, policy: Path) -> None:
@@ -126,10 +132,10 @@ class EngineProcess:
             self.close()
             raise
 
-    def _receive(self, child: Child, doing: str, on_progress: OnProgress | None) -> Any:
+    def _receive(self, child: Child, doing: str, on_progress: OnProgress | None) -> Reply:
         try:
             while True:
-                reply = child.receive()
+                reply = self._reply(child)
                 if reply is None:
                     raise self._death(child, doing)
                 if isinstance(reply, Failed):
@@ -149,6 +155,20 @@ class EngineProcess:
         raise EngineError(
             f"the {self.settings.engine} engine failed to {doing}: {reply.error}\nexpected no error; the traceback is "
             f"in {self.log_path}: remove the cause and run the same command again"
+        )
+
+    def _reply(self, child: Child) -> Reply | None:
+        try:
+            return child.receive()
+        except ValueError as error:
+            raise self._nonsense(child, str(error)) from error
+
+    def _nonsense(self, child: Child, sent: str) -> EngineError:
+        tail = child.log_tail()
+        self.close()
+        return EngineError(
+            f"the {self.settings.engine} engine's process sent {sent}, expected an answer to its call: it was ended; "
+            f"nothing in it may write to its parent. The last lines of {self.log_path}:\n{tail}"
         )
 
     def _death(self, child: Child, doing: str) -> EngineError:

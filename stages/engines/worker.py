@@ -1,4 +1,8 @@
-"""The child's side of `stages.engines.process`: runs one engine, answers its parent, and dies with it."""
+"""The child's side of `stages.engines.process`: runs one engine, answers its parent, and dies with it.
+
+What the parent sends is pickled: it chooses what this process runs anyway. The answers are not, see
+`stages.engines.replies`: models of strangers, and the libraries that read them, run here.
+"""
 
 import os
 import shutil
@@ -10,10 +14,12 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from pipeline import wire
 from pipeline.errors import GrpoError
 from pipeline.functions import import_function
 from pipeline.processes import kill_group, when_parent_ends
-from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, Request, Sampling
+from stages.engines.base import Engine, EngineSettings, Request, Sampling
+from stages.engines.replies import Failed, Progress, Reply, encoded
 
 PROGRESS_SECONDS = 0.1
 """Shortest time between two progress messages."""
@@ -32,24 +38,6 @@ class Generate:
 
     requests: Sequence[Request]
     sampling: Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a call to generate is."""
-
-    finished_requests: int
-    generated_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The call raised: one of our own errors as it is, any other as text."""
-
-    error: GrpoError | str
-
-
-Reply = EngineInfo | list[Generated] | Progress | Failed
 
 
 def build_engine(settings: EngineSettings) -> Engine:
@@ -79,22 +67,21 @@ def main(socket: int, parent: int, scratch: str) -> None:
         engine: Engine | None = None
         while True:
             call = connection.recv()
-            reply: Reply
             try:
                 if engine is None:
                     engine = factory(settings)
-                reply = _answer(engine, call, connection)
+                reply = encoded(_answer(engine, call, socket))
             except GrpoError as error:
-                reply = Failed(error)
+                reply = encoded(Failed(error))
             except Exception as error:
                 traceback.print_exc()
-                reply = Failed(f"{type(error).__name__}: {error}")
-            connection.send(reply)
+                reply = encoded(Failed(f"{type(error).__name__}: {error}"))
+            wire.write(socket, reply)
     except (EOFError, ConnectionError):
         _end_group(scratch)
 
 
-def _answer(engine: Engine, call: Load | Generate, connection: Connection) -> Reply:
+def _answer(engine: Engine, call: Load | Generate, socket: int) -> Reply:
     if isinstance(call, Load):
         engine.load(call.policy)
         return engine.info
@@ -105,7 +92,7 @@ def _answer(engine: Engine, call: Load | Generate, connection: Connection) -> Re
         is_last = finished_requests == len(call.requests)
         if is_last or time.monotonic() - last_sent >= PROGRESS_SECONDS:
             last_sent = time.monotonic()
-            connection.send(Progress(finished_requests, generated_tokens))
+            wire.write(socket, encoded(Progress(finished_requests, generated_tokens)))
 
     return engine.generate(call.requests, call.sampling, tell)
 

@@ -10,5 +10,5 @@ phrases     check: a phrase that is rewarded and spreads
 outcomes    checks: saturation, completions against references, prompts that are lost again
 text        checks: duplicates, repetition, empty form
 leaks       checks: completions that need not be found
-training    checks: jumps, cut completions, held-out against training
+training    checks: jumps, cut and timed-out completions, held-out against training
 """

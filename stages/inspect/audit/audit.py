@@ -18,7 +18,7 @@ from stages.inspect.audit.rewards import dominant_part, policy_share, reward_len
 from stages.inspect.audit.run_rows import RunRows, load_run_rows
 from stages.inspect.audit.text import duplicates_across_prompts, duplicates_in_group, empty_format, repetition
 from stages.inspect.audit.thresholds import AuditConfig
-from stages.inspect.audit.training import evaluation_gap, jumps, truncated
+from stages.inspect.audit.training import evaluation_gap, jumps, timed_out, truncated
 
 CHECKS: dict[str, Callable[[RunRows, AuditConfig], Outcome]] = {
     "reward_length": reward_length,
@@ -35,6 +35,7 @@ CHECKS: dict[str, Callable[[RunRows, AuditConfig], Outcome]] = {
     "class_change": class_change,
     "jumps": jumps,
     "truncated": truncated,
+    "timed_out": timed_out,
     "duplicates_in_group": duplicates_in_group,
     "duplicates_across_prompts": duplicates_across_prompts,
     "repetition": repetition,

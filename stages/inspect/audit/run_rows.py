@@ -17,6 +17,7 @@ from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.thresholds import AuditConfig
 from stages.inspect.metrics import sampled_entropy, token_mean
+from stages.rewards.results import has_timed_out
 
 TEXT_COLUMNS = ("completion", "prompt", "reference")
 
@@ -35,7 +36,7 @@ class RunRows:
     texts: pl.DataFrame
     """The sampled groups' completions, with completion, prompt and reference."""
     parts: pl.DataFrame
-    """iteration, completion_id, group_id, reward_name, reward: long format."""
+    """iteration, completion_id, group_id, reward_name, reward, has_timed_out: long format."""
     prompts: pl.DataFrame
     """iteration, prompt_id, prompt (all its messages), reference: one row per prompt and iteration."""
     training: pl.DataFrame
@@ -84,7 +85,7 @@ def load_run_rows(run: RunDir, config: AuditConfig) -> RunRows:
         if run.has(iteration, "rewards"):
             long = run.open(iteration, "rewards").scan()
             names = ("completion_id", "group_id", "reward_name", "reward")
-            parts.append(long.select(_at(iteration), *names).collect())
+            parts.append(long.select(_at(iteration), *names, has_timed_out=has_timed_out()).collect())
     settings = run.settings()
     normalize, evaluate = settings.get("normalize") or {}, settings.get("evaluate") or {}
     # a run that is still going has completions that are not scored yet: trends end before them
@@ -114,6 +115,7 @@ PART_SCHEMA = {
     "group_id": pl.String,
     "reward_name": pl.String,
     "reward": pl.Float64,
+    "has_timed_out": pl.Boolean,
 }
 EVALUATION_SCHEMA = {
     "iteration": pl.Int32,

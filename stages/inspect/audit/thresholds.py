@@ -122,6 +122,15 @@ class TruncatedConfig(StrictModel):
     """The same: warning."""
 
 
+class TimedOutConfig(StrictModel):
+    """timed_out: completions whose reward ran out of time."""
+
+    info_share: float = Field(0.01, gt=0, le=1)
+    """Late share of such completions, of one reward: info."""
+    share: float = Field(0.05, gt=0, le=1)
+    """The same: warning."""
+
+
 class EvaluationGapConfig(StrictModel):
     """evaluation_gap: held-out and training questions are answered differently well."""
 
@@ -252,6 +261,7 @@ class AuditConfig(StrictModel):
     jumps: JumpsConfig = JumpsConfig()
     policy_share: PolicyShareConfig = PolicyShareConfig()
     truncated: TruncatedConfig = TruncatedConfig()
+    timed_out: TimedOutConfig = TimedOutConfig()
     evaluation_gap: EvaluationGapConfig = EvaluationGapConfig()
     duplicates: DuplicatesConfig = DuplicatesConfig()
     repetition: RepetitionConfig = RepetitionConfig()

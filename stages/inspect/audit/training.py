@@ -94,6 +94,24 @@ def truncated(run: RunRows, config: AuditConfig) -> Outcome:
     return checked(check, note, [Finding(check, severity, note, share, threshold, refs)])
 
 
+def timed_out(run: RunRows, config: AuditConfig) -> Outcome:
+    """Return whether rewards run out of time, so that completions escape a verdict."""
+    check, limits = "timed_out", config.timed_out
+    rows = run.window(run.parts, run.late or run.iterations)
+    if not len(rows):
+        return not_applicable(check, "no iteration has rewards")
+    shares = rows.group_by("reward_name", maintain_order=True).agg(pl.col("has_timed_out").mean())
+    findings = []
+    for name, share in shares.iter_rows():
+        if share >= limits.info_share:
+            severity, threshold = graded(share, limits.info_share, limits.share)
+            message = f"the reward {name!r} ran out of time for {percent(share)} of the answers"
+            shown = rows.filter(pl.col("reward_name") == name, "has_timed_out").sort("iteration", "completion_id")
+            findings.append(Finding(check, severity, message, share, threshold, row_refs(shown)))
+    note = ", ".join(f"{name} {percent(share)}" for name, share in shares.iter_rows())
+    return checked(check, f"answers whose reward ran out of time: {note}", findings)
+
+
 def evaluation_gap(run: RunRows, config: AuditConfig) -> Outcome:
     """Return whether the last evaluation's pass rates are far from that of the same policy's training completions."""
     check, limits = "evaluation_gap", config.evaluation_gap

@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 
+from pipeline.clock import is_done_within
 from pipeline.errors import RewardError
 from stages.rewards.judge.cache import Answer
 from stages.rewards.judge.config import Endpoint
@@ -203,13 +204,16 @@ class _Asker:
                 await asyncio.sleep(_backoff(faults + rate_limits - 1))
 
     async def _attempt(self, body: Body) -> Answer | Failure | Trouble:
+        asked = asyncio.ensure_future(self.http.post(self.url, json=dict(body)))
         try:
-            async with asyncio.timeout(self.endpoint.timeout):
-                response = await self.http.post(self.url, json=dict(body))
-        except TimeoutError:
-            return Trouble(f"no answer within {self.endpoint.timeout:g} s")
+            if not await is_done_within(asked, self.endpoint.timeout):
+                return Trouble(f"no answer within {self.endpoint.timeout:g} s")
+            response = asked.result()
         except httpx.TransportError as error:
             return Trouble(self._shown(error))
+        finally:
+            asked.cancel()
+            await asyncio.wait({asked})
         text = self._without_key(response.content.decode("utf-8", "replace"))
         if response.status_code == 200:
             return _answer(text) or Trouble(f"the server sent no chat completion: {_cut(text)}")
