@@ -30,7 +30,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -480,16 +480,22 @@ def _half_sealed(directory: Path, reference: dict[str, Manifest], active: set[st
 # the command line
 
 
-def run_all(command: Command, root: Path, num_kills: int, seed: int, spared: int | None) -> int:
-    """Run the reference and the killed runs; print the report; return the exit code."""
-    reference = root / "reference"
-    log = root / "logs" / "reference.log"
+def make_reference(command: Command, reference: Path, log: Path) -> dict[str, Manifest]:
+    """Run the command undisturbed, and return what it made."""
     print(f"reference run: {os.path.relpath(reference)}", flush=True)
     began = time.monotonic()
     if command.start(reference, log).wait(command.timeout):
         raise SystemExit(f"the reference run failed: see {log}")
     manifests = finished_artifacts(reference)
     print(f"{len(manifests)} artifacts in {time.monotonic() - began:.0f} s", flush=True)
+    return manifests
+
+
+def run_all(command: Command, root: Path, num_kills: int, seed: int, spared: int | None) -> int:
+    """Run the reference and the killed runs; print the report; return the exit code."""
+    reference, log = root / "reference", root / "logs" / "reference.log"
+    began = time.monotonic()
+    manifests = make_reference(command, reference, log)
     print(f"{'kill':>4}  {'aimed at':14}  {'way':6}  {'after':>8}  open at the moment of death", flush=True)
     hunter = Hunter(command, manifests, seed, spared)
     compared = rounds = 0
@@ -503,7 +509,7 @@ def run_all(command: Command, root: Path, num_kills: int, seed: int, spared: int
                 break
         if not is_done:
             hunter.finish(directory, root / "logs" / f"{directory.name}.log")
-        hunter.problems += _compare(manifests, reference, directory)
+        hunter.problems += compare(manifests, reference, directory)
         compared += len(manifests)
     print(f"\n{'stage':14}  kills\n" + "\n".join(f"{t:14}  {hunter.hits[t]:5}" for t in hunter.targets()))
     ways = ", ".join(f"{n} {way}" for way, n in Counter(k.way for k in hunter.kills).items())
@@ -516,7 +522,8 @@ def run_all(command: Command, root: Path, num_kills: int, seed: int, spared: int
     return 1 if problems else 0
 
 
-def _compare(manifests: dict[str, Manifest], reference: Path, directory: Path) -> list[str]:
+def compare(manifests: dict[str, Manifest], reference: Path, directory: Path) -> list[str]:
+    """Return how a finished run differs from the reference. Read-only."""
     name = directory.name
     missing = [f"{path} is missing" for path in manifests if not (directory / path / MANIFEST).is_file()]
     problems = [*missing, *differences(manifests, directory)]
@@ -526,13 +533,16 @@ def _compare(manifests: dict[str, Manifest], reference: Path, directory: Path) -
     return [f"{name}: {text}" for text in problems]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def conduct(
+    parser: argparse.ArgumentParser, run: Callable[[Command, Path, argparse.Namespace, int | None], int]
+) -> int:
+    """Read the options, start what is wanted of Prefect, and call ``run`` with the command, a scratch directory, the
+    options and the server that is to be spared; whatever happens, leave no process behind.
+    """
     parser.add_argument("config", type=Path)
-    parser.add_argument("--kills", type=int, default=20, help="at least so many; default 20")
-    parser.add_argument("--seed", type=int, default=0, help="of targets and delays")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--runs", type=Path, default=Path("runs/kill"), help="scratch directory; must not exist")
+    parser.add_argument("--runs", type=Path, default=Path("runs/disturbed"), help="scratch directory; must not exist")
     parser.add_argument("--prefect", choices=("shared", "temporary"), default="shared", help="which Prefect server")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a run counts as hanging")
     arguments = parser.parse_args()
@@ -549,12 +559,20 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what we started ends with us
     try:
         if arguments.prefect == "temporary":
-            return run_all(command, root, arguments.kills, arguments.seed, None)
+            return run(command, root, arguments, None)
         with shared_server(home, environment) as server:
-            return run_all(command, root, arguments.kills, arguments.seed, server)
+            return run(command, root, arguments, server)
     finally:
         end_all(None)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="at least so many; default 20")
+    return conduct(
+        parser, lambda command, root, options, spared: run_all(command, root, options.kills, options.seed, spared)
+    )
 
 
 if __name__ == "__main__":
