@@ -79,14 +79,15 @@ class FailureCounter:
             RewardError: when a function has failed for more than the allowed share of all completions.
         """
         failures = rewards.filter(pl.col("reward").is_null()).group_by("reward_name", maintain_order=True)
-        for name, count, example in failures.agg(pl.len(), pl.col("error").first()).iter_rows():
+        said = pl.col("detail").str.json_path_match("$.reason")  # by the function that returned None
+        for name, count, example in failures.agg(pl.len(), pl.coalesce(said, "error").first()).iter_rows():
             self.failed[name] += count
             self.examples.setdefault(name, example)
             if self.failed[name] > self.max_failed_share * self.num_completions:
                 raise RewardError(
                     f"the reward {name!r} could not score {self.failed[name]:,} of {self.num_completions:,} "
                     f"completions, score.max_failed_share allows {self.max_failed_share:.0%}; first error: "
-                    f"{self.examples[name]}. Correct the function; or raise the limit, which is part of the config, in "
+                    f"{self.examples[name]}. Correct the function, or its rows; or raise the limit, which is part of the config, in "
                     "a new run, which [[offline]] can feed what was generated"
                 )
 
@@ -146,7 +147,7 @@ def compute(task: StageTask[ScoreConfig, Scorer]) -> None:
     for part, rows in enumerate(slices(completions, completion_columns(rewards), ROWS_PER_PART)):
         if task.writer.has_part(part):
             scored = pl.read_parquet(
-                task.writer.part_path(part), columns=["reward_name", "reward", "error"], glob=False
+                task.writer.part_path(part), columns=["reward_name", "reward", "error", "detail"], glob=False
             )
             reused += len(scored)
         else:

@@ -1,5 +1,6 @@
 """`grpo import`: completions written elsewhere become a run, and are scored."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -33,13 +34,17 @@ def import_(
     from flows.progress import TerminalReporter
     from flows.session import open_session
     from pipeline.runs import run_at
+    from stages.checkpoints import load_tokenizer
     from stages.config import check_unchanged, load_config
     from stages.importing import import_completions
+    from stages.preflight import check_conversation, check_source
     from stages.score import check_rewards
-    from stages.sources import first_row
 
     settings = load_config(config, overrides)
-    check_rewards(settings.score, first_row(settings.prompts).metadata)
+    first = check_source(settings.prompts)
+    check_rewards(settings.score, json.loads(first.metadata))
+    if tokenizer is not None and tokenizer.is_dir():
+        check_conversation(load_tokenizer(tokenizer), settings.prompts.chat_template_kwargs, first.messages)
     run = run_at(new or f"runs/{config.stem}")
     check_unchanged(run, settings)
     start_working()
