@@ -65,6 +65,8 @@ def check_template(
 
     known: set[str] = set()
     if template is not None:
+        # first, since looking for its variables calculates its constants
+        _try_template(json.dumps([template, dict(variables), dict(special), list(messages)], default=str))
         try:
             known = find_undeclared_variables(_environment().parse(GENERATION.sub("", template)))
         except Exception as error:  # a template nested too deep ends in a RecursionError
@@ -78,8 +80,6 @@ def check_template(
             f"prompts.chat_template_kwargs sets {unknown[0]}, which the model's chat template does not read: expected "
             f"{', '.join(sorted(known)) or 'none, since it reads no variables'}; correct the name, or leave it out"
         )
-    if template is not None:
-        _try_template(json.dumps([template, dict(variables), dict(special), list(messages)], default=str))
 
 
 @lru_cache(maxsize=16)
