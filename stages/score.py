@@ -87,8 +87,8 @@ class FailureCounter:
                 raise RewardError(
                     f"the reward {name!r} could not score {self.failed[name]:,} of {self.num_completions:,} "
                     f"completions, score.max_failed_share allows {self.max_failed_share:.0%}; first error: "
-                    f"{self.examples[name]}. Correct the function, or its rows; or raise the limit, which is part of the config, in "
-                    "a new run, which [[offline]] can feed what was generated"
+                    f"{self.examples[name]}. Correct the function, or its rows; or raise the limit, which is part of "
+                    "the config, in a new run, which [[offline]] can feed what was generated"
                 )
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from flows.commands.options import Config, Overrides, start_working
 from flows.printing import say
+from pipeline.files import user_path
 
 WRITES = True
 
@@ -15,13 +16,19 @@ WRITES = True
 def import_(
     config: Config,
     completions: Annotated[
-        Path, typer.Argument(metavar="COMPLETIONS", help=".jsonl, .csv or .parquet: question or prompt_id, completion.")
+        Path,
+        typer.Argument(
+            metavar="COMPLETIONS", help=".jsonl, .csv or .parquet: question or prompt_id, completion.", parser=user_path
+        ),
     ],
     new: Annotated[
         str | None, typer.Option("--run", help="New run directory or URL; default: runs/<name of the config>.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Directory of a tokenizer, for token ids and lengths.")
+        Path | None,
+        typer.Option(
+            "--tokenizer", help="Directory of a tokenizer, for token ids and lengths.", parser=user_path, metavar="PATH"
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
