@@ -105,7 +105,8 @@ def _keep_ids(model: PreTrainedModel) -> None:
     """Drop settings of sampling from the generation config; transformers refuses to save some pairs of them."""
     found: Any = model.generation_config
     if found is not None and not set(found.to_diff_dict()) <= {*GENERATION_IDS, *HARMLESS}:
-        model.generation_config = GenerationConfig(**{name: getattr(found, name, None) for name in GENERATION_IDS})
+        ids = {name: getattr(found, name, None) for name in GENERATION_IDS}
+        model.generation_config = GenerationConfig(**ids)  # type: ignore[no-untyped-call]
 
 
 def _first_line(error: Exception) -> str:

@@ -179,7 +179,7 @@ def _holds_more(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> bool:
     """Return whether there are more control tokens than texts of them: a normalizer has made some of other text."""
-    unknown = tokenizer.unk_token_id  # stands for any character that the tokenizer lacks
+    unknown: int | None = tokenizer.unk_token_id  # stands for any character that the tokenizer lacks
     known = set(control.values()) - {unknown}
     return sum(i in known for i in ids) > sum(control[found] != unknown for found in pattern.findall(text))
 

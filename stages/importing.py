@@ -30,7 +30,7 @@ from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, r
 from stages.batch import IMPORTED, NO_POLICY
 from stages.checkpoints import TOKENIZER_FILES, load_tokenizer
 from stages.encoding import encode_conversations, encode_texts
-from stages.source_rows import SourceRow
+from stages.source_rows import SourceRow, as_text
 from stages.sources import REASONING_GYM, SourceConfig, finite_rows, source_identity
 from stages.tables import FILE_SUFFIXES, file_records
 
@@ -129,14 +129,14 @@ def read_completions(path: Path, questions: Sequence[SourceRow]) -> list[Written
     """
     if path.suffix not in FILE_SUFFIXES:
         raise SourceError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FILE_SUFFIXES)}: convert it")
-    records = [record for _, record in file_records(path)]
+    records = list(file_records(path))
     if not records:
         raise SourceError(f"{path} is empty: expected rows with a completion and its question or prompt_id")
     ids = {row.prompt_id for row in questions}
     by_text: dict[str, list[str]] = {}
     for row in questions:
         by_text.setdefault(row.question.strip(), []).append(row.prompt_id)
-    found = [_match(record, ids, by_text) for record in records]
+    found = [_match(record, where, ids, by_text) for where, record in records]
     wrong = [f"row {i} {problem}" for i, problem in enumerate(found, start=1) if isinstance(problem, str)]
     if wrong:
         more = f" (and {len(wrong) - EXAMPLES} more)" if len(wrong) > EXAMPLES else ""
@@ -147,15 +147,17 @@ def read_completions(path: Path, questions: Sequence[SourceRow]) -> list[Written
     return [row for row in found if isinstance(row, Written)]
 
 
-def _match(record: dict[str, Any], ids: set[str], by_text: dict[str, list[str]]) -> Written | str:
+def _match(record: dict[str, Any], where: str, ids: set[str], by_text: dict[str, list[str]]) -> Written | str:
     """Return the row, or what is wrong with it."""
-    completion, prompt_id, question = (record.get(key) for key in ("completion", "prompt_id", "question"))
+    completion = record.get("completion")
+    columns = ("prompt_id", "question", "group", "policy_name")
+    prompt_id, question, group, author = (as_text(record.get(column), where, column) for column in columns)
     if not isinstance(completion, str):
         return f"has the completion {completion!r:.80}"
     if prompt_id is None and question is None:
         return f"has neither question nor prompt_id, only {sorted(record)}"
     if prompt_id is None:
-        named = by_text.get(str(question).strip(), [])
+        named = by_text.get((question or "").strip(), [])
         if len(named) > 1:
             return f"has the question {question!r:.80}, which {len(named)} rows of the source share (give prompt_id)"
         if not named:
@@ -163,8 +165,7 @@ def _match(record: dict[str, Any], ids: set[str], by_text: dict[str, list[str]])
         prompt_id = named[0]
     elif prompt_id not in ids:
         return f"has the unknown prompt_id {prompt_id!r:.80}"
-    group, author = (record.get(key) for key in ("group", "policy_name"))
-    return Written(prompt_id, "" if group is None else str(group), str(author or WRITTEN), completion)
+    return Written(prompt_id, group or "", author or WRITTEN, completion)
 
 
 def imported_prompts(material: Material) -> pl.DataFrame:

@@ -102,7 +102,7 @@ def _check_policies(config: RunConfig, run: RunDir) -> None:
 
 def _check_templates(config: RunConfig, run: RunDir, first: SourceRow) -> None:
     """Check that the policy's chat template writes a conversation of each source."""
-    rows = [(config.prompts, first)]
+    rows: list[tuple[SourceConfig, SourceRow]] = [(config.prompts, first)]
     if config.evaluate.source is not None:
         rows.append((config.evaluate.source, check_source(config.evaluate.source)))
     tokenizer = None if config.starter is not None else _tokenizer(config, run)

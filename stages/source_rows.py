@@ -8,18 +8,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 from pipeline.errors import SourceError
 from pipeline.files import identity
-
-if TYPE_CHECKING:
-    from stages.sources import SourceConfig
 
 MESSAGES, QUESTION, ANSWER = "messages", "question", "answer"
 """Columns that are read when the config names no others."""
@@ -66,8 +63,19 @@ def is_held_out(messages: list[dict[str, str]], share: float) -> bool:
     return bucket < share
 
 
-def read_row(config: "SourceConfig", record: Mapping[str, Any], where: str, metadata: Any = None) -> SourceRow:
+def read_row(
+    record: Mapping[str, Any],
+    where: str,
+    *,
+    task: str,
+    question_column: str | None = None,
+    answer_column: str | None = ANSWER,
+    system_prompt: str | None = None,
+    metadata: Any = None,
+) -> SourceRow:
     """Return the question of a source's row; ``where`` names the row in errors, ``metadata`` replaces the row's own.
+
+    The other arguments are those of a SourceConfig.
 
     Raises:
         SourceError: when the row has no question, or holds what cannot be asked or stored.
@@ -78,19 +86,18 @@ def read_row(config: "SourceConfig", record: Mapping[str, Any], where: str, meta
                 f"{where} has a value in the column {column}, which no prompt shows the model: expected questions in "
                 "text alone; remove or rename the column if the question stands without it"
             )
-    messages = _messages(config, record, where)
+    messages = _messages(question_column, record, where)
     if messages[-1]["role"] == "assistant":
         raise SourceError(
             f"{where} has a conversation that ends with the assistant's turn: expected one that asks, since the model "
             "would be shown the answer; remove that turn, or name the column of the question (prompts.question_column)"
         )
-    if config.system_prompt is not None:
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    named = config.answer_column
+    if system_prompt is not None:
+        messages = [{"role": "system", "content": system_prompt}, *messages]
     return SourceRow(
         messages,
-        as_text(record.get(named), where, named) if named else None,
-        config.source,
+        as_text(record.get(answer_column), where, answer_column) if answer_column else None,
+        task,
         as_json(record if metadata is None else metadata, where),
     )
 
@@ -101,7 +108,7 @@ def as_text(value: Any, where: str, column: str) -> str | None:
     Raises:
         SourceError: when it is neither text nor a finite number: Python's notation of a list is nobody's answer.
     """
-    if _is_missing(value):
+    if is_missing(value):
         return None
     is_scalar = isinstance(value, (str, int, float, *WRITTEN_AS_TEXT)) and not isinstance(value, bool)
     if not is_scalar or (isinstance(value, float) and math.isinf(value)):
@@ -121,14 +128,14 @@ def as_json(value: Any, where: str) -> str:
     return json.dumps(_plain(value, where, ""), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _messages(config: "SourceConfig", record: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    column = config.question_column or (QUESTION if record.get(MESSAGES) is None else MESSAGES)
+def _messages(named: str | None, record: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    column = named or (QUESTION if record.get(MESSAGES) is None else MESSAGES)
     value = record.get(column)
     if column == MESSAGES or isinstance(value, list):
         return _conversation(value, where, column)
     question = as_text(value, where, column)
     if question is None:
-        wanted = column if config.question_column else f"{MESSAGES} or {QUESTION}"
+        wanted = named or f"{MESSAGES} or {QUESTION}"
         raise SourceError(
             f"{where} with the columns {sorted(record)} has no value in {wanted}: set prompts.question_column, or fill "
             "in the row"
@@ -146,6 +153,16 @@ def _conversation(value: Any, where: str, column: str) -> list[dict[str, str]]:
             f"{where} has {_shown(value)} in the column {column}: expected a list of objects with a role and a "
             "content, both text; convert the row"
         )
+    check_turns(turns, where)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def check_turns(turns: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Check that turns of texts hold nothing that a prompt would leave out.
+
+    Raises:
+        SourceError: naming what they hold.
+    """
     for turn in turns:
         if not ROLE.fullmatch(turn["role"]):
             raise SourceError(f"{where} has a turn of the role {turn['role']!r:.80}: expected one word; correct it")
@@ -155,12 +172,11 @@ def _conversation(value: Any, where: str, column: str) -> list[dict[str, str]]:
                 f"{where} has a turn with {lost[0]}, which no prompt shows the model: expected turns in text alone; "
                 "write it into the content, or remove the row"
             )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _plain(value: Any, where: str, column: str) -> Any:
     """Return the value in the types of JSON."""
-    if _is_missing(value):
+    if is_missing(value):
         return None
     if isinstance(value, Mapping):
         return {str(key): _plain(item, where, column or str(key)) for key, item in value.items()}
@@ -176,12 +192,13 @@ def _plain(value: Any, where: str, column: str) -> Any:
     )
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Return whether a value of a table stands for none: null, or NaN."""
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def _is_empty(value: Any) -> bool:
-    return _is_missing(value) or (isinstance(value, list | dict | str) and not value)
+    return is_missing(value) or (isinstance(value, list | dict | str) and not value)
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ question alone, so training, warm-up and evaluation agree on it without sharing 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -150,7 +150,7 @@ def generated_rows(config: SourceConfig, seed: int) -> Iterator[SourceRow]:
                 # where the row stands among the thousand decides nothing, and would make equal rows differ
                 facts = {k: v for k, v in entry["metadata"].items() if k != "source_index"}
                 whole = {"question": entry["question"], "answer": entry["answer"], "metadata": facts}
-                yield read_row(config, entry, f"a row of {config.source}", {"entry": whole, "options": config.options})
+                yield _row(config, entry, f"a row of {config.source}", {"entry": whole, "options": config.options})
         except GrpoError:
             raise
         except Exception as error:  # a task raises what it likes where an option does not fit
@@ -171,23 +171,36 @@ def finite_rows(config: SourceConfig) -> Sequence[SourceRow]:
 def _read(config: SourceConfig) -> Iterator[SourceRow]:
     files = _files(config)
     records = _hub_records(config) if files is None else (item for path in files for item in file_records(path))
-    unseen = {config.question_column, None if config.answer_column == ANSWER else config.answer_column} - {None}
+    named = (config.question_column, None if config.answer_column == ANSWER else config.answer_column)
+    unseen = {name for name in named if name is not None}
     columns: set[str] = set()
     number = 0
     for number, (where, record) in enumerate(records, start=1):  # noqa: B007 (its last value is read below)
         columns.update(record)
         unseen = {name for name in unseen if record.get(name) is None}
-        yield read_row(config, record, where)
+        yield _row(config, record, where)
     if not number:
         raise SourceError(
             f"{config.source} is empty: expected at least one row with a column {config.question_column or QUESTION}"
         )
     if unseen:
         raise SourceError(
-            f"no row of {config.source} has a value in the column {' or '.join(map(repr, sorted(map(str, unseen))))}, "
+            f"no row of {config.source} has a value in the column {' or '.join(map(repr, sorted(unseen)))}, "
             f"which the config names: expected one of {sorted(columns)}; correct prompts.question_column or "
             "prompts.answer_column (null = there are no answers)"
         )
+
+
+def _row(config: SourceConfig, record: Mapping[str, Any], where: str, metadata: Any = None) -> SourceRow:
+    return read_row(
+        record,
+        where,
+        task=config.source,
+        question_column=config.question_column,
+        answer_column=config.answer_column,
+        system_prompt=config.system_prompt,
+        metadata=metadata,
+    )
 
 
 def _files(config: SourceConfig) -> list[Path] | None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo.policy import load_policy, save_policy
 from grpo.weight_files import WEIGHTS_INDEX
+from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError, EngineError, GrpoError, PolicyError, RewardError
 from pipeline.run_dir import RunDir
 from pipeline.stage import StageCall, run_stage
@@ -49,6 +50,12 @@ def change(file: Path, **values: Any) -> None:
     """Set keys of a JSON file."""
     found = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**found, **values}))
+
+
+def make_policy(source: Path) -> Artifact:
+    """Return the policy artifact of a checkpoint."""
+    config = policy_stage.PolicyConfig(model="local files")
+    return run_stage(StageCall(policy_stage.STAGE, config, {}, {"policy": source.parent / "artifact"}), source).main
 
 
 def loads(tree: ast.AST) -> list[tuple[str, int, set[str]]]:
@@ -93,7 +100,7 @@ def test_a_decoy_beside_pickled_weights_is_not_taken_for_weights(policy: Path) -
     tensors = load_file(policy / "model.safetensors")
     torch.save(tensors, policy / "pytorch_model.bin")
     (policy / "model.safetensors").rename(policy / "decoy.safetensors")
-    for look in (check_policy, checkpoint_identity, load_policy):
+    for look in (check_policy, checkpoint_identity, make_policy):
         with pytest.raises(ValueError, match=r"has no model\.safetensors and no .*pickled ones are not read"):
             look(policy)  # type: ignore[arg-type]
 
@@ -131,7 +138,7 @@ def test_an_index_that_leads_elsewhere_is_refused(policy: Path, name: Any) -> No
     (policy / "weights.bin").write_bytes(b"x")
     (policy / "model.safetensors").unlink()
     (policy / WEIGHTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": name}}))
-    for look in (check_policy, load_policy):
+    for look in (check_policy, make_policy):
         with pytest.raises(ValueError, match=r"names the file .*expected \.safetensors files beside it"):
             look(policy)  # type: ignore[arg-type]
     with pytest.raises(RewardError, match="names the file"):
@@ -188,10 +195,7 @@ def test_a_weight_that_is_no_number_is_said(policy: Path) -> None:
 
 def test_of_a_generation_config_only_the_ids_stay(policy: Path, tmp_path: Path) -> None:
     (policy / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": [1, 5]}')
-    place = tmp_path / "artifact"
-    made = run_stage(
-        StageCall(policy_stage.STAGE, policy_stage.PolicyConfig(model="local files"), {}, {"policy": place}), policy
-    ).main
+    made = make_policy(policy)
     saved = json.loads((made.path / "generation_config.json").read_text())
     assert set(saved) - {"transformers_version"} == {"eos_token_id"}
     assert stop_token_ids(made.path) == [1, 5]

@@ -6,6 +6,7 @@ text or a list of {role, content}. Without ``prompt``, ``chosen`` and ``rejected
 in their last turn. Further columns, all optional: margin, rater, is_tie.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.files import identity, user_path
 from pipeline.manifest import canonical_json
 from pipeline.runs import open_run
 from pipeline.schema import SCHEMAS
-from stages.source_rows import is_held_out
+from stages.source_rows import as_text, check_turns, is_held_out, is_missing
 from stages.tables import read_table
 
 Message = dict[str, str]
@@ -127,11 +128,13 @@ def _row(
     source: str,
     default_margin: float,
 ) -> dict[str, Any]:
-    rater = None if record.get("rater") is None else str(record["rater"])
+    rater = as_text(record.get("rater"), where, "rater")
     margin = record.get("margin")
     try:
-        margin = default_margin if margin is None else float(margin)
-    except ValueError:
+        margin = default_margin if margin is None or is_missing(margin) else float(margin)
+        if not math.isfinite(margin):
+            raise ValueError
+    except (TypeError, ValueError):
         raise SourceError(f"{where} has the margin {margin!r}: expected a number, or null; correct it") from None
     is_tie = str(record.get("is_tie")).strip().lower() in ("true", "1")
     return {
@@ -184,6 +187,7 @@ def _turns(value: Any, role: str, where: str) -> list[Message]:
         raise SourceError(
             f"{where} has {str(value)[:200]!r}: expected a text, or a list of role and content; convert it"
         )
+    check_turns(turns, where)
     return [{"role": t["role"], "content": t["content"]} for t in turns]
 
 
