@@ -114,7 +114,7 @@ def main(kind: str, cpu_seconds: str, memory_bytes: str) -> None:
     """Try what stands on standard input, and print what is wrong with it."""
     what = json.load(sys.stdin)
     if kind == "task":
-        from stages.rewards.answers.reasoning_gym import import_reasoning_gym
+        from stages.rewards.answers.reasoning_gym_tasks import import_reasoning_gym
         from stages.sources import SourceConfig, generated_rows
 
         import_reasoning_gym()
