@@ -19,6 +19,7 @@ from stages.checkpoints import check_policy, checkpoint_path, context_length, lo
 from stages.config import RunConfig
 from stages.engines.base import Engine, EngineConfig, EngineSettings
 from stages.engines.process import EngineProcess
+from stages.generate import used_context
 from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics, rising_kl
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
@@ -145,7 +146,15 @@ class Session:
     def member_policy(self, name: str) -> Artifact:
         """Return the run's copy of the policy of a group member from outside."""
         member = next(m for m in self.config.generate.plan() if m.name == name)
-        return self._run("policy", self.wiring.member_policy(member), checkpoint_path(member.policy)).main
+        place = self.run.member(name)
+        try:
+            call = self.wiring.member_policy(member)
+        except (GrpoError, OSError):
+            if not is_finished(place):
+                raise
+            self.reporter.note(f"{member.policy} is not there any more as it was: the run has its copy")
+            return open_artifact(place)
+        return self._run("policy", call, checkpoint_path(member.policy)).main
 
     def held_out_prompts(self) -> Artifact:
         """Return the prompts of every evaluation."""
@@ -261,9 +270,10 @@ class Session:
 def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:
     """Return the engine's settings for a run."""
     generate, resources = config.generate, config.resources
+    shared = generate.model_dump(include=set(EngineConfig.model_fields) - {"max_model_len"})
     return EngineSettings(
-        **generate.model_dump(include=set(EngineConfig.model_fields)),
-        max_model_len=context_length(check_policy(str(policy))),
+        **shared,
+        max_model_len=used_context(generate, context_length(check_policy(str(policy)))),
         gpu_memory_utilization=resources.gpu_memory_utilization,
         kv_cache_gib=resources.kv_cache_gib,
     )

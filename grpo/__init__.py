@@ -18,4 +18,5 @@ train_step          the update: rows in, changed weights and records out
 optimizer           AdamW, its schedule and its file
 records             what the update did with each row
 policy              loading and saving a checkpoint
+weight_files        which files of a checkpoint are loaded
 """

@@ -6,15 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from grpo.logprobs import check_supported
+from grpo.weight_files import WEIGHTS_FILE, weight_files
 
-WEIGHTS_FILE = "model.safetensors"
 POLICY_FILES = ("config.json", "generation_config.json", WEIGHTS_FILE)
 """What ``save_policy`` writes. The tokenizer is not part of a policy here: rows hold token ids."""
+
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What a policy keeps of its generation config: a run's own settings decide how it samples."""
+HARMLESS = {"_from_model_config", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
+"""What transformers writes there of itself."""
 
 ONE_FILE = "1000TB"
 """Shard size that no model reaches: one weight file keeps the checkpoint's layout independent of its size."""
@@ -31,24 +41,33 @@ def load_policy(
     """Return the model in evaluation mode, its logprobs checked against ``token_logprobs``, ready to train.
 
     Evaluation mode switches dropout off, which a policy ratio needs: two forwards of the same weights must agree.
-    A path that exists is read from disk only; any other name goes to the Hugging Face hub or its local cache.
+    A path that exists is read from disk only; any other name goes to the Hugging Face hub or its local cache. Code and
+    pickles of a checkpoint are never run or read. Of its generation config only the ids of tokens stay.
 
     Raises:
-        ValueError: if there is no checkpoint, it is not a causal language model, weights are missing from it, or its
-            forward does more than the chunked head.
+        ValueError: if there is no checkpoint, it is not a causal language model, weights are missing from it or are
+            not finite, or its forward does more than the chunked head.
     """
     source = str(path_or_name)
     is_local = _is_local(path_or_name)
     _check_checkpoint(source, is_local, revision)
+    if is_local:
+        weight_files(Path(source))
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=dtype, local_files_only=is_local, output_loading_info=True
+                source,
+                revision=revision,
+                dtype=dtype,
+                local_files_only=is_local,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a broken checkpoint raises depends on its architecture
         raise ValueError(
-            f"{source} has weights that cannot be read ({str(error).splitlines()[0]}): expected model.safetensors of "
-            "the shapes in config.json; copy the checkpoint again"
+            f"{source} has weights that cannot be read ({_first_line(error)}): expected {WEIGHTS_FILE} of the shapes "
+            "in config.json; copy the checkpoint again"
         ) from error
     model, report = loaded
     absent = sorted(report["missing_keys"])
@@ -57,10 +76,16 @@ def load_policy(
             f"{source} lacks {len(absent)} weights of {type(model).__name__}, such as {absent[0]}: expected all of "
             "them, since a missing one would start at random; use a checkpoint of the whole model"
         )
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"{source} has weights that are not finite, in {name}: expected numbers, since one NaN spoils every "
+                "log probability; copy the checkpoint again, or take one from before it went wrong"
+            )
         # Loaded tensors are views of the file. A copy has the allocator's alignment, on which matmul results depend.
         parameter.data = parameter.data.to(device, copy=True)
     policy: PreTrainedModel = model.to(device).eval()
+    _keep_ids(policy)
     check_supported(policy)
     if gradient_checkpointing:
         _checkpoint_gradients(policy)
@@ -74,6 +99,18 @@ def save_policy(model: PreTrainedModel, directory: str | Path) -> None:
     """
     with _quiet():
         model.save_pretrained(directory, max_shard_size=ONE_FILE)
+
+
+def _keep_ids(model: PreTrainedModel) -> None:
+    """Drop settings of sampling from the generation config; transformers refuses to save some pairs of them."""
+    found: Any = model.generation_config
+    if found is not None and not set(found.to_diff_dict()) <= {*GENERATION_IDS, *HARMLESS}:
+        ids = {name: getattr(found, name, None) for name in GENERATION_IDS}
+        model.generation_config = GenerationConfig(**ids)  # type: ignore[no-untyped-call]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_local(path_or_name: str | Path) -> bool:
@@ -92,12 +129,16 @@ def _check_checkpoint(source: str, is_local: bool, revision: str | None) -> None
             "such as Qwen/Qwen2.5-0.5B"
         )
     try:
-        config: Any = AutoConfig.from_pretrained(source, revision=revision, local_files_only=is_local)
-    except (OSError, ValueError) as error:
+        config: Any = AutoConfig.from_pretrained(
+            source, revision=revision, local_files_only=is_local, trust_remote_code=False
+        )
+    except Exception as error:  # what a broken configuration raises depends on its architecture
         raise ValueError(
-            f"{source} has no usable configuration ({str(error).splitlines()[0]}): expected a model that transformers "
+            f"{source} has no usable configuration ({_first_line(error)}): expected a model that transformers "
             "knows; correct the name or the revision, or give a local path"
         ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is quantized: expected weights in floats, which can be trained; use its original")
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
             f"{source} is a {config.model_type} model: expected a causal language model; use a decoder-only checkpoint"

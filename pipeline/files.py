@@ -15,6 +15,11 @@ WRITER_LOCK = ".lock"
 """Lock file of a directory that one process at a time may write."""
 
 
+def user_path(text: str | Path) -> Path:
+    """Return the path that a user wrote in a config or on the command line; ``~`` is the home directory."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path's own raises for a user that does not exist)
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

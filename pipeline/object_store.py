@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import GrpoError, StoreError, UsageError
-from pipeline.files import atomic_write, locked, sha256_text, write_text
+from pipeline.files import atomic_write, locked, sha256_text, user_path, write_text
 
 WORK_VARIABLE = "GRPO_WORK"
 PACKAGES = {
@@ -31,7 +31,7 @@ def local_path(where: str | Path) -> Path | None:
     text = str(where)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
-    return None if "://" in text else Path(where)
+    return None if "://" in text else user_path(where)
 
 
 def work_directory() -> Path:

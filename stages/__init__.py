@@ -17,7 +17,10 @@ preflight         checks before anything starts
 custom_functions  the user's losses, baselines and scales, and their sources
 members           the policies that write the completions of a group
 checkpoints       reading a checkpoint's directory, without torch
-sources           tasks, files and hub datasets; the held-out split
+sources           tasks, files and hub datasets; what an iteration draws
+source_rows       what a row may hold, its identity; the held-out split
+encoding          conversations and texts -> token ids
+probe             what may never end, tried in a process of its own
 tables            tables that users bring
 engines           what samples tokens
 rollout           who talks with the engine

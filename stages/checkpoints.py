@@ -1,7 +1,7 @@
 """A checkpoint's directory: files, weights, configuration, tokenizer. No other module knows its layout.
 
-The weights are the ``*.safetensors`` files at its top, one or several, whose headers are read here without torch.
-transformers is imported only to load a tokenizer, or to ask the hub.
+The weights are the safetensors files that transformers loads, one or several; their headers are read here without
+torch. transformers is imported only to load a tokenizer, or to ask the hub.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.weight_files import weight_files
 from pipeline.artifact import WEIGHTS
 from pipeline.errors import PolicyError
 from pipeline.files import sha256_file, sha256_text
@@ -59,8 +60,12 @@ def weight_names(names: Iterable[str]) -> list[str]:
     return [name for name in names if holds_tensors(name) and "/" not in name]
 
 
-def _names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
+def _loaded(directory: Path) -> tuple[str, ...]:
+    """Return the files that weights are loaded from, the index of several included."""
+    try:
+        return weight_files(directory)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +115,8 @@ def read_layout(policy: Path) -> dict[str, Any]:
     """
     if not (policy / CONFIG_FILE).is_file():
         raise PolicyError(f"{policy} has no config.json: expected the directory of a checkpoint; give the path of one")
-    files = weight_names(_names(policy))
-    if not files:
-        raise PolicyError(
-            f"{policy} has no *.safetensors file: expected weights in that format; convert the checkpoint"
-        )
-    config = json.loads((policy / CONFIG_FILE).read_text(encoding="utf-8"))
+    files = weight_names(_loaded(policy))
+    config = read_json(policy / CONFIG_FILE)
     weights = {name: shape for file in files for name, shape in _shapes(policy / file).items()}
     if config.get("tie_word_embeddings"):
         weights.pop(TIED_HEAD, None)
@@ -147,16 +148,29 @@ def check_policy(model: str) -> dict[str, Any]:
             f"{model} has no config.json: expected the directory of a transformers checkpoint; give one, a hub name, "
             f'or "{STARTER}" with a [starter] table'
         )
-    try:
-        config: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PolicyError(f"{path / CONFIG_FILE} is not JSON ({error}): restore the checkpoint") from error
-    _check_causal(model, config)
-    if not weight_names(_names(path)):
-        raise PolicyError(f"{model} has no *.safetensors file: convert its weights, pickled ones are not read")
+    config = read_json(path / CONFIG_FILE)
+    _check_trainable(model, config)
+    _loaded(path)
     if not any((path / name).is_file() for name in VOCABULARY_FILES):
         raise PolicyError(f"{model} has no tokenizer beside its weights: save the tokenizer into the same directory")
+    check_stop_tokens(path)
     return config
+
+
+def check_stop_tokens(policy: Path) -> None:
+    """Check that the model knows the end-of-sequence tokens that its files name.
+
+    Raises:
+        PolicyError: naming the file.
+    """
+    size = vocabulary_size(policy)
+    for name in (GENERATION_FILE, CONFIG_FILE):
+        beyond = [i for i in _stops_in(policy / name) if not isinstance(i, int) or not 0 <= i < (size or i + 1)]
+        if beyond:
+            raise PolicyError(
+                f"eos_token_id in {policy / name} is {beyond[0]!r}, and the model knows the ids 0 to "
+                f"{(size or 0) - 1}: expected ids of its vocabulary; correct that file"
+            )
 
 
 def is_causal(architectures: Sequence[str]) -> bool:
@@ -164,8 +178,16 @@ def is_causal(architectures: Sequence[str]) -> bool:
     return any(name.endswith(CAUSAL_SUFFIXES) for name in architectures)
 
 
-def _check_causal(model: str, config: dict[str, Any]) -> None:
-    architectures = config.get("architectures") or []
+def _check_trainable(model: str, config: dict[str, Any]) -> None:
+    named = config.get("architectures")
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
+        raise PolicyError(
+            f"{model} is quantized ({method}): expected weights in floats, which can be trained; give the model that "
+            "it was made from"
+        )
     if not is_causal(architectures):
         raise PolicyError(
             f"{model} is a {', '.join(architectures) or 'model of unknown architecture'}, expected a causal language "
@@ -182,15 +204,38 @@ def hub_config(model: str, revision: str | None) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(model, revision=revision).to_dict()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        config: dict[str, Any] = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).to_dict()
+    except Exception as error:  # the hub client and a broken configuration raise many unrelated classes
         raise PolicyError(
-            f"policy.model {model!r} is neither a directory nor a model that can be loaded from the hub ({reason}): "
-            "give the path of a checkpoint, or check the name, the revision and the network"
+            f"policy.model {model!r} is neither a directory nor a model that can be loaded from the hub "
+            f"({first_line(error)}): give the path of a checkpoint, or check the name, the revision and the network"
         ) from error
-    _check_causal(model, config)
+    _check_trainable(model, config)
     return config
+
+
+def hub_tokenizer(model: str, revision: str | None) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a hub model.
+
+    Raises:
+        PolicyError: when it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # the hub client and broken files raise many unrelated classes
+        raise PolicyError(
+            f"the tokenizer of {model} cannot be loaded ({first_line(error)}): give a model with one"
+        ) from error
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, which has often many."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def looks_local(model: str) -> bool:
@@ -200,29 +245,41 @@ def looks_local(model: str) -> bool:
 
 def context_length(config: dict[str, Any]) -> int:
     """Return the number of tokens that the model can attend to."""
-    text = config.get("text_config", config)
-    return int(text.get("max_position_embeddings") or text.get("n_positions") or 0)
+    found = _text_config(config)
+    length = found.get("max_position_embeddings") or found.get("n_positions")
+    return length if isinstance(length, int) else 0
 
 
-def checkpoint_identity(model: str) -> dict[str, str]:
-    """Return the hash of a local checkpoint's files: its identity, whatever its path. Read-only."""
-    if not looks_local(model):
-        return {}
-    path = checkpoint_path(model)
-    names = _names(path)
-    described = {*weight_names(names), *TOKENIZER_FILES, CONFIG_FILE, GENERATION_FILE}
-    wanted = [path / name for name in names if name in described and (path / name).is_file()]
+def checkpoint_identity(path: Path) -> dict[str, str]:
+    """Return the hash of the files that are loaded from a checkpoint's directory, whatever its path. Read-only.
+
+    Raises:
+        PolicyError: when there is no checkpoint.
+    """
+    names = sorted({*_loaded(path), *TOKENIZER_FILES, CONFIG_FILE, GENERATION_FILE})
+    wanted = [path / name for name in names if (path / name).is_file()]
     return {"source_sha256": sha256_text("\n".join(f"{p.name} {sha256_file(p)}" for p in wanted))}
 
 
 def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a policy artifact; the same object for equal files. Never uses the network. Read-only."""
+    """Return the tokenizer of a policy artifact; the same object for equal files. Read-only.
+
+    Never uses the network, and never runs a checkpoint's code.
+
+    Raises:
+        PolicyError: when the files hold no tokenizer.
+    """
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     key = tuple((file.name, sha256_file(file)) for file in files)
     if key not in _tokenizers:
         from transformers import AutoTokenizer
 
-        _tokenizers[key] = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        try:
+            _tokenizers[key] = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # what broken files raise depends on the tokenizer's class
+            raise PolicyError(
+                f"the tokenizer in {path} cannot be loaded ({first_line(error)}): save it there again"
+            ) from error
     return _tokenizers[key]
 
 
@@ -255,18 +312,34 @@ def stated_stop_token_ids(policy: Path) -> list[int] | None:
 
 
 def _configured_stops(policy: Path) -> set[int]:
-    found = (read_json(policy / name).get("eos_token_id") for name in (GENERATION_FILE, CONFIG_FILE))
-    return {i for value in found for i in (value if isinstance(value, list) else [] if value is None else [value])}
+    return {i for name in (GENERATION_FILE, CONFIG_FILE) for i in _stops_in(policy / name)}
+
+
+def _stops_in(file: Path) -> list[int]:
+    value = read_json(file).get("eos_token_id")
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def vocabulary_size(policy: Path) -> int | None:
     """Return how many token ids the model knows, None where its configuration does not say. Read-only."""
-    config = read_json(policy / CONFIG_FILE)
-    size = config.get("text_config", config).get("vocab_size")
+    size = _text_config(read_json(policy / CONFIG_FILE)).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a model's configuration that describes its language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the table in a checkpoint's file; an empty one where there is none. Read-only."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the table in a checkpoint's file; an empty one where there is none. Read-only.
+
+    Raises:
+        PolicyError: when the file is not JSON.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{path} is not JSON ({error}): restore the checkpoint") from error
     return found if isinstance(found, dict) else {}

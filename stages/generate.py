@@ -153,12 +153,28 @@ def list_column(name: str, values: Sequence[Any], of: pa.DataType) -> pl.Series:
     return pl.Series(name, pa.array(values, pa.large_list(of)))
 
 
+def used_context(config: EngineConfig, context: int) -> int:
+    """Return how many tokens of the model's context an engine uses.
+
+    Raises:
+        ConfigError: when the config wants more than there are.
+    """
+    wanted = config.max_model_len
+    if wanted is not None and wanted > context:
+        raise ConfigError(
+            f"generate.max_model_len is {wanted}, but the model's context is {context} tokens: set it to {context} or "
+            "less, or leave it out"
+        )
+    return wanted or context
+
+
 def check_room(config: GenerateConfig, context: int) -> int:
-    """Return the longest prompt that leaves room for the longest completion in the model's context.
+    """Return the longest prompt that leaves room for the longest completion in the context that is used.
 
     Raises:
         ConfigError: when there is no room for any prompt.
     """
+    context = used_context(config, context)
     room = context - config.max_tokens
     if room < 1:
         raise ConfigError(

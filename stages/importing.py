@@ -15,9 +15,8 @@ Columns of a completion that was not sampled:
     seed, temperature, top_p, top_k, min_p   0, 1, 1, 0, 0, the settings that change nothing; logprobs_mode is `none`
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,9 @@ from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
 from stages.batch import IMPORTED, NO_POLICY
 from stages.checkpoints import TOKENIZER_FILES, load_tokenizer
-from stages.prompts import tokenize
-from stages.sources import REASONING_GYM, SourceConfig, SourceRow, finite_rows, source_identity
+from stages.encoding import encode_conversations, encode_texts
+from stages.source_rows import SourceRow, as_text
+from stages.sources import REASONING_GYM, SourceConfig, finite_rows, source_identity
 from stages.tables import FILE_SUFFIXES, file_records
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Material:
     questions: Sequence[SourceRow]
     written: Sequence[Written]
     tokenizer: "PreTrainedTokenizerBase | None"
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Given to the tokenizer's chat template."""
 
 
 def import_completions(
@@ -100,7 +102,7 @@ def import_completions(
         "completions_sha256": sha256_file(completions),
         "tokenizer_sha256": _tokenizer_files(tokenizer) if tokenizer else None,
     }
-    material = Material(rows, written, _load(tokenizer) if tokenizer else None)
+    material = Material(rows, written, load_tokenizer(tokenizer) if tokenizer else None, questions.chat_template_kwargs)
     config = SourceConfig(**questions.model_dump(include=set(SourceConfig.model_fields)))
     return run_stage(StageCall(STAGE, config, {}, place, parameters), material, progress)
 
@@ -116,7 +118,7 @@ def read_questions(config: SourceConfig) -> list[SourceRow]:
             f"{config.source} makes questions without end, expected a file or a dataset: name the one whose questions "
             "the completions answer"
         )
-    return list({row.prompt_id: row for row in finite_rows(config)}.values())
+    return list(finite_rows(config))
 
 
 def read_completions(path: Path, questions: Sequence[SourceRow]) -> list[Written]:
@@ -127,14 +129,14 @@ def read_completions(path: Path, questions: Sequence[SourceRow]) -> list[Written
     """
     if path.suffix not in FILE_SUFFIXES:
         raise SourceError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FILE_SUFFIXES)}: convert it")
-    records = file_records(path)
+    records = list(file_records(path))
     if not records:
         raise SourceError(f"{path} is empty: expected rows with a completion and its question or prompt_id")
     ids = {row.prompt_id for row in questions}
     by_text: dict[str, list[str]] = {}
     for row in questions:
         by_text.setdefault(row.question.strip(), []).append(row.prompt_id)
-    found = [_match(record, ids, by_text) for record in records]
+    found = [_match(record, where, ids, by_text) for where, record in records]
     wrong = [f"row {i} {problem}" for i, problem in enumerate(found, start=1) if isinstance(problem, str)]
     if wrong:
         more = f" (and {len(wrong) - EXAMPLES} more)" if len(wrong) > EXAMPLES else ""
@@ -145,15 +147,17 @@ def read_completions(path: Path, questions: Sequence[SourceRow]) -> list[Written
     return [row for row in found if isinstance(row, Written)]
 
 
-def _match(record: dict[str, Any], ids: set[str], by_text: dict[str, list[str]]) -> Written | str:
+def _match(record: dict[str, Any], where: str, ids: set[str], by_text: dict[str, list[str]]) -> Written | str:
     """Return the row, or what is wrong with it."""
-    completion, prompt_id, question = (record.get(key) for key in ("completion", "prompt_id", "question"))
+    completion = record.get("completion")
+    columns = ("prompt_id", "question", "group", "policy_name")
+    prompt_id, question, group, author = (as_text(record.get(column), where, column) for column in columns)
     if not isinstance(completion, str):
         return f"has the completion {completion!r:.80}"
     if prompt_id is None and question is None:
         return f"has neither question nor prompt_id, only {sorted(record)}"
     if prompt_id is None:
-        named = by_text.get(str(question).strip(), [])
+        named = by_text.get((question or "").strip(), [])
         if len(named) > 1:
             return f"has the question {question!r:.80}, which {len(named)} rows of the source share (give prompt_id)"
         if not named:
@@ -161,24 +165,27 @@ def _match(record: dict[str, Any], ids: set[str], by_text: dict[str, list[str]])
         prompt_id = named[0]
     elif prompt_id not in ids:
         return f"has the unknown prompt_id {prompt_id!r:.80}"
-    group, author = (record.get(key) for key in ("group", "policy_name"))
-    return Written(prompt_id, "" if group is None else str(group), str(author or WRITTEN), completion)
+    return Written(prompt_id, group or "", author or WRITTEN, completion)
 
 
 def imported_prompts(material: Material) -> pl.DataFrame:
     """Return one prompts row per question; one without completions has the drop_reason ``unanswered``."""
     answered = {row.prompt_id for row in material.written}
+    token_ids: list[list[int]] = [[] for _ in material.questions]
+    if material.tokenizer:
+        conversations = [row.messages for row in material.questions]
+        token_ids = encode_conversations(conversations, material.tokenizer, material.variables)
     rows = [
         {
             "prompt_id": row.prompt_id,
             "messages": row.messages,
-            "prompt_token_ids": tokenize([row.messages], material.tokenizer)[0] if material.tokenizer else [],
+            "prompt_token_ids": ids,
             "reference_answer": row.reference_answer,
             "task": row.task,
-            "metadata": json.dumps(row.metadata, sort_keys=True, separators=(",", ":"), default=str),
+            "metadata": row.metadata,
             "drop_reason": None if row.prompt_id in answered else "unanswered",
         }
-        for row in material.questions
+        for row, ids in zip(material.questions, token_ids, strict=True)
     ]
     overrides: dict[str, pl.DataType] = {
         "prompt_token_ids": pl.List(pl.Int32),
@@ -238,7 +245,7 @@ def imported_completions(material: Material, prompts: pl.DataFrame, recipe: str)
 
 
 def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenizer else []
+    return encode_texts([text], tokenizer)[0] if tokenizer else []
 
 
 def _tokenizer_files(path: Path) -> dict[str, str]:
@@ -249,13 +256,6 @@ def _tokenizer_files(path: Path) -> dict[str, str]:
     return found
 
 
-def _load(path: Path) -> "PreTrainedTokenizerBase":
-    try:
-        return load_tokenizer(path)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"the tokenizer in {path} cannot be loaded ({error}): save it there again") from error
-
-
 def compute(task: StageTask[SourceConfig, Material]) -> None:
     """Write the imported rows."""
     material = task.resources
@@ -264,4 +264,4 @@ def compute(task: StageTask[SourceConfig, Material]) -> None:
     task.writers["completions"].write_part(0, imported_completions(material, prompts, task.recipe))
 
 
-STAGE = Stage(ENGINE, version=1, config=SourceConfig, compute=compute)
+STAGE = Stage(ENGINE, version=2, config=SourceConfig, compute=compute)

@@ -11,7 +11,7 @@ from pydantic import Field
 from pipeline.config import Place, StrictModel
 from pipeline.errors import PolicyError
 from pipeline.stage import Stage, StageTask
-from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, copy_tokenizer
+from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, check_stop_tokens, copy_tokenizer
 
 
 class PolicyConfig(StrictModel):
@@ -42,9 +42,13 @@ def compute(task: StageTask[PolicyConfig, Path | None]) -> None:
         if Path(source).is_dir():
             copy_tokenizer(Path(source), target)
         else:
-            AutoTokenizer.from_pretrained(source, revision=revision).save_pretrained(target)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+            tokenizer.save_pretrained(target)
+        check_stop_tokens(target)
+    except PolicyError:
+        raise
     except (ValueError, OSError) as error:
         raise PolicyError(str(error)) from error
 
 
-STAGE = Stage("policy", version=1, config=PolicyConfig, compute=compute)
+STAGE = Stage("policy", version=2, config=PolicyConfig, compute=compute)

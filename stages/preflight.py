@@ -1,6 +1,9 @@
 """Checks before anything is written or started."""
 
+import json
 import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from grpo.losses.options import CustomLoss
 from pipeline.artifact import open_artifact
@@ -14,13 +17,23 @@ from stages.checkpoints import (
     checkpoint_path,
     context_length,
     hub_config,
+    hub_tokenizer,
+    load_tokenizer,
     looks_local,
 )
 from stages.config import RunConfig
 from stages.custom_functions import check_call
+from stages.encoding import render
 from stages.generate import check_room
+from stages.probe import check_template, try_task
 from stages.score import check_rewards
+from stages.source_rows import SourceRow
+from stages.sources import REASONING_GYM, SourceConfig, first_row
+from stages.starter.tokenizer import CHAT_TEMPLATE, EOS
 from stages.wiring import outside_members, policy_of_run, with_optimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FLOAT32_STEP = 2.0**-24
 """Below it 1 - x is 1 in float32, or twice as far from it as it should be."""
@@ -34,8 +47,6 @@ def preflight(config: RunConfig, run: RunDir) -> None:
     Raises:
         GrpoError: one message, of the fitting class.
     """
-    from stages.sources import first_row
-
     cores = len(os.sched_getaffinity(0))
     for key, threads in (("generate", config.generate.num_threads), ("update", config.update.num_threads)):
         if threads > cores:
@@ -44,11 +55,37 @@ def preflight(config: RunConfig, run: RunDir) -> None:
                 "(another number of threads gives other bits)"
             )
     check_functions(config)
-    check_rewards(config.score, first_row(config.prompts).metadata)
-    if config.evaluate.source is not None:
-        first_row(config.evaluate.source)
+    first = check_source(config.prompts)
+    check_rewards(config.score, json.loads(first.metadata))
+    _check_policies(config, run)
+    _check_templates(config, run, first)
+    for offline in config.offline:
+        source = open_run(offline.run)
+        for iteration in offline.iterations:
+            if source.open(iteration, "completions").manifest.stage != generate.STAGE.name:
+                raise ConfigError(
+                    f"[[offline]] names {offline.run}, whose completions no policy of this program has sampled, so "
+                    "they cannot train: name a run that generated its own"
+                )
+
+
+def check_source(config: SourceConfig) -> SourceRow:
+    """Return one row of a source, after checking that it can be read and comes to an end. Read-only.
+
+    Raises:
+        SourceError: when it cannot be used.
+    """
+    if config.source.startswith(REASONING_GYM):
+        try_task(config.model_dump_json(include=set(SourceConfig.model_fields)))
+    return first_row(config)
+
+
+def _check_policies(config: RunConfig, run: RunDir) -> None:
+    """Check the checkpoints that the run needs, and that prompt and completion fit into their context."""
     if is_finished(run.initial_policy):
-        check_room(config.generate, context_length(check_policy(str(open_artifact(run.initial_policy).fetch()))))
+        initial = open_artifact(run.initial_policy)
+        initial.check_sizes()
+        check_room(config.generate, context_length(check_policy(str(initial.fetch()))))
     elif config.starter is not None:
         check_room(config.generate, config.starter.max_context)
     elif looks_local(config.policy.model):
@@ -59,15 +96,45 @@ def preflight(config: RunConfig, run: RunDir) -> None:
     else:
         check_room(config.generate, context_length(hub_config(config.policy.model, config.policy.revision)))
     for member in outside_members(config):
-        check_policy(member.policy)
-    for offline in config.offline:
-        source = open_run(offline.run)
-        for iteration in offline.iterations:
-            if source.open(iteration, "completions").manifest.stage != generate.STAGE.name:
-                raise ConfigError(
-                    f"[[offline]] names {offline.run}, whose completions no policy of this program has sampled, so "
-                    "they cannot train: name a run that generated its own"
-                )
+        if not is_finished(run.member(member.name)):
+            check_policy(member.policy)
+
+
+def _check_templates(config: RunConfig, run: RunDir, first: SourceRow) -> None:
+    """Check that the policy's chat template writes a conversation of each source."""
+    rows: list[tuple[SourceConfig, SourceRow]] = [(config.prompts, first)]
+    if config.evaluate.source is not None:
+        rows.append((config.evaluate.source, check_source(config.evaluate.source)))
+    tokenizer = None if config.starter is not None else _tokenizer(config, run)
+    for source, row in rows:
+        variables = source.chat_template_kwargs
+        if tokenizer is None:
+            check_template(CHAT_TEMPLATE, variables, {"eos_token": EOS}, row.messages)
+        else:
+            check_conversation(tokenizer, variables, row.messages)
+
+
+def check_conversation(
+    tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str, Any], messages: Sequence[Mapping[str, str]]
+) -> None:
+    """Check that a tokenizer's chat template reads the variables, comes to an end and writes the conversation.
+
+    Raises:
+        ConfigError: when a variable is none of the template's.
+        PolicyError: when the template fails.
+    """
+    check_template(tokenizer.chat_template, variables, tokenizer.special_tokens_map, messages)
+    if tokenizer.chat_template:
+        render(messages, tokenizer, variables)
+
+
+def _tokenizer(config: RunConfig, run: RunDir) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of the policy that the run begins with."""
+    if is_finished(run.initial_policy):
+        return load_tokenizer(open_artifact(run.initial_policy).fetch())
+    if looks_local(config.policy.model):
+        return load_tokenizer(checkpoint_path(config.policy.model))
+    return hub_tokenizer(config.policy.model, config.policy.revision)
 
 
 def remarks(config: RunConfig) -> list[str]:

@@ -1,7 +1,6 @@
 """prompts: a task or a dataset -> the prompts of one iteration, tokenized exactly as the engine receives them."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -10,7 +9,9 @@ from pydantic import Field
 from pipeline.errors import SourceError
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import load_tokenizer
-from stages.sources import SourceConfig, SourceRow, draw
+from stages.encoding import encode_conversations
+from stages.source_rows import SourceRow
+from stages.sources import SourceConfig, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,10 +25,16 @@ class PromptsConfig(SourceConfig):
 
 
 def prompt_rows(
-    rows: Sequence[SourceRow], tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
+    rows: Sequence[SourceRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_tokens: int,
+    variables: Mapping[str, Any] | None = None,
 ) -> pl.DataFrame:
-    """Return one row per source row; prompts of more than ``max_prompt_tokens`` get the drop_reason ``too_long``."""
-    token_ids = tokenize([row.messages for row in rows], tokenizer)
+    """Return one row per source row; prompts of more than ``max_prompt_tokens`` get the drop_reason ``too_long``.
+
+    ``variables`` are given to the chat template.
+    """
+    token_ids = encode_conversations([row.messages for row in rows], tokenizer, variables)
     return pl.DataFrame(
         {
             "prompt_id": [row.prompt_id for row in rows],
@@ -35,7 +42,7 @@ def prompt_rows(
             "prompt_token_ids": token_ids,
             "reference_answer": [row.reference_answer for row in rows],
             "task": [row.task for row in rows],
-            "metadata": [json.dumps(row.metadata, sort_keys=True, separators=(",", ":"), default=str) for row in rows],
+            "metadata": [row.metadata for row in rows],
             "drop_reason": ["too_long" if len(ids) > max_prompt_tokens else None for ids in token_ids],
         },
         schema_overrides={
@@ -44,19 +51,6 @@ def prompt_rows(
             "drop_reason": pl.String,
         },
     )
-
-
-def tokenize(conversations: Sequence[list[dict[str, str]]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Return the token ids of each conversation: by the chat template if the tokenizer has one, else of its texts."""
-    if not conversations:
-        return []
-    if tokenizer.chat_template:
-        ids: Any = tokenizer.apply_chat_template(
-            list(conversations), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return [list(row) for row in ids]
-    texts = ["\n".join(message["content"] for message in messages) for messages in conversations]
-    return [list(row) for row in tokenizer(texts)["input_ids"]]
 
 
 def compute(task: StageTask[SourceConfig, None]) -> None:
@@ -70,7 +64,8 @@ def compute(task: StageTask[SourceConfig, None]) -> None:
         iteration=task.parameters["iteration"],
     )
     longest = task.parameters["max_prompt_tokens"]
-    frame = prompt_rows(rows, load_tokenizer(task.inputs["policy"].path), longest)
+    tokenizer = load_tokenizer(task.inputs["policy"].path)
+    frame = prompt_rows(rows, tokenizer, longest, task.config.chat_template_kwargs)
     if frame["drop_reason"].null_count() == 0:
         raise SourceError(
             f"all {len(frame)} prompts have more than {longest} tokens, which is what generate.max_tokens leaves of "
@@ -79,4 +74,4 @@ def compute(task: StageTask[SourceConfig, None]) -> None:
     task.writer.write_part(0, frame)
 
 
-STAGE = Stage("prompts", version=1, config=SourceConfig, compute=compute, wants=("seed", "iteration"))
+STAGE = Stage("prompts", version=2, config=SourceConfig, compute=compute, wants=("seed", "iteration"))

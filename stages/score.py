@@ -86,7 +86,8 @@ class FailureCounter:
             RewardError: when a function has failed for more than the allowed share of all completions.
         """
         unscored = rewards.filter(pl.col("reward").is_null()).group_by("reward_name", maintain_order=True)
-        counts = unscored.agg(pl.len(), has_timed_out().sum().alias("timed_out"), pl.col("error").first())
+        said = pl.col("detail").str.json_path_match("$.reason")  # by the function that returned None
+        counts = unscored.agg(pl.len(), has_timed_out().sum().alias("timed_out"), pl.coalesce(said, "error").first())
         for name, count, timed_out, example in counts.iter_rows():
             self.timed_out[name] += timed_out
             self.failed[name] += count - timed_out
@@ -95,9 +96,9 @@ class FailureCounter:
                 raise RewardError(
                     f"the reward {name!r} could not score {self.failed[name] + self.timed_out[name]:,} of "
                     f"{self.num_completions:,} completions ({self._counts(name)}), score.max_failed_share allows "
-                    f"{self.max_failed_share:.0%}; first error: {self.examples[name]}. Correct the function, or its "
-                    "time_limit; or raise the limit, which is part of the config, in a new run, which [[offline]] can "
-                    "feed what was generated"
+                    f"{self.max_failed_share:.0%}; first error: {self.examples[name]}. Correct the function, its "
+                    "time_limit, or its rows; or raise the limit, which is part of the config, in a new run, which "
+                    "[[offline]] can feed what was generated"
                 )
 
     def __str__(self) -> str:
@@ -160,7 +161,7 @@ def compute(task: StageTask[ScoreConfig, Scorer]) -> None:
     for part, rows in enumerate(slices(completions, completion_columns(rewards), ROWS_PER_PART)):
         if task.writer.has_part(part):
             scored = pl.read_parquet(
-                task.writer.part_path(part), columns=["reward_name", "reward", "error"], glob=False
+                task.writer.part_path(part), columns=["reward_name", "reward", "error", "detail"], glob=False
             )
             reused += len(scored)
         else:

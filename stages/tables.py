@@ -1,7 +1,7 @@
 """Tables that users bring: JSON lines, Parquet, CSV."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,54 @@ from pipeline.errors import RewardError, SourceError
 FILE_SUFFIXES = (".jsonl", ".parquet", ".csv")
 
 
-def file_records(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a local file. CSV cells stay text: 007 is not 7."""
+def file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a local file, each with its place for errors. CSV cells stay text: 007 is not 7.
+
+    Raises:
+        SourceError: when the file or a row of it cannot be read.
+    """
     try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path, glob=False).to_dicts()
-        if path.suffix == ".csv":
-            return pl.read_csv(path, glob=False, infer_schema=False, raise_if_empty=False).to_dicts()
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        if path.suffix == ".jsonl":
+            yield from _json_lines(path)
+            return
+        table = (
+            pl.read_parquet(path, glob=False)
+            if path.suffix == ".parquet"
+            else pl.read_csv(path, glob=False, infer_schema=False, raise_if_empty=False)
+        )
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} cannot be read as {path.suffix} ({error}): repair or convert it") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise SourceError(f"line {number} of {path} is not JSON ({error}): repair it") from error
-        if record is not None and not isinstance(record, dict):
-            raise SourceError(f"line {number} of {path} is not a JSON object: expected one row a line")
-        records += [record] if record else []
-    return records
+    for number, record in enumerate(table.iter_rows(named=True), start=1):
+        yield f"row {number} of {path}", record
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"line {number} of {path}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise SourceError(f"{where} is not JSON ({error}): repair it") from error
+            if not isinstance(record, dict):
+                raise SourceError(f"{where} is not a JSON object: expected one row a line")
+            if "\\u" in line and not _is_unicode(record):
+                raise SourceError(
+                    f"{where} has half of a surrogate pair, such as \\ud83d alone, which no file can hold as text: "
+                    "expected whole characters; write the text again"
+                )
+            yield where, record
+
+
+def _is_unicode(record: dict[str, Any]) -> bool:
+    """Return whether every text is made of characters that UTF-8 can write."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_table(path: Path) -> pl.DataFrame:

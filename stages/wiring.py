@@ -122,7 +122,7 @@ class Wiring:
             return StageCall(policy.STAGE, anonymous, with_optimizer(trained, config), {"policy": place})
         # a checkpoint is identified by its files, not by its path
         anonymous = config.model_copy(update={"model": "local files"})
-        return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, checkpoint_identity(str(source)))
+        return StageCall(policy.STAGE, anonymous, {}, {"policy": place}, checkpoint_identity(source))
 
     def held_out_prompts(self) -> Call:
         """Return the call that draws the prompts of every evaluation."""

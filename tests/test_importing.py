@@ -93,7 +93,7 @@ def test_nothing_is_claimed_about_how_a_text_was_sampled(tmp_path: Path) -> None
     _, completions = imported(tmp_path, WRITTEN)
     row = completions.row(3, named=True)
     assert (row["policy_name"], row["policy_digest"], row["policy_iteration"]) == ("anna", "none", None)
-    assert (row["engine"], row["engine_version"], row["logprobs_mode"]) == ("import", "1", "none")
+    assert (row["engine"], row["engine_version"], row["logprobs_mode"]) == ("import", "2", "none")
     assert row["completion_token_ids"] == row["sampling_logprobs"] == row["loss_mask"] == row["prompt_token_ids"] == []
     assert (row["finish_reason"], row["temperature"], row["top_p"], row["top_k"]) == ("stop", 1.0, 1.0, 0)
     assert completions["policy_name"].to_list() == ["written", "written", "written", "anna", "written"]

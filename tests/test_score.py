@@ -226,3 +226,14 @@ def test_failures_in_parts_that_were_kept_are_counted(tmp_path: Path, monkeypatc
         pytest.raises(RewardError, match=r"could not score 1 of 3 completions.* first error: too long"),
     ):
         run_stage(call, scorer)
+
+
+def no_answer(completion: str) -> Score:
+    return Score(None, {"reason": "no reference answer"})
+
+
+def test_a_stopped_stage_says_why_the_function_could_not_tell(scorer: Scorer) -> None:
+    config = rewards("tests.test_score:no_answer")
+    rows = score(scorer, config, "x")
+    with pytest.raises(RewardError, match="first error: no reference answer"):
+        FailureCounter(find_rewards(config), num_completions=1, max_failed_share=0.1).add(rows)

@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 
 from pipeline.errors import SourceError
-from stages.sources import SourceConfig, SourceRow, draw, is_held_out, source_identity
+from stages.source_rows import SourceRow, is_held_out
+from stages.sources import SourceConfig, draw, source_identity
 from stages.tables import file_records, read_table
 
 SUMS = SourceConfig(source="reasoning_gym:chain_sum", options={"min_terms": 2, "max_terms": 2, "max_digits": 2})
@@ -40,7 +41,7 @@ def test_a_path_with_brackets_is_no_pattern(tmp_path: Path, suffix: str) -> None
     path.parent.mkdir()
     rows = pl.DataFrame({"question": ["1 + 1 ="]})
     {".jsonl": rows.write_ndjson, ".csv": rows.write_csv, ".parquet": rows.write_parquet}[suffix](path)
-    assert file_records(path) == rows.to_dicts()
+    assert [record for _, record in file_records(path)] == rows.to_dicts()
     assert read_table(path).to_dicts() == rows.to_dicts()
 
 
@@ -69,7 +70,7 @@ def test_training_never_sees_a_held_out_question() -> None:
 
 def test_the_held_out_share_is_about_what_was_asked() -> None:
     rows = take(SUMS, 0, 2000)
-    assert 0.07 < sum(is_held_out(row, 0.1) for row in rows) / len(rows) < 0.13
+    assert 0.07 < sum(is_held_out(row.messages, 0.1) for row in rows) / len(rows) < 0.13
 
 
 def test_generated_questions_of_a_turn_are_different() -> None:
@@ -80,7 +81,7 @@ def test_generated_questions_of_a_turn_are_different() -> None:
 def test_metadata_holds_the_rest_of_the_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "q", "answer": "a", "city": "Rome"}) + "\n")
-    assert take(SourceConfig(source=str(path)), count=1)[0].metadata["city"] == "Rome"
+    assert take(SourceConfig(source=str(path)), count=1)[0].metadata == '{"answer":"a","city":"Rome","question":"q"}'
 
 
 def test_messages_are_used_as_they_stand_after_the_system_prompt(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from flows.commands.options import Output, Run
 from flows.printing import Format, print_rows, say
+from pipeline.files import user_path
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ ROWS_SHOWN = 3
 
 def audit(
     run: Run,
-    config: Annotated[Path | None, typer.Option("--config", help="Thresholds; default: configs/audit.toml's.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Thresholds; default: configs/audit.toml's.", parser=user_path, metavar="PATH"),
+    ] = None,
     format_: Output = Format.table,
 ) -> None:
     """Look for reward hacking, leaks and broken training; exit code 1 when there is a warning. Read-only.

@@ -1,5 +1,6 @@
 """`grpo import`: completions written elsewhere become a run, and are scored."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from flows.commands.options import Config, Overrides, start_working
 from flows.printing import say
+from pipeline.files import user_path
 
 WRITES = True
 
@@ -14,13 +16,19 @@ WRITES = True
 def import_(
     config: Config,
     completions: Annotated[
-        Path, typer.Argument(metavar="COMPLETIONS", help=".jsonl, .csv or .parquet: question or prompt_id, completion.")
+        Path,
+        typer.Argument(
+            metavar="COMPLETIONS", help=".jsonl, .csv or .parquet: question or prompt_id, completion.", parser=user_path
+        ),
     ],
     new: Annotated[
         str | None, typer.Option("--run", help="New run directory or URL; default: runs/<name of the config>.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Directory of a tokenizer, for token ids and lengths.")
+        Path | None,
+        typer.Option(
+            "--tokenizer", help="Directory of a tokenizer, for token ids and lengths.", parser=user_path, metavar="PATH"
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -33,13 +41,17 @@ def import_(
     from flows.progress import TerminalReporter
     from flows.session import open_session
     from pipeline.runs import run_at
+    from stages.checkpoints import load_tokenizer
     from stages.config import check_unchanged, load_config
     from stages.importing import import_completions
+    from stages.preflight import check_conversation, check_source
     from stages.score import check_rewards
-    from stages.sources import first_row
 
     settings = load_config(config, overrides)
-    check_rewards(settings.score, first_row(settings.prompts).metadata)
+    first = check_source(settings.prompts)
+    check_rewards(settings.score, json.loads(first.metadata))
+    if tokenizer is not None and tokenizer.is_dir():
+        check_conversation(load_tokenizer(tokenizer), settings.prompts.chat_template_kwargs, first.messages)
     run = run_at(new or f"runs/{config.stem}")
     check_unchanged(run, settings)
     start_working()

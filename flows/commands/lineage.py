@@ -12,6 +12,7 @@ from flows.commands.options import Output
 from flows.printing import Format, digest_in, path_below, print_rows
 from pipeline.artifact import open_artifact
 from pipeline.errors import UsageError
+from pipeline.files import user_path
 from pipeline.manifest import MANIFEST, is_finished
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
@@ -20,7 +21,9 @@ WRITES = False
 
 
 def lineage(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="An artifact; with --completion, a run.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="An artifact; with --completion, a run.", parser=user_path)
+    ],
     completion: Annotated[
         str | None, typer.Option("--completion", "-c", help="completion_id or its beginning: follow it.")
     ] = None,

@@ -8,9 +8,12 @@ import typer
 
 from flows.printing import Format
 from pipeline.errors import ArtifactMissing
+from pipeline.files import user_path
 from pipeline.run_dir import RunDir
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, for example configs/demo.toml.")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="TOML file, for example configs/demo.toml.", parser=user_path)
+]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory or URL: runs/demo, s3://bucket/runs/demo.")]
 NewRun = Annotated[
     str | None, typer.Option("--run", help="New run directory or URL; default: beside RUN, named after both.")

@@ -12,6 +12,7 @@ from flows.commands.options import Iteration, Output, Run, answer, last_iteratio
 from flows.printing import Format, print_rows, say
 from pipeline.chain import INITIAL
 from pipeline.errors import GrpoError, UsageError
+from pipeline.files import user_path
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def replay(
     iteration: Iteration = None,
     stage: Annotated[str | None, typer.Option("--stage", help="One stage; default: all that are stored.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every iteration.")] = False,
-    scratch: Annotated[Path | None, typer.Option("--scratch", help="Keep what is computed in this folder.")] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option("--scratch", help="Keep what is computed in this folder.", parser=user_path, metavar="PATH"),
+    ] = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", min=0, help="Of floats, relative to the largest in their tensor or column.")
     ] = 1e-5,

@@ -7,15 +7,25 @@ import typer
 
 from flows.commands.options import Run
 from flows.printing import say
+from pipeline.files import user_path
 
 WRITES = True
 
 
 def report(
     run: Run,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; default: RUN/report.html.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="HTML file; default: RUN/report.html.", parser=user_path, metavar="PATH"),
+    ] = None,
     findings: Annotated[
-        Path | None, typer.Option("--findings", help="An audit's findings, as `grpo audit -f jsonl` prints them.")
+        Path | None,
+        typer.Option(
+            "--findings",
+            help="An audit's findings, as `grpo audit -f jsonl` prints them.",
+            parser=user_path,
+            metavar="PATH",
+        ),
     ] = None,
     groups: Annotated[int, typer.Option("--groups", "-g", min=1, help="Groups of each iteration, at most.")] = 12,
     megabytes: Annotated[float, typer.Option("--megabytes", help="Room for the groups on the page.")] = 10.0,

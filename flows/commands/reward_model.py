@@ -7,6 +7,7 @@ import typer
 
 from flows.commands.options import Config, Overrides, start_working
 from flows.printing import say
+from pipeline.files import user_path
 
 WRITES = True
 
@@ -14,7 +15,13 @@ WRITES = True
 def reward_model(
     config: Config,
     runs: Annotated[
-        Path, typer.Option("--runs", help="Directory of the runs; the model lies in its reward_models/.")
+        Path,
+        typer.Option(
+            "--runs",
+            help="Directory of the runs; the model lies in its reward_models/.",
+            parser=user_path,
+            metavar="PATH",
+        ),
     ] = Path("runs"),
     overrides: Overrides = None,
 ) -> None:

@@ -8,13 +8,17 @@ import typer
 from flows.commands.options import Config, Overrides, start_working
 from flows.printing import say
 from pipeline.errors import UsageError
+from pipeline.files import user_path
 
 WRITES = True
 
 
 def starter(
     config: Config,
-    runs: Annotated[Path, typer.Option("--runs", help="Directory of the runs that share the starter.")] = Path("runs"),
+    runs: Annotated[
+        Path,
+        typer.Option("--runs", help="Directory of the runs that share the starter.", parser=user_path, metavar="PATH"),
+    ] = Path("runs"),
     overrides: Overrides = None,
 ) -> None:
     """Make the small model that a config's [starter] table describes, unless it exists; print where it is.

@@ -97,6 +97,9 @@ class EngineConfig(StrictModel):
     ``module:function``, which takes `EngineSettings` and returns an `Engine`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the engine's weights."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt and completion together, in tokens; null = the model's context. A key-value cache must hold at
+    least one such sequence. Longer prompts are dropped. Part of the recipe."""
     max_num_seqs: int = Field(256, ge=1)
     """Requests that run at once. Decides the shapes of matrix products, hence bits: part of the recipe."""
     max_num_batched_tokens: int | None = Field(None, ge=1)

@@ -113,8 +113,9 @@ class VllmEngine:
             )
         if self._is_cpu and num_batched is None:
             num_batched = max(settings.max_model_len, settings.max_num_seqs, MIN_BATCHED_TOKENS)
-        self._llm = vllm.LLM(
+        options: dict[str, Any] = dict(
             model=str(policy),
+            trust_remote_code=False,
             dtype=settings.dtype,
             seed=0,
             load_format="safetensors",
@@ -128,6 +129,17 @@ class VllmEngine:
             disable_log_stats=True,
             **(self._cpu_options() if self._is_cpu else {"gpu_memory_utilization": settings.gpu_memory_utilization}),
         )
+        try:
+            self._llm = vllm.LLM(**options)
+        except ValueError as error:
+            if "KV cache" not in str(error):
+                raise
+            raise EngineError(
+                f"the key-value cache holds no sequence of {settings.max_model_len} tokens "
+                f"({str(error).strip():.300}): expected room for one; set generate.max_model_len to the "
+                "longest prompt and completion that you want, or give it more memory (resources.kv_cache_gib on a CPU, "
+                "resources.gpu_memory_utilization on a GPU)"
+            ) from error
         mode = self._llm.llm_engine.model_config.logprobs_mode
         if mode != PROCESSED:
             raise EngineError(

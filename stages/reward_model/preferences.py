@@ -6,20 +6,20 @@ text or a list of {role, content}. Without ``prompt``, ``chosen`` and ``rejected
 in their last turn. Further columns, all optional: margin, rater, is_tie.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from pipeline.artifact import Artifact
 from pipeline.errors import SourceError
-from pipeline.files import identity
+from pipeline.files import identity, user_path
 from pipeline.manifest import canonical_json
 from pipeline.runs import open_run
 from pipeline.schema import SCHEMAS
-from stages.sources import SourceRow, is_held_out
+from stages.source_rows import as_text, check_turns, is_held_out, is_missing
 from stages.tables import read_table
 
 Message = dict[str, str]
@@ -48,7 +48,9 @@ def read_preferences(
     Raises:
         SourceError: when a row is ambiguous, names an unknown completion, or compares answers of two questions.
     """
-    records = [(file, number, r) for file in files for number, r in enumerate(read_table(Path(file)).to_dicts(), 1)]
+    records = [
+        (file, number, r) for file in files for number, r in enumerate(read_table(user_path(file)).to_dicts(), 1)
+    ]
     by_text = [_has_texts(record) for _, _, record in records]
     wanted = {
         str(record[key])
@@ -66,7 +68,7 @@ def read_preferences(
             preferences.undecided += 1
             continue
         row = _row(*answers, record, where, source, default_margin)
-        if row["drop_reason"] is None and holds_out(row["messages"], held_out_share):
+        if row["drop_reason"] is None and is_held_out(row["messages"], held_out_share):
             row["drop_reason"] = "held_out"
         preferences.rows.append(row)
     return preferences
@@ -117,11 +119,6 @@ def preference_frame(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(list(rows), schema=schema)
 
 
-def holds_out(messages: list[Message], share: float) -> bool:
-    """Return whether the question is held out, by the same rule as the prompts of a run."""
-    return is_held_out(SourceRow(messages, None, "", {}), share)
-
-
 def _row(
     messages: list[Message],
     chosen: str,
@@ -131,11 +128,13 @@ def _row(
     source: str,
     default_margin: float,
 ) -> dict[str, Any]:
-    rater = None if record.get("rater") is None else str(record["rater"])
+    rater = as_text(record.get("rater"), where, "rater")
     margin = record.get("margin")
     try:
-        margin = default_margin if margin is None else float(margin)
-    except ValueError:
+        margin = default_margin if margin is None or is_missing(margin) else float(margin)
+        if not math.isfinite(margin):
+            raise ValueError
+    except (TypeError, ValueError):
         raise SourceError(f"{where} has the margin {margin!r}: expected a number, or null; correct it") from None
     is_tie = str(record.get("is_tie")).strip().lower() in ("true", "1")
     return {
@@ -188,6 +187,7 @@ def _turns(value: Any, role: str, where: str) -> list[Message]:
         raise SourceError(
             f"{where} has {str(value)[:200]!r}: expected a text, or a list of role and content; convert it"
         )
+    check_turns(turns, where)
     return [{"role": t["role"], "content": t["content"]} for t in turns]
 
 
@@ -225,7 +225,7 @@ def _completions(
     known: dict[str, tuple[list[Message], str]] = {}
     used: dict[str, Artifact] = {}
     for run in runs:
-        artifacts = list(open_run(Path(run)).artifacts())
+        artifacts = list(open_run(run).artifacts())
         prompts = {a.path.parent: a for a in artifacts if a.manifest.dataset == "prompts"}
         for artifact in artifacts:
             if artifact.manifest.dataset not in ("completions", "evaluations"):

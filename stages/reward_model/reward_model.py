@@ -316,7 +316,9 @@ def _load(config: RewardModelConfig, material: Material) -> tuple["PreTrainedMod
 
     is_local, source = Path(material.source).is_dir(), material.source
     try:
-        found: Any = AutoConfig.from_pretrained(source, revision=config.revision, local_files_only=is_local)
+        found: Any = AutoConfig.from_pretrained(
+            source, revision=config.revision, local_files_only=is_local, trust_remote_code=False
+        )
         names = found.architectures or []
         needs_head = is_causal(names)
         if not needs_head and not (any(name.endswith(REWARD_HEAD) for name in names) and found.num_labels == 1):
@@ -331,7 +333,9 @@ def _load(config: RewardModelConfig, material: Material) -> tuple["PreTrainedMod
             device=material.device,
             new_head_seed=config.seed if needs_head else None,
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=config.revision, local_files_only=is_local)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, local_files_only=is_local, trust_remote_code=False
+        )
         choose_pad_token(model, tokenizer)
     except GrpoError:
         raise
@@ -352,4 +356,4 @@ def _save_tokenizer(tokenizer: Any, source: str, target: Path) -> None:
         (target / "chat_template.jinja").write_text(PLAIN_TEMPLATE, encoding="utf-8")
 
 
-STAGE = Stage(REWARD_MODEL, version=1, config=RewardModelConfig, compute=compute)
+STAGE = Stage(REWARD_MODEL, version=2, config=RewardModelConfig, compute=compute)

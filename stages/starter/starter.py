@@ -15,7 +15,7 @@ from pipeline.config import StrictModel, chosen
 from pipeline.errors import ConfigError, SourceError
 from pipeline.files import WRITER_LOCK, locked
 from pipeline.stage import Progress, Stage, StageCall, StageResult, StageTask, run_stage, silent
-from stages.prompts import tokenize
+from stages.encoding import encode_conversations, encode_texts
 from stages.sources import SourceConfig, draw, source_identity
 from stages.starter.teacher import demonstrate
 from stages.starter.tokenizer import build_tokenizer
@@ -105,7 +105,7 @@ def warm_up(
         )
     tokenizer = build_tokenizer([*(m["content"] for messages in conversations for m in messages), *known])
     tokenizer.model_max_length = config.max_context
-    prompt_ids = tokenize(conversations, tokenizer)
+    prompt_ids = encode_conversations(conversations, tokenizer)
     demonstrations = demonstrate(
         [(messages[-1]["content"], answer) for messages, answer in zip(conversations, known, strict=True)],
         count=config.demonstrations,
@@ -113,9 +113,9 @@ def warm_up(
         slip_rate=config.slip_rate,
         seed=config.seed,
     )
-    answer_ids = {
-        answer: [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id] for answer in {a for _, a in demonstrations}
-    }
+    answers_given = sorted({answer for _, answer in demonstrations})
+    encoded = zip(answers_given, encode_texts(answers_given, tokenizer), strict=True)
+    answer_ids = {answer: [*ids, tokenizer.eos_token_id] for answer, ids in encoded}
     examples = [Example(prompt_ids[index], answer_ids[answer]) for index, answer in demonstrations]
     longest = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
     if longest > config.max_context:
@@ -170,7 +170,7 @@ def compute(task: StageTask[StarterConfig, None]) -> None:
     tokenizer.save_pretrained(task.writer.directory)
 
 
-STAGE = Stage("starter", version=1, config=StarterConfig, compute=compute)
+STAGE = Stage("starter", version=2, config=StarterConfig, compute=compute)
 
 
 def make_starter(

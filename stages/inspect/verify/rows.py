@@ -16,7 +16,7 @@ from pipeline.artifact import Artifact
 from stages.batch import IMPORTED, NO_POLICY
 from stages.checkpoints import load_tokenizer, read_json, stated_stop_token_ids, vocabulary_size
 from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, WrongRow, apply_rules, shorten
-from stages.sources import SourceRow, is_held_out
+from stages.source_rows import SourceRow, is_held_out, question_of
 
 DECODE_ROWS = 8192
 """Rows decoded at a time: bounds the memory that Python's lists of token ids take."""
@@ -43,17 +43,17 @@ def check_prompts(ledger: Ledger, where: Where, artifact: Artifact) -> None:
     config = artifact.manifest.config
     split, share = config.get("drawn_for"), config.get("held_out_share")
     longest = config.get("max_prompt_tokens")
-    columns = ("prompt_id", "messages", "reference_answer", "task", PART)
+    columns = ("prompt_id", "messages", "reference_answer", "task", "metadata", PART)
     wrong_ids, wrong_split = [], []
     count = 0
     for rows in scan(artifact).select(columns).collect().iter_slices(DECODE_ROWS):
-        for prompt_id, messages, answer, task, part in rows.iter_rows():
+        for prompt_id, messages, answer, task, metadata, part in rows.iter_rows():
             count += 1
-            row = SourceRow(messages, answer, task, {})
+            row = SourceRow(messages, answer, task, metadata)
             if row.prompt_id != prompt_id:
-                found = f"messages, task and reference answer hash to {row.prompt_id}"
+                found = f"messages, task, reference answer and metadata hash to {row.prompt_id}"
                 wrong_ids.append(WrongRow(prompt_id, part, found))
-            if share is not None and is_held_out(row, share) != (split == "held_out"):
+            if share is not None and is_held_out(messages, share) != (split == "held_out"):
                 wrong_split.append(WrongRow(prompt_id, part, f"the question does not belong to the split {split}"))
     ledger.checked("prompt ids", count)
     ledger.wrong_rows("prompt ids", where, wrong_ids, len(wrong_ids))
@@ -70,10 +70,7 @@ def check_prompts(ledger: Ledger, where: Where, artifact: Artifact) -> None:
 def questions(artifact: Artifact) -> pl.DataFrame:
     """Return prompt_id, file and a hash of each row's question, by which the split is decided. Read-only."""
     rows = scan(artifact).select("prompt_id", "messages", PART).collect()
-    hashes = [
-        hashlib.sha256(SourceRow(messages, None, "", {}).question.encode()).hexdigest()
-        for messages in rows["messages"].to_list()
-    ]
+    hashes = [hashlib.sha256(question_of(messages).encode()).hexdigest() for messages in rows["messages"].to_list()]
     return rows.select("prompt_id", PART).with_columns(pl.Series("question", hashes, dtype=pl.String))
 
 

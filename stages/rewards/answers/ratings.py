@@ -12,7 +12,7 @@ from typing import Any, Literal
 import polars as pl
 
 from pipeline.errors import RewardError
-from pipeline.files import sha256_file
+from pipeline.files import sha256_file, user_path
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
 from stages.tables import read_table, require_columns
@@ -35,7 +35,7 @@ def rating(
     people. Null where nobody rated. The detail names each rater with the rating.
     """
     _check_scale(lowest, highest)
-    found = _ratings(Path(file), lowest, highest)
+    found = _ratings(user_path(file), lowest, highest)
     return reward_frame(
         [_rated(found.get(completion_id), lowest, highest) for completion_id in completions["completion_id"]]
     )
@@ -59,7 +59,7 @@ def preference(completions: pl.DataFrame, file: str, method: Method = "win_rate"
     an answer was never compared. The detail has wins, losses, ties and raters.
     """
     _check_method(method, prior)
-    comparisons = _comparisons(Path(file))
+    comparisons = _comparisons(user_path(file))
     groups = dict(completions.select("completion_id", "group_id").iter_rows())
     for chosen, rejected, _, _ in comparisons:
         if chosen in groups and rejected in groups and groups[chosen] != groups[rejected]:
@@ -115,9 +115,9 @@ def bradley_terry(comparisons: Iterable[tuple[str, str, bool]], prior: float) ->
 
 
 def _file_sha256(file: str) -> str:
-    if not Path(file).is_file():
+    if not user_path(file).is_file():
         raise RewardError(f"the file {file!r} does not exist: expected what people said, as .jsonl, .csv or .parquet")
-    return sha256_file(Path(file))
+    return sha256_file(user_path(file))
 
 
 def _check_scale(lowest: float | None, highest: float | None) -> None:

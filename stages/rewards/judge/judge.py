@@ -8,13 +8,12 @@ same rows give the same rewards and details, byte by byte, without any call.
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from pipeline.config import validate
-from pipeline.files import sha256_text
+from pipeline.files import sha256_text, user_path
 from pipeline.manifest import canonical_json
 from stages.rewards.base import name_arguments
 from stages.rewards.judge.cache import Answer, JudgementCache, request_hash
@@ -43,7 +42,7 @@ def judge(completions: pl.DataFrame, **arguments: Any) -> pl.DataFrame:
     template, given, rule = config.template(), criteria_texts(config.criteria, config.scale), config.rule()
     asked = [_messages(config.system, template, row, given) for row in completions.iter_rows(named=True)]
     results: list[_Result | None] = [_Result(error=a) if isinstance(a, str) else None for a in asked]
-    kept = JudgementCache(Path(config.cache) if config.cache else None)
+    kept = JudgementCache(user_path(config.cache) if config.cache else None)
     for attempt in range(config.ask_again + 1):
         keys: dict[int, str] = {}
         bodies: dict[str, dict[str, Any]] = {}

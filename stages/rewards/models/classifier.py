@@ -6,13 +6,15 @@ Shapes: `B` rows, `L` labels.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from grpo.weight_files import weight_files
 
 Encoding = Mapping[str, list[int]]
 """One row as a tokenizer gives it: input_ids, and attention_mask and token_type_ids where the model wants them."""
@@ -39,17 +41,23 @@ def load_classifier(
     """
     labels = {} if new_head_seed is None else {"num_labels": 1}
     try:
+        if is_local:
+            weight_files(Path(source))
         with quiet_loading():
-            config: Any = AutoConfig.from_pretrained(source, revision=revision, local_files_only=is_local, **labels)
+            config: Any = AutoConfig.from_pretrained(
+                source, revision=revision, local_files_only=is_local, trust_remote_code=False, **labels
+            )
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 config=config,
                 revision=revision,
                 dtype=torch.float32,
                 local_files_only=is_local,
+                trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a broken checkpoint raises depends on its architecture
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{source} cannot be loaded as a sequence classifier ({reason}): expected a checkpoint of transformers "

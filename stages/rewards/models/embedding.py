@@ -6,10 +6,10 @@ from typing import Any, Literal
 import polars as pl
 
 from pipeline.errors import RewardError
-from stages.checkpoints import looks_local
+from stages.checkpoints import first_line, looks_local
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
-from stages.rewards.models.frozen_models import MODELS_KEPT, first_line, limited_threads
+from stages.rewards.models.frozen_models import MODELS_KEPT, limited_threads
 from stages.rewards.models.model_identity import identity_by_model, model_source
 
 Against = Literal["prompt", "reference"]
@@ -86,7 +86,14 @@ def load_encoder(model: str, revision: str | None, device: str) -> Any:
     source, is_local = model_source(model), looks_local(model)
     try:
         with quiet_loading():
-            encoder = SentenceTransformer(source, revision=revision, device=device, local_files_only=is_local)
+            encoder = SentenceTransformer(
+                source,
+                revision=revision,
+                device=device,
+                local_files_only=is_local,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise RewardError(
             f"{model} cannot be loaded by sentence-transformers ({first_line(error)}): expected the path or hub name "

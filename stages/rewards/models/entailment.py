@@ -8,6 +8,7 @@ from typing import Any, Literal
 import polars as pl
 
 from pipeline.errors import RewardError
+from stages.encoding import encode_pair
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
 from stages.rewards.models.frozen_models import Classifier, classify, limited_threads, load_frozen_classifier
@@ -125,7 +126,7 @@ def _passages(metadata: str | None, key: str) -> list[str] | None:
 
 
 def _encode(classifier: Classifier, premise: str, hypothesis: str) -> dict[str, list[int]]:
-    return dict(classifier.tokenizer(premise, hypothesis, truncation=False, verbose=False))
+    return encode_pair(premise, hypothesis, classifier.tokenizer)
 
 
 def _too_long(encoded: Mapping[tuple[int, int, int], Mapping[str, list[int]]], limit: int) -> Unscored | None:

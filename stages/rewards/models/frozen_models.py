@@ -63,7 +63,9 @@ def load_frozen_classifier(model: str, revision: str | None, device: str) -> Cla
     source, is_local = model_source(model), looks_local(model)
     try:
         network = load_classifier(source, revision=revision, is_local=is_local, device=device)
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=is_local)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source, revision=revision, local_files_only=is_local, trust_remote_code=False
+        )
         choose_pad_token(network, tokenizer)
     except (OSError, ValueError) as error:
         raise RewardError(str(error)) from error
@@ -86,8 +88,3 @@ def classify(
         for index, values in zip(batch, logits_BL.tolist(), strict=True):
             found[index] = values
     return found
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's message, which has often many."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

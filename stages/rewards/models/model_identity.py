@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from grpo.weight_files import WEIGHTS_INDEX, shards
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file, sha256_text
 from pipeline.manifest import MANIFEST
@@ -68,4 +69,10 @@ def _directory_sha256(path: Path) -> str:
     deciding = [n for n in names if n.parts[0] not in BESIDE_THE_MODEL and not any(x.startswith(".") for x in n.parts)]
     if not deciding:
         raise RewardError(f"the model directory {path} holds no file: expected a saved model; correct the path")
+    for name in names:
+        if name.name == WEIGHTS_INDEX:  # a file that it names elsewhere would stand in no identity
+            try:
+                shards(path / name)
+            except ValueError as error:
+                raise RewardError(str(error)) from error
     return sha256_text("\n".join(f"{name.as_posix()} {sha256_file(path / name)}" for name in deciding))

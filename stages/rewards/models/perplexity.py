@@ -8,10 +8,11 @@ from typing import Any, Literal
 import polars as pl
 
 from pipeline.errors import RewardError
-from stages.checkpoints import context_length, looks_local
+from stages.checkpoints import context_length, first_line, looks_local
+from stages.encoding import encode_conversations, encode_texts
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
-from stages.rewards.models.frozen_models import MODELS_KEPT, batches_by_length, first_line, limited_threads
+from stages.rewards.models.frozen_models import MODELS_KEPT, batches_by_length, limited_threads
 from stages.rewards.models.model_identity import identity_by_model, model_source
 
 Given = Literal["messages", "prompt", "nothing"]
@@ -52,7 +53,7 @@ def perplexity(
     results: list[Score | Unscored | None] = []
     rows: list[tuple[list[int], list[int]]] = []
     for row in completions.select("completion", "prompt", "messages").iter_rows(named=True):
-        before, answer = context_ids(tokenizer, row, given, separator), _ids(tokenizer, row["completion"])
+        before, answer = context_ids(tokenizer, row, given, separator), encode_texts([row["completion"]], tokenizer)[0]
         rows.append((before, answer))
         if not answer:
             results.append(Score(empty, {"tokens": 0}))
@@ -108,7 +109,9 @@ def load_causal(model: str, revision: str | None, device: str) -> tuple[Any, Any
     source = model_source(model)
     try:
         network = load_policy(source, revision=revision, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=looks_local(model))
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, local_files_only=looks_local(model), trust_remote_code=False
+        )
     except (ValueError, OSError) as error:
         raise RewardError(
             f"{model} cannot be loaded as a causal language model with its tokenizer: {first_line(error)}"
@@ -123,14 +126,9 @@ def context_ids(tokenizer: Any, row: dict[str, Any], given: str, separator: str)
             raise RewardError(
                 "given is messages, and the model's tokenizer has no chat template: set given to prompt or nothing"
             )
-        turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+        return encode_conversations([row["messages"]], tokenizer)[0]
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return begin if given == "nothing" else [*begin, *_ids(tokenizer, row["prompt"] + separator)]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return begin if given == "nothing" else [*begin, *encode_texts([row["prompt"] + separator], tokenizer)[0]]
 
 
 def _logprobs(network: Any, rows: list[tuple[list[int], list[int]]]) -> list[list[float]]:

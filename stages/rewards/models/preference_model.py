@@ -6,6 +6,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.errors import RewardError
+from stages.encoding import encode_conversations, encode_pair
 from stages.rewards.base import Score
 from stages.rewards.frames import Unscored, reward_frame
 from stages.rewards.models.frozen_models import classify, limited_threads, load_frozen_classifier
@@ -58,11 +59,10 @@ def encode_answer(tokenizer: Any, messages: list[dict[str, str]], prompt: str, a
     By the chat template where there is one, else ``prompt`` and answer as a pair of texts. Nothing is cut.
     """
     if tokenizer.chat_template:
-        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        turns.append({"role": "assistant", "content": answer})
-        ids: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
-    return dict(tokenizer(prompt, answer, truncation=False, verbose=False))
+        turns = [*messages, {"role": "assistant", "content": answer}]
+        ids = encode_conversations([turns], tokenizer, add_generation_prompt=False)[0]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    return encode_pair(prompt, answer, tokenizer)
 
 
 def _result(logit: float | None, length: int, limit: int, squash: bool) -> Score | Unscored:

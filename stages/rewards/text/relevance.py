@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import RewardError
-from pipeline.files import sha256_file
+from pipeline.files import sha256_file, user_path
 from stages.rewards.base import Score, check_range, deciding_arguments
 from stages.rewards.words import MOST_LISTED, content_words, stop_set, words
 
@@ -90,7 +90,7 @@ def bm25_identity(**arguments: Any) -> dict[str, object]:
     if not (corpus := decides["corpus"]):
         return {**decides, "corpus": None, "corpus_key": None}
     _read_corpus(corpus, decides["corpus_key"], stop_set(decides["stop_words"]))
-    return {**decides, "corpus": sha256_file(Path(corpus))}
+    return {**decides, "corpus": sha256_file(user_path(corpus))}
 
 
 def coverage(completion: str, prompt: str, stop_words: str | Sequence[str] = "en", prefix: int = 0) -> Score:
@@ -123,7 +123,7 @@ def _inverse_document_frequency(word: str, corpus: Corpus | None) -> float:
 
 @lru_cache(maxsize=8)
 def _read_corpus(corpus: str, key: str, left_out: frozenset[str]) -> Corpus:
-    path = Path(corpus)
+    path = user_path(corpus)
     if not path.is_file():
         raise RewardError(f"corpus is {corpus!r}, where no file is; expected a text or .jsonl file: correct the path")
     counts: Counter[str] = Counter()

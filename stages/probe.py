@@ -1,0 +1,164 @@
+"""What may never end is tried first in a process of its own: a task with its options, a chat template.
+
+Both are programs of others with values of others. The process may use little memory and a few seconds of processor
+time; what it does not manage in them is refused before anything is written. Python's own limits would not stop a loop
+inside of C, such as a power with a huge exponent.
+"""
+
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, PolicyError, SourceError
+
+CPU_SECONDS = 10
+"""Processor time of what is tried; imports come on top."""
+MEMORY_BYTES = 4 << 30
+WALL_SECONDS = 600
+"""Only for a machine that stands still."""
+ROOT = Path(__file__).parents[1]
+RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "tokenize", "chat_template", "return_dict")
+"""Variables of a chat template that are not the config's to set."""
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+"""A tag of transformers that writes nothing."""
+
+
+@lru_cache(maxsize=16)
+def try_task(config: str) -> None:
+    """Check that a task gives a row with its options; ``config`` is the JSON of a SourceConfig.
+
+    Raises:
+        SourceError: when it does not, within the limits.
+    """
+    source = json.loads(config)
+    if source["options"] and (problem := _try("task", config)):
+        raise SourceError(
+            f"{source['source']} gives no row with the options {source['options']!s:.300}: {problem}; correct "
+            "prompts.options"
+        )
+
+
+def check_template(
+    template: str | None,
+    variables: Mapping[str, Any],
+    special: Mapping[str, Any],
+    messages: Sequence[Mapping[str, str]],
+) -> None:
+    """Check that a chat template reads the config's variables, and ends.
+
+    ``special`` are the texts of the tokenizer's special tokens, which it also reads. What else a template may raise is
+    left to `stages.encoding.render`.
+
+    Raises:
+        ConfigError: when a variable is none of the template's.
+        PolicyError: when the template writes no conversation within the limits.
+    """
+    from jinja2.meta import find_undeclared_variables
+
+    known: set[str] = set()
+    if template is not None:
+        # first, since looking for its variables calculates its constants
+        _try_template(json.dumps([template, dict(variables), dict(special), list(messages)], default=str))
+        try:
+            known = find_undeclared_variables(_environment().parse(GENERATION.sub("", template)))
+        except Exception as error:  # a template nested too deep ends in a RecursionError
+            raise PolicyError(
+                f"the model's chat template is no template ({type(error).__name__}: {error!s:.300}): expected one of "
+                "jinja; save the tokenizer again with a right one"
+            ) from error
+    known -= {*RESERVED, *special, "raise_exception", "strftime_now"}
+    if unknown := sorted(set(variables) - known):
+        raise ConfigError(
+            f"prompts.chat_template_kwargs sets {unknown[0]}, which the model's chat template does not read: expected "
+            f"{', '.join(sorted(known)) or 'none, since it reads no variables'}; correct the name, or leave it out"
+        )
+
+
+@lru_cache(maxsize=16)
+def _try_template(what: str) -> None:
+    if problem := _try("template", what):
+        raise PolicyError(
+            f"the model's chat template writes no conversation: {problem}; expected one that ends, take another model "
+            "or correct the template"
+        )
+
+
+def _try(kind: str, what: str) -> str:
+    """Return what is wrong with what a child process tried; empty when nothing is."""
+    path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
+    limits = [str(CPU_SECONDS), str(MEMORY_BYTES)]
+    found = subprocess.run(
+        [sys.executable, "-P", "-m", "stages.probe", kind, *limits],
+        input=what,
+        capture_output=True,
+        text=True,
+        timeout=WALL_SECONDS,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+        check=False,
+    )
+    if found.returncode == 0:
+        return found.stdout.strip()
+    return f"it did not end within {CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 30} GiB of memory"
+
+
+def main(kind: str, cpu_seconds: str, memory_bytes: str) -> None:
+    """Try what stands on standard input, and print what is wrong with it."""
+    what = json.load(sys.stdin)
+    if kind == "task":
+        from stages.rewards.answers.reasoning_gym_tasks import import_reasoning_gym
+        from stages.sources import SourceConfig, generated_rows
+
+        import_reasoning_gym()
+        _limit(int(cpu_seconds), int(memory_bytes))
+        try:
+            next(generated_rows(SourceConfig.model_validate(what), seed=0))
+        except SourceError as error:
+            print(error)
+        return
+    template, variables, special, messages = what
+    environment = _environment()
+    _limit(int(cpu_seconds), int(memory_bytes))
+    try:
+        compiled = environment.from_string(GENERATION.sub("", template))
+        compiled.render(messages=messages, add_generation_prompt=True, **{**special, **variables})
+    except MemoryError:
+        print(f"it needs more than {int(memory_bytes) >> 30} GiB of memory")
+    except Exception as error:  # the caller renders it again, and tells what transformers says
+        print(error, file=sys.stderr)
+
+
+def _limit(cpu_seconds: int, memory_bytes: int) -> None:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    end = math.ceil(used.ru_utime + used.ru_stime) + cpu_seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (end, end))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _environment() -> Any:
+    """Return jinja's environment as transformers sets it."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda _: "2026-01-01")
+    return environment
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
