@@ -4,7 +4,6 @@ Everything comes from the artifacts that `RunDir.open` finds; what an iteration 
 only `metrics.parquet` still knows, because their artifacts were removed, are taken from there.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,10 +190,8 @@ def collect(
 
 
 def _facts(run: RunDir, settings: dict[str, Any]) -> dict[str, str]:
-    environment: dict[str, Any] = {}
-    if run.environment.is_file():
-        seen = json.loads(run.environment.read_text(encoding="utf-8"))
-        environment = seen[-1] if seen else {}
+    seen = run.environments()
+    environment = seen[-1] if seen else {}
     packages = environment.get("packages", {})
     last = next((k for k in reversed(run.iterations()) if _find(run, k, "policy")), None)
     policy = _find(run, last, "policy") if last is not None else None
