@@ -67,7 +67,8 @@ def check_types(found: pa.Schema, documented: pa.Schema, where: object) -> None:
         if stored.type != field.type or (stored.nullable and not field.nullable):
             raise SchemaError(
                 f"{where} has {field.name} of type {stored.type}{' with nulls' * stored.nullable}, expected "
-                f"{field.type}{' with nulls' * field.nullable}: it was not written by this program; make it again or convert it"
+                f"{field.type}{' with nulls' * field.nullable}: it was not written by this program; make it again "
+                "or convert it"
             )
 
 

@@ -219,7 +219,7 @@ class RunDir:
         if self.copy is None:
             raise ArtifactMissing(
                 f"{reference} refers to {url}, which has no working copy here; a local run is looked at without asking "
-                "the network: if you trust that place, name the run there once, with `grpo ls` and its URL, and give "
+                f"the network: if you trust that place, give `grpo ls {url.partition('/iterations/')[0]}` once, then "
                 "the same command again"
             )
         from pipeline.working_copy import bring
