@@ -82,7 +82,7 @@ def _open_part(path: Path) -> pq.ParquetFile:
 
 
 def _decoded_bytes(path: Path, metadata: pq.FileMetaData, most: int) -> int:
-    """Return an upper bound of what the rows of a part take; close to the truth if it is more than ``most``."""
+    """Return what the rows of a part take: at most that if it is not more than ``most``, else at least that."""
     fixed, texts = 0, dict[str, int]()
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group)
@@ -95,7 +95,9 @@ def _decoded_bytes(path: Path, metadata: pq.FileMetaData, most: int) -> int:
                 name, size = column.path_in_schema, max(column.total_uncompressed_size, 0)
                 texts[name] = texts.get(name, 0) + (size if is_plain else size * count)
     for name in sorted(texts, key=lambda name: -texts[name]):
-        if fixed > most or fixed + sum(texts.values()) <= most:
+        if fixed > most:
+            return fixed
+        if fixed + sum(texts.values()) <= most:
             break
         with explained(path):
             texts[name] = _text_bytes(path, name, most)

@@ -4,7 +4,6 @@ The weights are the ``*.safetensors`` files at its top, one or several, whose he
 transformers is imported only to load a tokenizer, or to ask the hub.
 """
 
-import json
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from pipeline.artifact import WEIGHTS
 from pipeline.errors import PolicyError
 from pipeline.files import sha256_file, sha256_text
 from pipeline.object_store import download_folder, local_path
+from pipeline.reading import loads, open_regular, read_limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,10 @@ CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 NEUTRAL_KEYS = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"})
 """Keys of config.json that change no shape and no computation of an engine whose dtype is set."""
+HEADER_BYTES = 100_000_000
+"""Longest header that safetensors reads."""
+TOKENIZER_BYTES = 128 << 20
+"""Size of the largest JSON file of a checkpoint that is read: a vocabulary of a million tokens."""
 TIED_HEAD = "lm_head.weight"
 """Optional in a file when the head is the embedding."""
 
@@ -80,11 +84,13 @@ def read_header(file: Path) -> Header:
     """
     size = file.stat().st_size
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
             if length > size:
                 raise ValueError(f"{file.name} has a header of {length} bytes, more than the file")
-            tensors = json.loads(opened.read(length))
+            if length > HEADER_BYTES:
+                raise ValueError(f"{file.name} has a header of {length:,} bytes, more than safetensors reads")
+            tensors = loads(opened.read(length))
         metadata = tensors.pop("__metadata__", {})
         ends = [facts["data_offsets"][1] for facts in tensors.values()]
         header = Header(
@@ -115,7 +121,10 @@ def read_layout(policy: Path) -> dict[str, Any]:
         raise PolicyError(
             f"{policy} has no *.safetensors file: expected weights in that format; convert the checkpoint"
         )
-    config = json.loads((policy / CONFIG_FILE).read_text(encoding="utf-8"))
+    try:
+        config = read_json(policy / CONFIG_FILE)
+    except ValueError as error:
+        raise PolicyError(f"{policy / CONFIG_FILE} is not JSON ({error}): restore the checkpoint") from error
     weights = {name: shape for file in files for name, shape in _shapes(policy / file).items()}
     if config.get("tie_word_embeddings"):
         weights.pop(TIED_HEAD, None)
@@ -148,7 +157,7 @@ def check_policy(model: str) -> dict[str, Any]:
             f'or "{STARTER}" with a [starter] table'
         )
     try:
-        config: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(path / CONFIG_FILE)
     except ValueError as error:
         raise PolicyError(f"{path / CONFIG_FILE} is not JSON ({error}): restore the checkpoint") from error
     _check_causal(model, config)
@@ -267,6 +276,10 @@ def vocabulary_size(policy: Path) -> int | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the table in a checkpoint's file; an empty one where there is none. Read-only."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the table in a checkpoint's file; an empty one where there is none. Read-only.
+
+    Raises:
+        ValueError: when it is no JSON, or larger than that of any tokenizer.
+    """
+    found = loads(read_limited(path, TOKENIZER_BYTES)) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
