@@ -282,7 +282,7 @@ def give(command: str) -> tuple[int | None, str]:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
             text = printed.getvalue()
-            return code, text[-300:] if "Traceback" in text or "fault of ours" in text else ""
+            return code, text[-300:] if "Traceback" in text or "fault of grpo-pipeline" in text else ""
         except BaseException:
             return 99, "".join(traceback.format_exc().splitlines(keepends=True)[-4:])
     return 0, ""

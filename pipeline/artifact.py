@@ -101,15 +101,19 @@ class Artifact:
         """Compare the columns of the artifact's rows, if it has any, with the documented schema. Read-only.
 
         Raises:
+            ArtifactDamaged: when a footer cannot be read.
             SchemaError: when they differ, for example because another version of the program wrote them.
         """
         import pyarrow.parquet as pq
 
         from pipeline.conformance import check_schema
+        from pipeline.parquet import explained
         from pipeline.schema import SCHEMAS
 
         for path in self.files():
-            check_schema(pq.read_schema(path), self.manifest.dataset, path, schemas or SCHEMAS)
+            with explained(path):
+                found = pq.read_schema(path)
+            check_schema(found, self.manifest.dataset, path, schemas or SCHEMAS)
 
     def check_sizes(self, *, is_read: bool = True) -> None:
         """Compare every file's size with the manifest: the cheap part of `verify`. Read-only.

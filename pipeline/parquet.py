@@ -20,9 +20,9 @@ from pipeline.reading import open_regular
 
 UNREADABLE = (pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 """What the libraries raise for a file that is not what it claims to be; a panic is no Exception."""
-MOST_BYTES = 256 << 20
-"""What the rows of one artifact may take however small its files are: a hundred iterations of an ordinary run."""
-MOST_OF_MEMORY = 64
+MOST_BYTES = 64 << 20
+"""What the rows of one artifact may take however small its files are; those of the demo take 2 MB."""
+MOST_OF_MEMORY = 256
 """They may also take this fraction of the machine's memory: a large machine trains large batches."""
 MOST_OF_FILES = 64
 """And so many times the size of the files: rows that take room on the disk are no bomb."""

@@ -99,7 +99,7 @@ def read_header(file: Path) -> Header:
             metadata,
         )
         is_whole = size == 8 + length + max(ends, default=0)
-    except (struct.error, LookupError, TypeError, AttributeError) as error:
+    except (struct.error, LookupError, TypeError, AttributeError, OSError) as error:
         raise ValueError(str(error)) from error
     if not is_whole:
         raise ValueError(f"{file.name} does not end with its last tensor")
