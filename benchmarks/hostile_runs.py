@@ -155,11 +155,17 @@ def prepare(name: str, place: Path, base: Path, seed: int) -> Case:
         shutil.copytree(policy, place / "checkpoint", symlinks=True, copy_function=_copy_any)
         (place / "checkpoint" / "manifest.json").unlink()
     else:
-        what = rng.choice(hostile.KINDS)(place / "run", rng)
-        if rng.random() < 0.25:
-            with suppress(Exception):  # the first change may have left nothing that the second one could change
-                what += "; " + rng.choice(hostile.KINDS)(place / "run", rng)
+        what = "; ".join(change(rng, place / "run") for _ in range(rng.choice((1, 1, 1, 2))))
     return Case(name, what)
+
+
+def change(rng: random.Random, run: Path) -> str:
+    """Change a run in some way; another change may have left nothing that this one could change."""
+    from tests import hostile
+
+    with suppress(Exception):
+        return rng.choice(hostile.KINDS)(run, rng)
+    return "nothing"
 
 
 def _copy_any(source: str, target: str) -> None:

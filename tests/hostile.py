@@ -294,7 +294,7 @@ def rows_of_a_part(root: Path, rng: random.Random) -> str:
 def bomb(root: Path, rng: random.Random) -> str:
     """A small part decodes to what fills a memory."""
     how = rng.choice(("rows", "texts", "lists"))
-    place = any_place(root, rng, ("completions",) if how == "lists" else ROWS)
+    place = any_place(root, rng, ROWS if how == "rows" else ("completions",))
     write_bomb(place, how, 2_000_000 if how == "rows" else 1 << 20)
     return f"a bomb of {how} in {place.name}"
 

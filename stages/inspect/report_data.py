@@ -325,10 +325,11 @@ def _training_measures(records: pl.LazyFrame) -> Values:
 def _fill_from_metrics(run: RunDir, report: Report) -> None:
     if not run.metrics.is_file():
         return
-    stored = {row["iteration"]: row for row in run.read_metrics().to_dicts()}
+    metrics = run.read_metrics()
+    stored = {row["iteration"]: row for row in metrics.to_dicts()}
     names = [
         name
-        for name, type_ in pl.read_parquet_schema(run.metrics).items()
+        for name, type_ in metrics.schema.items()
         if type_.is_numeric() and name not in ("iteration", "num_completions", "num_trained", "num_tokens")
     ]
     for name in names:
