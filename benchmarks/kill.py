@@ -126,7 +126,7 @@ def look(directory: Path) -> State:
                 elif ending == "doomed":
                     state.doomed.add(place)
                 elif ending == "tmp":
-                    state.temporary.add(stem)
+                    state.temporary.add(stem.rpartition(".")[0])
     return state
 
 

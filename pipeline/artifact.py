@@ -90,12 +90,12 @@ class Artifact:
             ArtifactTooLarge: when the rows would fill the memory although the files are small.
             SchemaError: when a column has another type than the documented one.
         """
-        from pipeline.chain import known_schemas
         from pipeline.parquet import check_parts
+        from pipeline.schema import SCHEMAS
 
         facts = self.manifest.files
         parts = {path: facts[path.relative_to(self.path).as_posix()]["rows"] for path in self.files()}
-        check_parts(parts, known_schemas().get(self.manifest.dataset))
+        check_parts(parts, SCHEMAS.get(self.manifest.dataset))
 
     def check_schema(self, schemas: "Mapping[str, pa.Schema] | None" = None) -> None:
         """Compare the columns of the artifact's rows, if it has any, with the documented schema. Read-only.

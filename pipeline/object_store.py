@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.errors import GrpoError, StoreError, UsageError
 from pipeline.files import atomic_write, locked, sha256_text, write_text
-from pipeline.reading import is_plain, read_json
+from pipeline.reading import is_plain, read_json, resolved
 
 WORK_VARIABLE = "GRPO_WORK"
 PACKAGES = {
@@ -47,7 +47,7 @@ def work_directory() -> Path:
 def url_of(path: Path) -> str | None:
     """Return the URL whose working copy the path is; None for any other path."""
     with suppress(ValueError):
-        protocol, *parts = path.resolve().relative_to(work_directory()).parts
+        protocol, *parts = resolved(path).relative_to(work_directory()).parts
         return f"{protocol}://{'/'.join(parts)}"
     return None
 

@@ -9,8 +9,9 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.errors import ArtifactDamaged
 
@@ -37,7 +38,7 @@ def inside(folder: Path, name: str) -> Path:
         ArtifactDamaged: when the name or a link leads elsewhere.
     """
     place = folder / name
-    if not is_plain(name) or place.resolve() != folder.resolve() / name:
+    if not is_plain(name) or resolved(place) != resolved(folder) / name:
         raise ArtifactDamaged(
             f"{name!r} leads out of {folder}, or over a link: expected a plain path below it; nothing was written or "
             "deleted there: remove the link, or do not trust who made this"
@@ -45,7 +46,12 @@ def inside(folder: Path, name: str) -> Path:
     return place
 
 
-def open_regular(path: Path) -> BinaryIO:
+def resolved(path: Path) -> Path:
+    """Return where a path leads; unlike `Path.resolve` it does not raise on a circle of links."""
+    return Path(os.path.realpath(path))
+
+
+def open_regular(path: Path) -> BufferedReader:
     """Return a regular file, opened for reading; it neither waits for a pipe nor reads a device.
 
     Raises:

@@ -278,7 +278,7 @@ class RunDir:
         if not self.environment.is_file():
             return []
         seen: list[Any] = read_json(self.environment, remedy, kind=list, most_bytes=ENVIRONMENT_BYTES)
-        if not all(isinstance(facts, dict) for facts in seen):
+        if not all(map(_is_environment, seen)):
             raise ArtifactDamaged(f"{self.environment} is no list of tables, as every start adds one: {remedy}")
         return seen
 
@@ -303,6 +303,11 @@ def state_of(policy: Artifact) -> Artifact | None:
 def is_record(name: str) -> bool:
     """Return whether an object of a run is a record: a small file next to the artifacts that may change."""
     return PurePosixPath(name).name in RECORDS or name.endswith(REFERENCE)
+
+
+def _is_environment(facts: Any) -> bool:
+    kinds = {"packages": dict, "accelerators": list, "processor": str}
+    return isinstance(facts, dict) and all(isinstance(facts.get(name, kind()), kind) for name, kind in kinds.items())
 
 
 def is_iteration(folder: Path) -> bool:

@@ -121,10 +121,7 @@ def read_layout(policy: Path) -> dict[str, Any]:
         raise PolicyError(
             f"{policy} has no *.safetensors file: expected weights in that format; convert the checkpoint"
         )
-    try:
-        config = read_json(policy / CONFIG_FILE)
-    except ValueError as error:
-        raise PolicyError(f"{policy / CONFIG_FILE} is not JSON ({error}): restore the checkpoint") from error
+    config = read_json(policy / CONFIG_FILE)
     weights = {name: shape for file in files for name, shape in _shapes(policy / file).items()}
     if config.get("tie_word_embeddings"):
         weights.pop(TIED_HEAD, None)
@@ -156,10 +153,7 @@ def check_policy(model: str) -> dict[str, Any]:
             f"{model} has no config.json: expected the directory of a transformers checkpoint; give one, a hub name, "
             f'or "{STARTER}" with a [starter] table'
         )
-    try:
-        config = read_json(path / CONFIG_FILE)
-    except ValueError as error:
-        raise PolicyError(f"{path / CONFIG_FILE} is not JSON ({error}): restore the checkpoint") from error
+    config = read_json(path / CONFIG_FILE)
     _check_causal(model, config)
     if not weight_names(_names(path)):
         raise PolicyError(f"{model} has no *.safetensors file: convert its weights, pickled ones are not read")
@@ -279,7 +273,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the table in a checkpoint's file; an empty one where there is none. Read-only.
 
     Raises:
-        ValueError: when it is no JSON, or larger than that of any tokenizer.
+        PolicyError: when the file is not JSON, or larger than that of any tokenizer.
     """
-    found = loads(read_limited(path, TOKENIZER_BYTES)) if path.is_file() else {}
+    try:
+        found = loads(read_limited(path, TOKENIZER_BYTES)) if path.is_file() else {}
+    except (ValueError, OSError) as error:
+        raise PolicyError(f"{path} is not JSON ({error}): restore the checkpoint") from error
     return found if isinstance(found, dict) else {}

@@ -195,7 +195,9 @@ def _facts(run: RunDir, settings: dict[str, Any]) -> dict[str, str]:
     packages = environment.get("packages", {})
     last = next((k for k in reversed(run.iterations()) if _find(run, k, "policy")), None)
     policy = _find(run, last, "policy") if last is not None else None
-    rewards = ", ".join(f"{r['name']} ({r['function']})" for r in settings.get("score", {}).get("rewards", []))
+    listed = settings.get("score", {}).get("rewards")
+    tables = [table for table in listed if isinstance(table, dict)] if isinstance(listed, list) else []
+    rewards = ", ".join(f"{table.get('name')} ({table.get('function')})" for table in tables)
     facts = {
         "model": settings.get("policy", {}).get("model"),
         "prompts": settings.get("prompts", {}).get("source"),

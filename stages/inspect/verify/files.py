@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 
 from pipeline.artifact import PRUNED_NOTE, Artifact, open_artifact, pruned_files
 from pipeline.chain import DATASETS, INITIAL, known_schemas
-from pipeline.errors import ArtifactMissing, GrpoError
+from pipeline.errors import ArtifactMissing
 from pipeline.manifest import MANIFEST, WrongBytes, wrong_bytes
 from pipeline.parquet import check_parts
-from pipeline.reading import shorten
+from pipeline.reading import resolved, shorten
 from pipeline.run_dir import REFERENCE, RunDir, is_iteration
-from stages.inspect.verify.ledger import Ledger, Where
+from stages.inspect.verify.ledger import Ledger, Where, describe
 
 UPDATE_DATASETS = ("training_records", "optimizer_steps", "policy")
 """Outputs of one stage: where one is, the others must be."""
@@ -47,7 +47,7 @@ def open_all(run: RunDir, ledger: Ledger) -> Catalog:
     from is then there.
     """
     members = run.member("any").parent
-    places = {
+    places: dict[tuple[int | None, str], Path] = {
         (None, "initial_policy"): run.initial_policy,
         **{(None, f"member {place.name}"): place for place in (sorted(members.iterdir()) if members.is_dir() else [])},
         (None, "held_out_prompts"): run.held_out_prompts,
@@ -63,11 +63,11 @@ def open_all(run: RunDir, ledger: Ledger) -> Catalog:
             continue
         ledger.checked("manifests")
         if isinstance(found, Artifact):
-            is_own = found.path.resolve().is_relative_to(run.root.resolve())
+            is_own = resolved(found.path).is_relative_to(resolved(run.root))
             catalog[key] = Located(where, found, is_own)
         else:
             ledger.wrong("manifests", where, found)
-    _check_names(ledger, run)
+    ledger.attempt("manifests", Where("iterations", "iterations"), partial(_check_names, ledger, run))
     for index in run.iterations():
         _check_update(ledger, catalog, index)
     return catalog
@@ -82,8 +82,8 @@ def _open(run: RunDir, key: tuple[int | None, str], place: Path) -> Artifact | s
         if place.exists():
             return f"there is no {MANIFEST}: the artifact is half there"
         return str(error) if index is not None and run.refers(index, dataset) else None
-    except (GrpoError, OSError, ValueError) as error:
-        return str(error)
+    except Exception as error:  # what is looked at may be anything
+        return describe(error)
 
 
 def _check_names(ledger: Ledger, run: RunDir) -> None:

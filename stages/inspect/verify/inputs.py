@@ -11,12 +11,12 @@ from pipeline.chain import CHAIN, INITIAL, STEPS, WRITER, From, load_stage
 from pipeline.config import default_of
 from pipeline.errors import GrpoError
 from pipeline.manifest import canonical_json
-from pipeline.reading import shorten
+from pipeline.reading import resolved, shorten
 from pipeline.run_dir import RESOLVED_CONFIG, RunDir
 from stages import policy
 from stages.batch import IMPORTED
 from stages.inspect.verify.files import Catalog, Located, policy_key, relative_path
-from stages.inspect.verify.ledger import Ledger, Where
+from stages.inspect.verify.ledger import Ledger, Where, describe
 from stages.rewards.functions import RewardConfig
 from stages.score import ScoreConfig
 
@@ -33,7 +33,7 @@ def check_inputs(ledger: Ledger, run: RunDir, catalog: Catalog) -> list[Located]
 
     Read-only.
     """
-    known = {item.artifact.path.resolve(): item for item in catalog.values()}
+    known = {resolved(item.artifact.path): item for item in catalog.values()}
     outside: dict[Path, Located] = {}
     queue = [(key, item) for key, item in catalog.items()]
     while queue:
@@ -41,7 +41,7 @@ def check_inputs(ledger: Ledger, run: RunDir, catalog: Catalog) -> list[Located]
         ledger.attempt("manifests", item.where, partial(_check_kind, ledger, key, item))
         for name, facts in item.artifact.manifest.inputs.items():
             ledger.checked("inputs")
-            place = Path(os.path.normpath(item.artifact.path.resolve() / facts["path"]))
+            place = Path(os.path.normpath(resolved(item.artifact.path) / facts["path"]))
             source = known.get(place) or outside.get(place)
             if source is None:
                 source = _open_outside(ledger, run, item, name, place)
@@ -96,8 +96,8 @@ def _check_kind(ledger: Ledger, key: tuple[int | None, str], item: Located) -> N
 def _open_outside(ledger: Ledger, run: RunDir, item: Located, name: str, place: Path) -> Located | None:
     try:
         artifact = open_artifact(place)
-    except (GrpoError, OSError, ValueError) as error:
-        ledger.wrong("inputs", item.where, f"its input {name} cannot be opened: {error}")
+    except Exception as error:  # what is looked at may be anything
+        ledger.wrong("inputs", item.where, f"its input {name} cannot be opened: {describe(error)}")
         return None
     ledger.checked("manifests")
     return Located(Where(relative_path(place, run.root), artifact.manifest.dataset), artifact, is_own=False)

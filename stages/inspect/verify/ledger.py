@@ -122,15 +122,19 @@ class Ledger:
         try:
             return do()
         except (Exception, pl.exceptions.PanicException) as error:
-            lines = str(error).strip().splitlines() or [""]
-            what = lines[0] if isinstance(error, GrpoError) else f"{type(error).__name__}: {lines[0]}"
-            self.wrong(check, where, f"cannot be checked: {what}")
+            self.wrong(check, where, f"cannot be checked: {describe(error)}")
             return None
 
     def skipped(self, check: str, reason: str) -> None:
         """Note that a check could not be made here: neither right nor wrong."""
         self.tallies[check].skipped += 1
         self.notes[check, reason] = self.notes.get((check, reason), 0) + 1
+
+
+def describe(error: BaseException) -> str:
+    """Return an error of ours as it is, and the kind and first line of any other."""
+    lines = str(error).strip().splitlines() or [""]
+    return str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {lines[0]}"
 
 
 @dataclass(frozen=True, slots=True)
