@@ -126,7 +126,7 @@ def look(directory: Path) -> State:
                 elif ending == "doomed":
                     state.doomed.add(place)
                 elif ending == "tmp":
-                    state.temporary.add(stem)
+                    state.temporary.add(stem.rpartition(".")[0])
     return state
 
 
@@ -461,7 +461,7 @@ class Hunter:
 
 def _is_sealing(directory: Path, place: str) -> bool:
     hidden = directory / Path(place).parent / f".{Path(place).name}.partial"
-    return (hidden / f".{MANIFEST}.tmp").exists() or (hidden / MANIFEST).exists()
+    return any(hidden.glob(f".{MANIFEST}.*.tmp")) or (hidden / MANIFEST).exists()
 
 
 def _half_sealed(directory: Path, reference: dict[str, Manifest], active: set[str] | None = None) -> bool:

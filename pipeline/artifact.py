@@ -4,24 +4,15 @@ A directory without a manifest is debris. A finished artifact never changes: `pi
 reads and verifies it.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ArtifactDamaged, ArtifactMissing
-from pipeline.manifest import (
-    MANIFEST,
-    MANIFEST_VERSION,
-    STORE_NOTE,
-    Manifest,
-    content_hash,
-    digest_of,
-    is_part_of,
-    recipe_hash,
-    wrong_bytes,
-)
+from pipeline.manifest import MANIFEST, MANIFEST_VERSION, STORE_NOTE, Manifest, parse_manifest, wrong_bytes
+from pipeline.object_store import url_of
+from pipeline.reading import read_json, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +39,7 @@ class Artifact:
     @property
     def is_on_store(self) -> bool:
         """Whether the artifact is also on an object store; its files may then be missing here until they are read."""
-        return (self.path / STORE_NOTE).is_file()
+        return store_url(self.path) is not None
 
     def fetch(self) -> Path:
         """Return the directory, after downloading and verifying the files that are only on an object store.
@@ -56,22 +47,31 @@ class Artifact:
         Raises:
             ArtifactDamaged: naming the first object that differs from the manifest.
         """
-        if self.is_on_store:
+        if url := store_url(self.path):
             from pipeline.fetch import fetch_files
 
-            fetch_files(self.path, self.manifest.files)
+            fetch_files(self.path, url, self.manifest.files)
         return self.path
 
     def scan(self) -> "pl.LazyFrame":
-        """Return all rows, lazily, after verifying the bytes once in this process. Read-only."""
+        """Return all rows, lazily, after verifying the bytes and what they decode to once in this process. Read-only.
+
+        Raises:
+            ArtifactDamaged: as `verify` and `check_parts`, or when the artifact holds no rows.
+            ArtifactTooLarge: as `check_parts`.
+            SchemaError: as `check_parts`.
+        """
         import polars as pl
 
         self.fetch()
         self.verify()
+        if not self.files():
+            raise ArtifactDamaged(f"{self.path} holds no rows: expected Parquet parts; name another dataset")
+        _check_parts(self.path, self.manifest.digest)
         return pl.scan_parquet(self.files(), glob=False)
 
     def read(self) -> "pl.DataFrame":
-        """Return all rows after verifying the bytes once in this process. Read-only."""
+        """Return all rows; see `scan`. Read-only."""
         return self.scan().collect()
 
     def verify(self) -> None:
@@ -82,19 +82,38 @@ class Artifact:
         """
         _verify(self.path, self.manifest.digest)
 
+    def check_parts(self) -> None:
+        """Check what the footers of the parts say before a row is decoded. Read-only.
+
+        Raises:
+            ArtifactDamaged: when a footer cannot be read, or its rows are not as many as the manifest says.
+            ArtifactTooLarge: when the rows would fill the memory although the files are small.
+            SchemaError: when a column has another type than the documented one.
+        """
+        from pipeline.parquet import check_parts
+        from pipeline.schema import SCHEMAS
+
+        facts = self.manifest.files
+        parts = {path: facts[path.relative_to(self.path).as_posix()]["rows"] for path in self.files()}
+        check_parts(parts, SCHEMAS.get(self.manifest.dataset))
+
     def check_schema(self, schemas: "Mapping[str, pa.Schema] | None" = None) -> None:
         """Compare the columns of the artifact's rows, if it has any, with the documented schema. Read-only.
 
         Raises:
+            ArtifactDamaged: when a footer cannot be read.
             SchemaError: when they differ, for example because another version of the program wrote them.
         """
         import pyarrow.parquet as pq
 
         from pipeline.conformance import check_schema
+        from pipeline.parquet import explained
         from pipeline.schema import SCHEMAS
 
         for path in self.files():
-            check_schema(pq.read_schema(path), self.manifest.dataset, path, schemas or SCHEMAS)
+            with explained(path):
+                found = pq.read_schema(path)
+            check_schema(found, self.manifest.dataset, path, schemas or SCHEMAS)
 
     def check_sizes(self, *, is_read: bool = True) -> None:
         """Compare every file's size with the manifest: the cheap part of `verify`. Read-only.
@@ -130,32 +149,21 @@ def open_artifact(path: Path) -> Artifact:
         ArtifactDamaged: when its manifest cannot be read or does not match its own digest.
     """
     try:
-        data = (path / MANIFEST).read_bytes()
+        values = read_json(path / MANIFEST, _remedy(path))
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactMissing(
             f"{path} has no {MANIFEST}: the stage that writes it has not finished; run it (again)"
         ) from None
+    version = values.get("manifest_version", MANIFEST_VERSION)
+    if version != MANIFEST_VERSION:
+        raise ArtifactDamaged(
+            f"{path / MANIFEST} has manifest_version {shorten(version)}, this program reads {MANIFEST_VERSION}: use "
+            "the version of the program that wrote it, or run its config again in a new directory"
+        )
     try:
-        fields = json.loads(data)
-        version = fields.get("manifest_version", MANIFEST_VERSION)
-        if version != MANIFEST_VERSION:
-            raise ArtifactDamaged(
-                f"{path / MANIFEST} has manifest_version {version}, this program reads {MANIFEST_VERSION}: use the "
-                "version of the program that wrote it, or run its config again in a new directory"
-            )
-        manifest = Manifest(**fields)
-        content = content_hash(manifest.dataset, manifest.files)
-        if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
-            raise ValueError("its file hashes do not add up to its digest")
-        if recipe_hash(manifest.recipe_parts()) != manifest.recipe:
-            raise ValueError("its config and inputs do not add up to its recipe")
-        if not is_part_of(manifest.chosen, manifest.config):
-            raise ValueError("its config is not the one of its recipe")
-    except ArtifactDamaged:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return Artifact(path, parse_manifest(values))
+    except ValueError as error:
         raise ArtifactDamaged(f"{path / MANIFEST} is not a valid manifest ({error}): {_remedy(path)}") from error
-    return Artifact(path, manifest)
 
 
 @cache
@@ -167,9 +175,26 @@ def _verify(path: Path, digest: str) -> None:
             raise wrong.as_error(path / name, facts, _remedy(path))
 
 
+@cache
+def _check_parts(path: Path, _: str) -> None:
+    open_artifact(path).check_parts()
+
+
+def store_url(place: Path) -> str | None:
+    """Return the URL on an object store where the files of an artifact are; None for a local artifact. Read-only.
+
+    A note counts only in a working copy, and with the URL whose copy the place is: in a run that was handed over it is
+    a file like any other.
+    """
+    note = place / STORE_NOTE
+    if not note.is_file() or (url := url_of(place)) is None:
+        return None
+    noted = read_json(note, f"delete {place}, the working copy of {url}").get("url")
+    return url if noted == url else None
+
+
 def _remedy(path: Path) -> str:
-    if (path / STORE_NOTE).is_file():
-        url = json.loads((path / STORE_NOTE).read_text(encoding="utf-8"))["url"]
+    if url := store_url(path):
         return (
             f"delete {path}, the working copy of {url}, and run the same command, which brings it again; if it is "
             "damaged there too, delete everything below that URL, and it is made again"
@@ -191,13 +216,11 @@ def pruned_files(artifact: Artifact) -> frozenset[str]:
     A note counts only if it has the manifest's hash of the file: a note from elsewhere hides no damage.
     """
     try:
-        noted = json.loads((artifact.path / PRUNED_NOTE).read_text(encoding="utf-8"))["files"]
+        noted = read_json(artifact.path / PRUNED_NOTE, "delete it")["files"]
         return frozenset(
             name
             for name, facts in artifact.manifest.files.items()
             if name.endswith(WEIGHTS) and name in noted and noted[name] == facts["sha256"]
         )
-    except FileNotFoundError:
-        return frozenset()
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ArtifactDamaged, OSError, TypeError, KeyError):
         return frozenset()  # an unreadable note excuses nothing

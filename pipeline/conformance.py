@@ -54,6 +54,24 @@ def check_schema(found: pa.Schema, name: str, where: object, schemas: Mapping[st
     )
 
 
+def check_types(found: pa.Schema, documented: pa.Schema, where: object) -> None:
+    """Raise SchemaError unless every column that is documented has its type, and null only where it may.
+
+    Columns may be missing or unknown: an earlier version of the program had others.
+    """
+    for field in documented:
+        index = found.get_field_index(field.name)
+        if index < 0:
+            continue
+        stored = found.field(index)
+        if stored.type != field.type or (stored.nullable and not field.nullable):
+            raise SchemaError(
+                f"{where} has {field.name} of type {stored.type}{' with nulls' * stored.nullable}, expected "
+                f"{field.type}{' with nulls' * field.nullable}: it was not written by this program; make it again "
+                "or convert it"
+            )
+
+
 def _without_tokens(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     """Return the schema without its token columns if ``names`` has none of them."""
     optional = {field.name for field in TOKEN_COLUMNS}

@@ -7,7 +7,8 @@ GrpoError
   StoreError            an object store cannot be reached, read or written
   ArtifactError         an artifact is not what its manifest says
     ArtifactMissing     no finished artifact at this place
-    ArtifactDamaged     a file differs from the manifest
+    ArtifactDamaged     a file differs from the manifest, or cannot be read
+    ArtifactTooLarge    rows that would fill the memory
     RecipeMismatch      the place is taken by an artifact made by another recipe
   SchemaError           columns differ from the documented schema
   RewardError           a reward function cannot be imported, or fails too often
@@ -49,7 +50,11 @@ class ArtifactMissing(ArtifactError):
 
 
 class ArtifactDamaged(ArtifactError):
-    """A file of an artifact differs from what the manifest says."""
+    """A file of an artifact differs from what the manifest says, or cannot be read."""
+
+
+class ArtifactTooLarge(ArtifactError):
+    """The rows of an artifact would fill the memory, although its files are small."""
 
 
 class RecipeMismatch(ArtifactError):

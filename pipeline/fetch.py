@@ -1,6 +1,5 @@
 """Downloads the files of an artifact from an object store and verifies each."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,21 @@ from pipeline.errors import ArtifactDamaged, StoreError
 from pipeline.files import atomic_write, locked
 from pipeline.manifest import MANIFEST, STORE_NOTE, wrong_bytes
 from pipeline.object_store import Store, open_store
+from pipeline.reading import inside
 
 
-def fetch_files(place: Path, files: Mapping[str, dict[str, Any]]) -> None:
+def fetch_files(place: Path, url: str, files: Mapping[str, dict[str, Any]]) -> None:
     """Download an artifact's missing files; each gets its name only after it was verified against the manifest.
 
     Raises:
-        ArtifactDamaged: naming the first object that differs from the manifest.
+        ArtifactDamaged: naming the first object that differs from the manifest, or a link on the way to its place.
     """
     if all((place / name).is_file() for name in files):
         return
-    note = place / STORE_NOTE
-    with locked(note):  # of two readers of the same artifact, one downloads
-        store = open_store(json.loads(note.read_text(encoding="utf-8"))["url"])
+    with locked(place / STORE_NOTE):  # of two readers of the same artifact, one downloads
+        store = open_store(url)
         for name, facts in files.items():
-            target = place / name
+            target = inside(place, name)
             if not target.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(target) as temporary:

@@ -6,13 +6,16 @@ it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import ArtifactDamaged
 from pipeline.files import sha256_file, sha256_text
+from pipeline.reading import is_plain, shorten
 
 MANIFEST_VERSION = 2
 MANIFEST = "manifest.json"
@@ -54,7 +57,7 @@ class Manifest:
     inputs: dict[str, dict[str, str]]
     """Name -> path relative to this artifact, and digest."""
     files: dict[str, dict[str, Any]]
-    """Name -> rows (null for files that hold no rows), bytes, sha256."""
+    """Name, a plain path below the artifact -> rows (null for files that hold no rows), bytes, sha256."""
     rows: int | None
     drops: dict[str, int]
     """Number of rows with each drop_reason; they stay in the data."""
@@ -74,6 +77,92 @@ class Manifest:
         """Return the text of `manifest.json`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse_manifest(values: Mapping[str, Any]) -> Manifest:
+    """Return the manifest that a table holds, whose every field is of its kind, every name plain, every hash right.
+
+    This is the one place where what a manifest says is checked: all readers may rely on it.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    unknown, missing = sorted(values.keys() - _KINDS), sorted(_KINDS.keys() - values)
+    if unknown or missing:
+        raise ValueError(f"it has the unknown fields {unknown} and lacks {missing}")
+    wrong = next((name for name, is_right in _KINDS.items() if not is_right(values[name])), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong} is {shorten(values[wrong])}, which is not of its kind")
+    odd = next((name for name in values["files"] if not is_plain(name)), None)
+    if odd is not None:
+        raise ValueError(f"{odd!r} is no name of a file: expected a plain path below the artifact")
+    manifest = Manifest(**values)
+    content = content_hash(manifest.dataset, manifest.files)
+    if (content, digest_of(manifest.recipe, content)) != (manifest.content, manifest.digest):
+        raise ValueError("its file hashes do not add up to its digest")
+    if recipe_hash(manifest.recipe_parts()) != manifest.recipe:
+        raise ValueError("its config and inputs do not add up to its recipe")
+    if not is_part_of(manifest.chosen, manifest.config):
+        raise ValueError("its config is not the one of its recipe")
+    return manifest
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_COUNT  # True is no number
+
+
+def _is_count_or_null(value: object) -> bool:
+    return value is None or _is_count(value)
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and bool(_HASH.fullmatch(value))
+
+
+def _are_files(value: object) -> bool:
+    kinds = {"rows": _is_count_or_null, "bytes": _is_count, "sha256": _is_hash}
+    return isinstance(value, dict) and all(_fits(facts, kinds) for facts in value.values())
+
+
+def _are_inputs(value: object) -> bool:
+    kinds = {"path": lambda path: _is_text(path) and "\0" not in path, "digest": _is_hash}
+    return isinstance(value, dict) and all(_fits(facts, kinds) for facts in value.values())
+
+
+def _fits(facts: object, kinds: Mapping[str, Callable[[Any], bool]]) -> bool:
+    return isinstance(facts, dict) and facts.keys() == kinds.keys() and all(kinds[n](facts[n]) for n in kinds)
+
+
+_HASH = re.compile("[0-9a-f]{64}")
+LARGEST_COUNT = 2**53
+"""Largest number that every reader of JSON holds exactly."""
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "manifest_version": _is_count,
+    "stage": _is_text,
+    "stage_version": _is_count,
+    "dataset": _is_text,
+    "config": _is_table,
+    "chosen": _is_table,
+    "inputs": _are_inputs,
+    "files": _are_files,
+    "rows": _is_count_or_null,
+    "drops": lambda drops: isinstance(drops, dict) and all(map(_is_count, drops.values())),
+    "environment": _is_table,
+    "started_at": _is_text,
+    "seconds": lambda seconds: type(seconds) in (int, float) and math.isfinite(seconds),
+    "recipe": _is_hash,
+    "content": _is_hash,
+    "digest": _is_hash,
+}
+"""Field -> whether a value is of its kind."""
 
 
 def is_finished(path: Path) -> bool:

@@ -7,6 +7,7 @@ in both places. fsspec is imported when a URL is first opened: local runs do not
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import GrpoError, StoreError, UsageError
 from pipeline.files import atomic_write, locked, sha256_text, user_path, write_text
+from pipeline.reading import is_plain, read_json, resolved
 
 WORK_VARIABLE = "GRPO_WORK"
 PACKAGES = {
@@ -45,9 +47,19 @@ def work_directory() -> Path:
 def url_of(path: Path) -> str | None:
     """Return the URL whose working copy the path is; None for any other path."""
     with suppress(ValueError):
-        protocol, *parts = path.resolve().relative_to(work_directory()).parts
+        protocol, *parts = resolved(path).relative_to(work_directory()).parts
         return f"{protocol}://{'/'.join(parts)}"
     return None
+
+
+def working_copy_of(url: str) -> Path:
+    """Return the place of a URL's working copy, whether it exists or not; sends no request.
+
+    Raises:
+        UsageError: when the URL names no place.
+    """
+    protocol, parts = _parts(url)
+    return work_directory() / protocol / "/".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +84,7 @@ class Store:
     @property
     def work(self) -> Path:
         """The working copy's directory."""
-        protocol, _, rest = self.url.partition("://")
-        return work_directory() / protocol / rest
+        return working_copy_of(self.url)
 
     def listing(self) -> dict[str, Listed]:
         """Return every object by its name. Read-only."""
@@ -154,10 +165,7 @@ def open_store(url: str) -> Store:
         StoreError: when the protocol is unknown or its package is not installed.
         UsageError: when the URL names no place.
     """
-    protocol, _, rest = url.partition("://")
-    parts = [part for part in rest.split("/") if part]
-    if not parts or {".", ".."} & set(parts) or ":" in protocol:
-        raise UsageError(f"{url} names no place on a store: expected a URL like s3://bucket/runs/demo")
+    protocol, parts = _parts(url)
     clean = f"{protocol}://{'/'.join(parts)}"
     with _explained(clean, "opened"):
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
@@ -165,6 +173,14 @@ def open_store(url: str) -> Store:
         # a cached listing would hide what another machine has written
         fs, root = url_to_fs(clean, use_listings_cache=False)
     return Store(clean, fs, root.rstrip("/"))
+
+
+def _parts(url: str) -> tuple[str, list[str]]:
+    protocol, _, rest = url.partition("://")
+    parts = [part for part in rest.split("/") if part]
+    if not parts or not re.fullmatch(r"[A-Za-z0-9.+-]*[A-Za-z0-9]", protocol) or not all(map(is_plain, parts)):
+        raise UsageError(f"{url} names no place on a store: expected a URL like s3://bucket/runs/demo")
+    return protocol, parts
 
 
 def download_file(url: str) -> Path:
@@ -198,7 +214,9 @@ def _download_file(url: str, _: Path) -> Path:
 @cache
 def _download_folder(url: str, suffixes: tuple[str, ...], _: Path) -> Path:
     store = open_store(url)
-    wanted = {n: (n, found) for n, found in store.listing().items() if "/" not in n and n.endswith(suffixes)}
+    wanted = {
+        n: (n, found) for n, found in store.listing().items() if "/" not in n and is_plain(n) and n.endswith(suffixes)
+    }
     if not wanted:
         raise StoreError(f"{url} has no files that end in {', '.join(suffixes)}: correct the URL, or write them there")
     _bring(store, store.work, wanted)
@@ -217,7 +235,7 @@ def _bring(store: Store, folder: Path, wanted: dict[str, tuple[str, Listed]]) ->
 
 def _bring_new(store: Store, folder: Path, wanted: dict[str, tuple[str, Listed]]) -> None:
     note = folder / ORIGIN
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    known = read_json(note, "delete it") if note.is_file() else {}
     for name, (remote, found) in wanted.items():
         target = folder / name
         here = target.stat().st_size if target.is_file() else -1

@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.reading import open_regular
 
 TERM_SECONDS = 2.0
 """Time between SIGTERM and SIGKILL."""
@@ -31,9 +34,9 @@ def start_python(
 ) -> "subprocess.Popen[bytes]":
     """Start Python as the leader of its own session, which Ctrl-C does not reach.
 
-    Its output is appended to the log; without a log it goes where ours goes.
+    Its output is appended to the log, through no link; without a log it goes where ours goes.
     """
-    with log.open("ab") if log else nullcontext() as output:
+    with _append(log) if log else nullcontext() as output:
         return subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
@@ -45,9 +48,14 @@ def start_python(
         )
 
 
+def _append(log: Path) -> BinaryIO:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.fdopen(os.open(log, flags, 0o666), "ab")
+
+
 def log_tail(log: Path, offset: int = 0) -> str:
     """Return the last lines of a log after the byte ``offset``. Read-only."""
-    with log.open("rb") as file:
+    with open_regular(log) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(offset, size - LOG_TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()

@@ -15,6 +15,7 @@ from pipeline.artifact import PRUNED_NOTE, WEIGHTS, Artifact, open_artifact, pru
 from pipeline.errors import UsageError
 from pipeline.files import sync_file, write_text
 from pipeline.manifest import is_finished
+from pipeline.reading import inside
 from pipeline.run_dir import RunDir, state_of
 
 
@@ -49,6 +50,7 @@ def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initia
 
     Raises:
         UsageError: when no policy would be kept, or the initial policy is needed.
+        ArtifactDamaged: when a file lies behind a link, perhaps outside of the run.
     """
     if keep_policies < 1:
         raise UsageError(f"--keep-policies is {keep_policies}: the last policy is needed to continue; keep 1 or more")
@@ -74,7 +76,8 @@ def _pruned(run: RunDir, num_updates: int, place: Path) -> Pruned | None:
     artifact = open_artifact(place)
     if not artifact.path.resolve().is_relative_to(run.root.resolve()):
         return None
-    files = tuple(n for n in artifact.manifest.files if n.endswith(WEIGHTS) and (artifact.path / n).is_file())
+    weights = [n for n in artifact.manifest.files if n.endswith(WEIGHTS)]
+    files = tuple(n for n in weights if (artifact.path / n).is_file() and inside(artifact.path, n))
     size = sum((artifact.path / name).stat().st_size for name in files)
     return Pruned(num_updates, artifact, files, size) if files else None
 
@@ -88,7 +91,7 @@ def prune(items: Collection[Pruned]) -> Iterator[Pruned]:
         write_text(item.artifact.path / PRUNED_NOTE, json.dumps(note, indent=2) + "\n")
         sync_file(item.artifact.path)  # the note is on the device before the first file is removed
         for name in item.files:
-            path = item.artifact.path / name
+            path = inside(item.artifact.path, name)
             path.unlink(missing_ok=True)
             if path.parent != item.artifact.path:
                 with suppress(OSError):  # it has other files

@@ -8,11 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import DATASETS, INITIAL
+from pipeline.chain import CHAIN, DATASETS, INITIAL
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, UsageError
 from pipeline.files import write_text
 from pipeline.manifest import is_finished
-from pipeline.object_store import url_of
+from pipeline.object_store import url_of, working_copy_of
+from pipeline.reading import read_json, shorten
 
 if TYPE_CHECKING:
     import polars as pl
@@ -23,6 +24,10 @@ RESOLVED_CONFIG = "config.resolved.json"
 RECORDS = ("config.toml", "fork.toml", RESOLVED_CONFIG, "environment.json", "metrics.parquet")
 """Files next to the artifacts; they may change."""
 REFERENCE = ".reference.json"
+MOST_DIGITS = 9
+"""Of an iteration's number, which is an int32 in the rows."""
+ENVIRONMENT_BYTES = 64 << 20
+"""Size of the largest environment.json that is read: it may hold a diff of the source for each start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +96,14 @@ class RunDir:
         Raises:
             ArtifactDamaged: when the file cannot be read.
         """
+        remedy = "restore it from a copy, or start the run's own command again, which writes it"
         try:
-            tables = json.loads(self.resolved_config.read_text(encoding="utf-8"))
-            if not isinstance(tables, dict):
-                raise ValueError("it holds no tables")
-        except (OSError, ValueError) as error:
-            raise ArtifactDamaged(
-                f"{self.resolved_config} cannot be read ({error}): restore it from a copy, or start the run's own "
-                "command again, which writes it"
-            ) from error
+            tables: dict[str, Any] = read_json(self.resolved_config, remedy)
+        except OSError as error:
+            raise ArtifactDamaged(f"{self.resolved_config} cannot be read ({error}): {remedy}") from error
+        odd = [step.name for step in CHAIN if not isinstance(tables.get(step.name, {}), dict)]
+        if odd:
+            raise ArtifactDamaged(f"{self.resolved_config} has {odd[0]}, expected a table of that name: {remedy}")
         return tables
 
     def read_metrics(self) -> "pl.DataFrame":
@@ -110,13 +114,12 @@ class RunDir:
         """
         import polars as pl
 
-        try:
+        from pipeline.parquet import check_parts, explained
+
+        remedy = "delete it and start the run's own command again, which makes it of the artifacts"
+        with explained(self.metrics, remedy):
+            check_parts({self.metrics: None})
             return pl.read_parquet(self.metrics, glob=False)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise ArtifactDamaged(
-                f"{self.metrics} cannot be read ({str(error).splitlines()[0]}): delete it and start the run's own "
-                "command again, which makes it of the artifacts"
-            ) from error
 
     def iteration(self, index: int) -> Path:
         return self.root / "iterations" / f"{index:06d}"
@@ -142,7 +145,12 @@ class RunDir:
         folder = self.root / "iterations"
         if not folder.is_dir():
             return []
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+        return sorted(int(p.name) for p in folder.iterdir() if is_iteration(p))
+
+    def folders(self) -> list[Path]:
+        """Return the folders that artifacts and logs are written into, whether they exist or not. Read-only."""
+        folder = self.root / "iterations"
+        return [folder, *(folder.iterdir() if folder.is_dir() else ()), self.root / "members", self.logs]
 
     def artifacts(self) -> Iterator[Artifact]:
         """Yield every finished artifact, also those in other runs, in the order in which they were made. Read-only."""
@@ -177,21 +185,46 @@ class RunDir:
         """
         place, reference = self.place(index, dataset), self._reference(index, dataset)
         if is_finished(place) or not reference.is_file():
-            return open_artifact(place)
-        noted = json.loads(reference.read_text(encoding="utf-8"))
-        target = _target(reference, noted["path"])
+            return _of_dataset(open_artifact(place), dataset)
+        noted = read_json(reference, "correct the path in the file, or restore it from a copy")
+        path, digest = noted.get("path"), noted.get("digest")
+        if not (isinstance(path, str) and isinstance(digest, str)) or "\0" in path:
+            raise ArtifactDamaged(f"{reference} names no path and digest: expected both; restore it from a copy")
+        target = self._target(reference, path)
         if not is_finished(target):
             raise ArtifactMissing(
                 f"{reference} says that the {dataset} of iteration {index} lie in {target}, where no finished artifact "
-                f"is: put the run with the digest {noted['digest'][:16]}... back there, or correct the path in the file"
+                f"is: put the run with the digest {digest[:16]}... back there, or correct the path in the file"
             )
         artifact = open_artifact(target)
-        if artifact.digest != noted["digest"]:
+        if artifact.digest != digest:
             raise ArtifactDamaged(
-                f"{reference} wants the digest {noted['digest'][:16]}..., but {target} has {artifact.digest[:16]}...: "
+                f"{reference} wants the digest {digest[:16]}..., but {target} has {artifact.digest[:16]}...: "
                 "another artifact lies there by now; correct the path in the file"
             )
-        return artifact
+        return _of_dataset(artifact, dataset)
+
+    def _target(self, reference: Path, noted: str) -> Path:
+        """Return the place of the artifact that a reference names by path or URL.
+
+        Only a run that the user named by URL asks the network. For a local one the working copy must be there already.
+        """
+        url = noted if "://" in noted else None
+        target = Path(os.path.normpath(reference.parent / noted)) if url is None else working_copy_of(url)
+        if is_finished(target):
+            return target
+        url = url or url_of(target)
+        if url is None:
+            return target
+        if self.copy is None:
+            raise ArtifactMissing(
+                f"{reference} refers to {url}, which has no working copy here; a local run is looked at without asking "
+                f"the network: if you trust that place, give `grpo ls {url.partition('/iterations/')[0]}` once, then "
+                "the same command again"
+            )
+        from pipeline.working_copy import bring
+
+        return bring(url)
 
     def refer(self, index: int, dataset: str, artifact: Artifact) -> None:
         """Make another run's artifact a dataset of this iteration: a small file names it by relative path and digest.
@@ -235,9 +268,23 @@ class RunDir:
         write_text(self.config, toml)
         write_text(self.resolved_config, json.dumps(resolved, indent=2, ensure_ascii=False) + "\n")
 
+    def environments(self) -> list[dict[str, Any]]:
+        """Return the environments of the run's starts, in order. Read-only.
+
+        Raises:
+            ArtifactDamaged: when the file cannot be read.
+        """
+        remedy = "delete it, the next start writes it again"
+        if not self.environment.is_file():
+            return []
+        seen: list[Any] = read_json(self.environment, remedy, kind=list, most_bytes=ENVIRONMENT_BYTES)
+        if not all(map(_is_environment, seen)):
+            raise ArtifactDamaged(f"{self.environment} is no list of tables, as every start adds one: {remedy}")
+        return seen
+
     def record_environment(self, facts: dict[str, Any]) -> None:
         """Append the environment to the run's list unless it equals the last one."""
-        seen = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.is_file() else []
+        seen = self.environments()
         if not seen or seen[-1] != facts:
             write_text(self.environment, json.dumps([*seen, facts], indent=2, ensure_ascii=False) + "\n")
 
@@ -258,14 +305,22 @@ def is_record(name: str) -> bool:
     return PurePosixPath(name).name in RECORDS or name.endswith(REFERENCE)
 
 
-def _target(reference: Path, noted: str) -> Path:
-    """Return the place of the artifact that a reference names by path or URL; fetch its manifest from a URL."""
-    url = noted if "://" in noted else None
-    target = Path(os.path.normpath(reference.parent / noted))
-    if url is None and not is_finished(target):
-        url = url_of(target)
-    if url is None:
-        return target
-    from pipeline.working_copy import bring
+def _is_environment(facts: Any) -> bool:
+    kinds = {"packages": dict, "accelerators": list, "processor": str}
+    return isinstance(facts, dict) and all(isinstance(facts.get(name, kind()), kind) for name, kind in kinds.items())
 
-    return bring(url)
+
+def is_iteration(folder: Path) -> bool:
+    """Return whether a path is the folder of an iteration: its number has at least six ASCII digits. Read-only."""
+    name = folder.name
+    is_number = name.isascii() and name.isdigit() and len(name) <= MOST_DIGITS
+    return is_number and name == f"{int(name):06d}" and folder.is_dir()
+
+
+def _of_dataset(artifact: Artifact, dataset: str) -> Artifact:
+    if artifact.manifest.dataset != dataset:
+        raise ArtifactDamaged(
+            f"{artifact.path} holds {shorten(artifact.manifest.dataset)}, expected {dataset}: another artifact was put "
+            "there; restore it from a copy"
+        )
+    return artifact

@@ -67,7 +67,7 @@ def lock(run: RunDir) -> Iterator[None]:
     """Lock the run for writing; the system releases the lock when the process ends, even when it is killed.
 
     Raises:
-        UsageError: when another process is writing this run, or its name is not shown as it is.
+        UsageError: when another process is writing this run, its name is not shown as it is, or its folders are links.
     """
     if one_line(run.name) != run.name:
         raise UsageError(
@@ -76,6 +76,7 @@ def lock(run: RunDir) -> Iterator[None]:
     with ExitStack() as held:
         try:
             run.root.mkdir(parents=True, exist_ok=True)
+            _refuse_links(run)
             held.enter_context(locked(run.root / WRITER_LOCK, wait=False))
         except BlockingIOError:
             raise UsageError(
@@ -88,6 +89,16 @@ def lock(run: RunDir) -> Iterator[None]:
             publish(run)  # what a killed process finished but did not publish
         yield
         publish(run)
+
+
+def _refuse_links(run: RunDir) -> None:
+    """Refuse to write where a link leads: the run may be a stranger's."""
+    for folder in run.folders():
+        if folder.is_symlink():
+            raise UsageError(
+                f"{folder} is a link to {folder.readlink()}, and nothing is written through a link: expected a folder "
+                "of the run; move the files there, or link the whole run instead"
+            )
 
 
 def publish(run: RunDir) -> None:

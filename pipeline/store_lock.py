@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.errors import StoreError, UsageError
 from pipeline.files import write_text
 from pipeline.object_store import Store
+from pipeline.reading import parse_json
 
 STORE_LOCK = "lock.json"
 LEASE_SECONDS = 120.0
@@ -95,5 +96,13 @@ def _read(store: Store) -> dict[str, Any] | None:
     data = store.read_one(STORE_LOCK)
     if data is None:
         return None
-    found: dict[str, Any] = json.loads(data)
+    try:
+        found: dict[str, Any] = parse_json(data)
+        if not (isinstance(found["owner"], str) and isinstance(found["renewed_at"], int | float)):
+            raise ValueError("it names no owner and no time")
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(
+            f"{store.url}/{STORE_LOCK} cannot be read ({error}), expected the lock of a writer: delete it if nobody "
+            "writes there"
+        ) from error
     return found

@@ -9,7 +9,6 @@ Where the two differ, the store is right. But a whole artifact that the store la
 """
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
-from pipeline.files import WRITER_LOCK, atomic_write, is_locked, locked, sha256_file, write_text
+from pipeline.files import WRITER_LOCK, atomic_write, is_locked, locked, remove_tree, sha256_file, write_text
 from pipeline.manifest import MANIFEST, STORE_NOTE, is_finished
 from pipeline.object_store import Listed, Store, open_store, url_of
+from pipeline.reading import inside, is_plain, parse_json, read_json, read_limited
 from pipeline.store_lock import hold, owner_of
 from pipeline.writer import remove_artifact
 
@@ -99,13 +99,18 @@ class WorkingCopy:
 
     def _sync(self, listed: dict[str, Listed]) -> None:
         note = self.root / SEEN
-        seen = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+        seen = read_json(note, "delete it") if note.is_file() else {}
         known = [n for n in listed if PurePosixPath(n).name == MANIFEST or self.is_record(n)]
+        if odd := [n for n in known if not is_plain(n)]:
+            raise StoreError(
+                f"{self.store.url} has the object {odd[0]!r}, expected plain paths: remove it, or do not trust who "
+                "wrote there"
+            )
         new = [n for n in known if seen.get(n) != listed[n].fingerprint or not (self.root / n).is_file()]
         for name, data in self.store.read(new).items():
-            path = self.root / name
+            path = inside(self.root, name)
             if path.name == MANIFEST:
-                adopt(path.parent, f"{self.store.url}/{PurePosixPath(name).parent}", data)
+                adopt(path.parent, self._url(path.parent), data)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(path) as temporary:
@@ -116,7 +121,7 @@ class WorkingCopy:
     def _forget(self, listed: Collection[str], records: Iterable[str]) -> None:
         """Remove what is no longer on the store; an artifact that is whole here stays, to be published again."""
         for name in records:
-            (self.root / name).unlink(missing_ok=True)
+            inside(self.root, name).unlink(missing_ok=True)
         for note in sorted(self.root.rglob(STORE_NOTE)):
             place = note.parent
             if (place / MANIFEST).relative_to(self.root).as_posix() not in listed:
@@ -141,7 +146,7 @@ def bring(url: str) -> Path:
 
 def adopt(place: Path, url: str, manifest: bytes) -> None:
     """Replace the artifact here by the one whose manifest is on the store; an equal one keeps its files."""
-    ours = _digest((place / MANIFEST).read_bytes()) if is_finished(place) else None
+    ours = _digest(read_limited(place / MANIFEST)) if is_finished(place) else None
     theirs = _digest(manifest)
     if ours is not None and theirs is None:
         return  # whole here and damaged there
@@ -152,9 +157,9 @@ def adopt(place: Path, url: str, manifest: bytes) -> None:
         return
     if place.exists():
         remove_artifact(place)
-    shutil.rmtree(place.with_name(f".{place.name}.partial"), ignore_errors=True)
+    remove_tree(place.with_name(f".{place.name}.partial"))
     hidden = place.with_name(f".{place.name}.coming")
-    shutil.rmtree(hidden, ignore_errors=True)
+    remove_tree(hidden)
     hidden.mkdir(parents=True)
     write_text(hidden / STORE_NOTE, note)
     with atomic_write(hidden / MANIFEST) as temporary:
@@ -200,6 +205,6 @@ def _is_whole(place: Path) -> bool:
 def _digest(manifest: bytes) -> str | None:
     """Return the digest that a manifest states, None when it cannot be read."""
     try:
-        return str(json.loads(manifest)["digest"])
+        return str(parse_json(manifest)["digest"])
     except (ValueError, KeyError, TypeError):
         return None

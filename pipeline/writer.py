@@ -5,7 +5,6 @@ killed process leaves finished parts that the next one keeps. Sealing writes the
 """
 
 import os
-import shutil
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
-from pipeline.files import atomic_write, explain_full_device, sha256_file, sync_file, write_text
+from pipeline.files import atomic_write, explain_full_device, remove_tree, sha256_file, sync_file, write_text
 from pipeline.manifest import MANIFEST, MANIFEST_VERSION, Manifest, content_hash, digest_of, is_finished
+from pipeline.reading import read_limited
 
 if TYPE_CHECKING:
     import polars as pl
@@ -32,11 +32,11 @@ HASH_THREADS = 2
 
 
 def remove_artifact(place: Path) -> None:
-    """Remove an artifact; a kill in between leaves no half of it under its name."""
+    """Remove an artifact; a kill in between leaves no half of it under its name. Of a link, the link goes."""
     doomed = doomed_directory(place)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
     place.rename(doomed)
-    shutil.rmtree(doomed)
+    remove_tree(doomed)
 
 
 def doomed_directory(place: Path) -> Path:
@@ -73,21 +73,27 @@ class ArtifactWriter:
         A directory without a manifest in the artifact's place is debris too: an interrupted copy leaves one.
         """
         note = self.directory / RECIPE_NOTE
-        shutil.rmtree(doomed_directory(self.place), ignore_errors=True)
+        remove_tree(doomed_directory(self.place))
         if self.place.exists() and not is_finished(self.place):
             remove_artifact(self.place)
         with explain_full_device(self.place):
-            if not note.is_file() or note.read_text(encoding="utf-8") != self.recipe:
-                shutil.rmtree(self.directory, ignore_errors=True)
+            if not self._is_ours(note):
+                remove_tree(self.directory)
                 self.directory.mkdir(parents=True)
                 note.write_text(self.recipe, encoding="utf-8")
             self.drop_unfinished()
 
+    def _is_ours(self, note: Path) -> bool:
+        """Return whether the hidden directory holds parts of this recipe, and is no link to another one."""
+        if self.directory.is_symlink() or note.is_symlink() or not note.is_file():
+            return False
+        return read_limited(note, len(self.recipe) + 1) == self.recipe.encode()
+
     def drop_unfinished(self) -> None:
         """Remove everything that no later process can use: all but finished parts."""
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if path.name != RECIPE_NOTE and not fnmatch(path.name, PARTS):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_symlink() or (path.name != RECIPE_NOTE and not fnmatch(path.name, PARTS)):
+                remove_tree(path)
 
     def part_path(self, index: int) -> Path:
         return self.directory / f"part-{index:05d}.parquet"
@@ -112,9 +118,10 @@ class ArtifactWriter:
     def _finish_files(self, names: list[str]) -> dict[str, str]:
         """Sync the files and return their hashes. Parts were synced when they were committed."""
         paths = [self.directory / name for name in names]
+        mode = (self.directory / RECIPE_NOTE).stat().st_mode & 0o666  # the user's umask has decided it
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             for path in paths:
-                path.chmod(0o644)  # safetensors makes its files private
+                path.chmod(mode)  # safetensors makes its files private
             synced = [threads.submit(sync_file, path) for path in paths if path.suffix != ".parquet"]
             hashes = dict(zip(names, threads.map(sha256_file, paths), strict=True))
             for future in synced:

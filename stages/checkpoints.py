@@ -4,7 +4,6 @@ The weights are the safetensors files that transformers loads, one or several; t
 torch. transformers is imported only to load a tokenizer, or to ask the hub.
 """
 
-import json
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from pipeline.artifact import WEIGHTS
 from pipeline.errors import PolicyError
 from pipeline.files import sha256_file, sha256_text
 from pipeline.object_store import download_folder, local_path
+from pipeline.reading import loads, open_regular, read_limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,10 @@ CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 NEUTRAL_KEYS = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"})
 """Keys of config.json that change no shape and no computation of an engine whose dtype is set."""
+HEADER_BYTES = 100_000_000
+"""Longest header that safetensors reads."""
+TOKENIZER_BYTES = 128 << 20
+"""Size of the largest JSON file of a checkpoint that is read: a vocabulary of a million tokens."""
 TIED_HEAD = "lm_head.weight"
 """Optional in a file when the head is the embedding."""
 
@@ -85,11 +89,13 @@ def read_header(file: Path) -> Header:
     """
     size = file.stat().st_size
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
             if length > size:
                 raise ValueError(f"{file.name} has a header of {length} bytes, more than the file")
-            tensors = json.loads(opened.read(length))
+            if length > HEADER_BYTES:
+                raise ValueError(f"{file.name} has a header of {length:,} bytes, more than safetensors reads")
+            tensors = loads(opened.read(length))
         metadata = tensors.pop("__metadata__", {})
         ends = [facts["data_offsets"][1] for facts in tensors.values()]
         header = Header(
@@ -98,7 +104,7 @@ def read_header(file: Path) -> Header:
             metadata,
         )
         is_whole = size == 8 + length + max(ends, default=0)
-    except (struct.error, LookupError, TypeError, AttributeError) as error:
+    except (struct.error, LookupError, TypeError, AttributeError, OSError) as error:
         raise ValueError(str(error)) from error
     if not is_whole:
         raise ValueError(f"{file.name} does not end with its last tensor")
@@ -336,10 +342,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the table in a checkpoint's file; an empty one where there is none. Read-only.
 
     Raises:
-        PolicyError: when the file is not JSON.
+        PolicyError: when the file is not JSON, or larger than that of any tokenizer.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
+        found = loads(read_limited(path, TOKENIZER_BYTES)) if path.is_file() else {}
+    except (ValueError, OSError) as error:
         raise PolicyError(f"{path} is not JSON ({error}): restore the checkpoint") from error
     return found if isinstance(found, dict) else {}

@@ -163,7 +163,7 @@ def test_what_a_killed_removal_left_is_removed(tmp_path: Path) -> None:
     ("forged", "message"),
     [
         ({"chosen": {"recipe": "forged"}}, "do not add up to its recipe"),
-        ({"inputs": {"x": {"path": "x", "digest": "forged"}}}, "do not add up to its recipe"),
+        ({"inputs": {"x": {"path": "x", "digest": "f" * 64}}}, "do not add up to its recipe"),
         ({"config": {"recipe": "forged"}}, "its config is not the one of its recipe"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_manifest_of_another_version_is_not_called_damage_that_could_be_delete
 def test_a_manifest_that_is_none_is_damage(tmp_path: Path, data: bytes) -> None:
     write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0, 0.0]))
     (tmp_path / "rewards" / "manifest.json").write_bytes(data)
-    with pytest.raises(ArtifactDamaged, match=r"is not a valid manifest"):
+    with pytest.raises(ArtifactDamaged, match=r"manifest\.json (is not a valid manifest|cannot be read) \("):
         open_artifact(tmp_path / "rewards")
 
 

@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["kill", "overhead", "pause", "report", "fuzz_configs"])
+@pytest.mark.parametrize("name", ["hostile_runs", "kill", "overhead", "pause", "report", "fuzz_configs"])
 def test_help_shows_what_is_measured(name: str) -> None:
     result = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -34,7 +34,7 @@ def test_look_finds_what_a_killed_run_left(tmp_path: Path) -> None:
     iteration = tmp_path / "run" / "iterations" / "000000"
     for name in (".completions.partial", ".policy.doomed", "prompts"):
         (iteration / name).mkdir(parents=True)
-    (tmp_path / "run" / ".metrics.parquet.tmp").touch()
+    (tmp_path / "run" / ".metrics.parquet.0123456789abcdef.tmp").touch()
     state = kill.look(tmp_path)
     assert list(state.partial) == ["run/iterations/000000/completions"]
     assert state.doomed == {"run/iterations/000000/policy"}

@@ -1,11 +1,16 @@
-"""Files: who holds the lock of one, and what it holds."""
+"""Files: who holds the lock of one, and what it holds; nothing is written through a link."""
 
+import multiprocessing
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.files import is_locked, locked, user_path
+from pipeline.files import atomic_write, is_locked, locked, remove_tree, user_path, write_text
+from pipeline.processes import start_python
 from pipeline.runs import run_at
+from tests.builders import reward_rows, write_artifact
 
 
 def test_a_lock_is_refused_to_a_second_one_who_does_not_wait(tmp_path: Path) -> None:
@@ -38,3 +43,82 @@ def test_a_tilde_is_the_home_directory(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(user_path(written)) == str(run_at(written).root) == expected.format(tmp_path)
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """Return a file that lies elsewhere and must stay as it is."""
+    path = tmp_path / "elsewhere" / "victim"
+    path.parent.mkdir()
+    path.write_text("dear")
+    return path
+
+
+def lock_it(path: Path) -> None:
+    with locked(path):
+        pass
+
+
+def log_to(path: Path) -> None:
+    start_python(["-c", "print(1)"], pass_fds=(), environment=dict(os.environ), log=path).wait()
+
+
+@pytest.mark.parametrize("write", [lock_it, log_to])
+def test_a_lock_or_a_log_that_is_a_link_is_refused(tmp_path: Path, victim: Path, write: Callable[[Path], None]) -> None:
+    (tmp_path / "link").symlink_to(victim)
+    (tmp_path / "new").symlink_to(victim.with_name("new"))
+    for name in ("link", "new"):
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            write(tmp_path / name)
+    assert not is_locked(tmp_path / "link")
+    assert [path.read_text() for path in victim.parent.iterdir()] == ["dear"]
+
+
+def test_a_lock_that_is_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"), locked(tmp_path / "pipe"):
+        pass
+
+
+def test_planted_temporaries_and_links_are_not_written_through(tmp_path: Path, victim: Path) -> None:
+    for name in ("report.html", ".report.html.tmp", ".report.html.0123456789abcdef.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    write_text(tmp_path / "report.html", "page")
+    assert victim.read_text() == "dear"
+    assert (tmp_path / "report.html").read_text() == "page"
+    assert not (tmp_path / "report.html").is_symlink()
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    (tmp_path / ".x.0123456789abcdef.tmp").write_text("left")
+    with atomic_write(tmp_path / "x") as first:
+        write_text(tmp_path / "x", "second")
+        first.write_text("first")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "first")]
+
+
+def test_many_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.starmap(write_text, [(tmp_path / "x", str(number) * 1000) for number in range(40)])
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert len(set((tmp_path / "x").read_text())) <= 3
+
+
+def test_of_a_link_the_link_is_removed(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "link").symlink_to(victim.parent)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(victim.parent)
+    for name in ("link", "folder", "missing"):
+        remove_tree(tmp_path / name)
+    assert victim.read_text() == "dear"
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644)])
+def test_rows_and_manifest_have_the_mode_that_the_umask_leaves(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        artifact = write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0]))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {mode}

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from flows.commands.lineage import lineage
 from flows.printing import Format
 from pipeline.artifact import open_artifact
+from pipeline.conformance import conform
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
 from pipeline.lineage import ancestry, trace, updates_of
 from pipeline.run_dir import RunDir
@@ -94,9 +96,10 @@ def test_a_dropped_completion_trains_nothing(run: RunDir, tmp_path: Path) -> Non
     dropped = completion_of(copy, 0, is_kept=True)
     path = copy.place(0, "batches") / "part-00000.parquet"
     is_it = pl.col("completion_id") == dropped
-    pl.read_parquet(path).with_columns(
+    rows = pl.read_parquet(path).with_columns(
         drop_reason=pl.when(is_it).then(pl.lit("stale")).otherwise(pl.col("drop_reason"))
-    ).write_parquet(path)
+    )
+    pq.write_table(conform(rows, "batches"), path)
     fix_hashes(copy.place(0, "batches"))
     manifest = manifest_of(copy.policy_before(1))
     manifest["inputs"]["batches"]["digest"] = manifest_of(copy.place(0, "batches"))["digest"]

@@ -12,7 +12,7 @@ from flows.commands.metrics import metrics
 from flows.commands.rows import rows
 from flows.commands.show import show
 from flows.printing import Format
-from pipeline.errors import ArtifactDamaged, UsageError
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
 from pipeline.manifest import is_finished
 from pipeline.object_store import open_store
 from pipeline.run_dir import RunDir
@@ -193,7 +193,7 @@ def test_a_damaged_manifest_is_named_by_its_url(base: str, local: RunDir) -> Non
     url = f"{base}/demo"
     copy(local, url)
     overwrite(url, f"{COMPLETIONS}/manifest.json", b"{")
-    with pytest.raises(ArtifactDamaged, match=rf"is not a valid manifest.*working copy of {url}/{COMPLETIONS}"):
+    with pytest.raises(ArtifactDamaged, match=rf"cannot be read .*working copy of {url}/{COMPLETIONS}"):
         open_run(url).open(0, "completions")
 
 
@@ -230,11 +230,17 @@ def test_a_run_refers_to_its_neighbour_on_the_store_and_not_to_a_local_run(
     assert open_run(f"{base}/second").open(0, "completions").read().height == 4
 
 
-def test_a_local_run_refers_to_one_on_a_store_by_url(base: str, local: RunDir, tmp_path: Path) -> None:
+def test_a_local_run_refers_to_one_on_a_store_by_url_which_is_asked_only_when_the_user_named_it(
+    base: str, local: RunDir, tmp_path: Path
+) -> None:
     copy(local, f"{base}/first")
     second = RunDir(tmp_path / "runs" / "second")
     second.refer(0, "completions", open_run(f"{base}/first").open(0, "completions"))
     shutil.rmtree(tmp_path / "work")
+    with pytest.raises(ArtifactMissing, match=rf"without asking the network: .* `grpo ls {base}/first` once"):
+        second.open(0, "completions")
+    assert not (tmp_path / "work").exists()
+    open_run(f"{base}/first")
     assert second.open(0, "completions").read().height == 4
 
 

@@ -1,6 +1,7 @@
 """`grpo prune`: drop the checkpoints of all but the last policies; rows and manifests stay."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -31,7 +32,7 @@ def prune(
     from pipeline.prune import prune as drop
 
     run_dir = open_run(run)
-    with lock(run_dir):
+    with nullcontext() if dry_run else lock(run_dir):
         # opened again: under the lock no other process adds a policy
         items = prunable(run_dir, keep_policies, _needed(open_run(run)), initial=initial)
         done: Sequence[Pruned] = items if dry_run else list(drop(items))

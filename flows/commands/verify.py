@@ -97,6 +97,8 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
         place = " ".join(str(problem[key]) for key in ("artifact", "part", "row") if problem[key] is not None)
         say(f"{problem['check']}: {place}: {problem['found']}")
     verdict = "nothing is wrong" if findings.is_fine else f"{_count_wrong(findings.tallies)} things are wrong"
+    if findings.notes:
+        verdict += f"; {sum(findings.notes.values())} checks could not be made"
     say(f"{run.root}: {verdict}")
     return findings.is_fine
 

@@ -4,7 +4,6 @@ Everything comes from the artifacts that `RunDir.open` finds; what an iteration 
 only `metrics.parquet` still knows, because their artifacts were removed, are taken from there.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,14 +190,14 @@ def collect(
 
 
 def _facts(run: RunDir, settings: dict[str, Any]) -> dict[str, str]:
-    environment: dict[str, Any] = {}
-    if run.environment.is_file():
-        seen = json.loads(run.environment.read_text(encoding="utf-8"))
-        environment = seen[-1] if seen else {}
+    seen = run.environments()
+    environment = seen[-1] if seen else {}
     packages = environment.get("packages", {})
     last = next((k for k in reversed(run.iterations()) if _find(run, k, "policy")), None)
     policy = _find(run, last, "policy") if last is not None else None
-    rewards = ", ".join(f"{r['name']} ({r['function']})" for r in settings.get("score", {}).get("rewards", []))
+    listed = settings.get("score", {}).get("rewards")
+    tables = [table for table in listed if isinstance(table, dict)] if isinstance(listed, list) else []
+    rewards = ", ".join(f"{table.get('name')} ({table.get('function')})" for table in tables)
     facts = {
         "model": settings.get("policy", {}).get("model"),
         "prompts": settings.get("prompts", {}).get("source"),
@@ -328,10 +327,11 @@ def _training_measures(records: pl.LazyFrame) -> Values:
 def _fill_from_metrics(run: RunDir, report: Report) -> None:
     if not run.metrics.is_file():
         return
-    stored = {row["iteration"]: row for row in run.read_metrics().to_dicts()}
+    metrics = run.read_metrics()
+    stored = {row["iteration"]: row for row in metrics.to_dicts()}
     names = [
         name
-        for name, type_ in pl.read_parquet_schema(run.metrics).items()
+        for name, type_ in metrics.schema.items()
         if type_.is_numeric() and name not in ("iteration", "num_completions", "num_trained", "num_tokens")
     ]
     for name in names:

@@ -10,6 +10,7 @@ import polars as pl
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from pipeline.errors import ArtifactDamaged
 from pipeline.run_dir import RunDir
 from pipeline.text import json_text
 
@@ -62,7 +63,14 @@ def _tokenizers(run: RunDir) -> Iterator[Path]:
 
 
 def _load(path: Path) -> Tokenizer | None:
-    return Tokenizer.from_file(str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ArtifactDamaged(
+            f"{path} cannot be read as a tokenizer ({error}): restore it from a copy, see `grpo verify`"
+        ) from error
 
 
 def choose_groups(data: Data, flagged: Collection[str], count: int, seed: str) -> tuple[dict[str, str], int]:
@@ -131,6 +139,11 @@ def group_views(
     prompts = _prompts(data, rows)
     by_group = rows.partition_by("group_id", as_dict=True, maintain_order=True)
     for group, reason in chosen.items():
+        if (group,) not in by_group:
+            raise ArtifactDamaged(
+                f"iteration {iteration} has rewards or advantages of the group {group!r} and none of its completions: "
+                "see `grpo verify`"
+            )
         listed = by_group[(group,)].to_dicts()
         kept = _kept(listed, flagged)
         vocabulary: dict[str, int] = {}

@@ -1,11 +1,13 @@
 """Verifies checkpoints: policies and optimizer states against those they were updated from."""
 
+from functools import partial
 from pathlib import Path
 
 from pipeline.artifact import Artifact
+from pipeline.reading import shorten
 from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILES, read_header, weight_names
 from stages.inspect.verify.files import Catalog, Located, policy_key
-from stages.inspect.verify.ledger import Ledger, shorten
+from stages.inspect.verify.ledger import Ledger
 
 
 def check_policies(ledger: Ledger, catalog: Catalog, sound: set[Path]) -> None:
@@ -16,11 +18,15 @@ def check_policies(ledger: Ledger, catalog: Catalog, sound: set[Path]) -> None:
         if parent is None or not {item.artifact.path, parent.artifact.path} <= sound:
             continue
         ledger.checked("policies")
-        ours, theirs = item.artifact.manifest.files, parent.artifact.manifest.files
-        for name in TOKENIZER_FILES:
-            if ours.get(name, {}).get("sha256") != theirs.get(name, {}).get("sha256"):
-                ledger.wrong("policies", item.where, f"it differs from that of {parent.where.path}", part=name)
-        _compare_tensors(ledger, item, parent)
+        ledger.attempt("policies", item.where, partial(_check_policy, ledger, item, parent))
+
+
+def _check_policy(ledger: Ledger, item: Located, parent: Located) -> None:
+    ours, theirs = item.artifact.manifest.files, parent.artifact.manifest.files
+    for name in TOKENIZER_FILES:
+        if ours.get(name, {}).get("sha256") != theirs.get(name, {}).get("sha256"):
+            ledger.wrong("policies", item.where, f"it differs from that of {parent.where.path}", part=name)
+    _compare_tensors(ledger, item, parent)
 
 
 def _compare_tensors(ledger: Ledger, item: Located, parent: Located) -> bool:
@@ -50,20 +56,24 @@ def check_states(ledger: Ledger, catalog: Catalog, sound: set[Path]) -> None:
         if dataset != "optimizer" or index is None or item.artifact.path not in sound:
             continue
         ledger.checked("policies")
-        key, file = ((index - 1, "optimizer"), STATE_FILE) if index else ((None, "initial_policy"), OPTIMIZER_FILE)
-        before, steps = catalog.get(key), catalog.get((index, "optimizer_steps"))
-        if before is None or steps is None or before.artifact.path not in sound:
-            continue
-        if index and not _compare_tensors(ledger, item, before):
-            continue
-        try:
-            taken, earlier = _num_steps(item.artifact, STATE_FILE), _num_steps(before.artifact, file)
-        except (ValueError, LookupError) as error:
-            ledger.wrong("policies", item.where, f"its tensors cannot be read: {error}")
-            continue
-        if taken is not None and earlier is not None and taken != earlier + (steps.artifact.manifest.rows or 0):
-            text = f"{taken} steps taken, expected {earlier} and the {steps.artifact.manifest.rows} of this iteration"
-            ledger.wrong("policies", item.where, text)
+        ledger.attempt("policies", item.where, partial(_check_state, ledger, catalog, sound, index, item))
+
+
+def _check_state(ledger: Ledger, catalog: Catalog, sound: set[Path], index: int, item: Located) -> None:
+    key, file = ((index - 1, "optimizer"), STATE_FILE) if index else ((None, "initial_policy"), OPTIMIZER_FILE)
+    before, steps = catalog.get(key), catalog.get((index, "optimizer_steps"))
+    if before is None or steps is None or before.artifact.path not in sound:
+        return
+    if index and not _compare_tensors(ledger, item, before):
+        return
+    try:
+        taken, earlier = _num_steps(item.artifact, STATE_FILE), _num_steps(before.artifact, file)
+    except (ValueError, LookupError) as error:
+        ledger.wrong("policies", item.where, f"its tensors cannot be read: {error}")
+        return
+    if taken is not None and earlier is not None and taken != earlier + (steps.artifact.manifest.rows or 0):
+        text = f"{taken} steps taken, expected {earlier} and the {steps.artifact.manifest.rows} of this iteration"
+        ledger.wrong("policies", item.where, text)
 
 
 def _num_steps(artifact: Artifact, name: str) -> int | None:

@@ -4,7 +4,7 @@
 That second derivation is the check: denominators and advantages follow from the inputs, or are named.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import polars as pl
@@ -12,12 +12,13 @@ import polars as pl
 from grpo.batching import full_vocabulary_logprobs, known_tokens, loss_tokens
 from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError
+from pipeline.reading import shorten
 from pipeline.run_dir import RunDir
 from stages import batch, normalize
 from stages.custom_functions import SOURCES, sources
 from stages.inspect.metrics import iteration_metrics
 from stages.inspect.verify.files import Catalog, Located
-from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, apply_rules, compare, shorten
+from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, apply_rules, compare
 from stages.inspect.verify.rows import fingerprint, scan
 
 TOLERANCE = 1e-9
@@ -204,19 +205,26 @@ def _check_figures(ledger: Ledger, where: Where, records: Artifact) -> None:
 
 
 def check_metrics(
-    ledger: Ledger, run: RunDir, finished: list[int], intact: set[int], pass_threshold: float, catalog: Catalog
+    ledger: Ledger,
+    run: RunDir,
+    finished: list[int],
+    intact: set[int],
+    pass_threshold: float,
+    catalog: Catalog,
+    noted_before: Collection[int],
 ) -> None:
     """Recompute the metrics of the finished iterations whose artifacts are ``intact``, and compare every figure.
 
-    The last finished iteration may have none yet: a run can be killed before they are written.
+    The last finished iteration may have none yet: a run can be killed before they are written. ``noted_before`` are
+    the iterations with figures before the artifacts were opened: a run that is being written adds others meanwhile.
     """
     where = Where(run.metrics.name, "metrics")
     if not run.metrics.is_file():
         if len(finished) > 1:
             ledger.wrong("metrics", where, f"the file is gone, but {len(finished)} iterations are finished")
         return
-    stored = {row["iteration"]: row for row in pl.read_parquet(run.metrics, glob=False).to_dicts()}
-    for iteration in sorted({*stored} - {*finished}):
+    stored = {row["iteration"]: row for row in run.read_metrics().to_dicts()}
+    for iteration in sorted({*noted_before} - {*finished}):
         ledger.wrong("metrics", where, "figures of an iteration that is not finished", row=f"iteration {iteration}")
     for iteration in finished:
         if iteration not in stored:

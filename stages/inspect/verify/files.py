@@ -2,22 +2,24 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.artifact import PRUNED_NOTE, Artifact, open_artifact, pruned_files
 from pipeline.chain import DATASETS, INITIAL, known_schemas
-from pipeline.errors import ArtifactError, ArtifactMissing, SchemaError
+from pipeline.errors import ArtifactMissing
 from pipeline.manifest import MANIFEST, WrongBytes, wrong_bytes
-from pipeline.run_dir import REFERENCE, RunDir
-from stages.inspect.verify.ledger import Ledger, Where, shorten
+from pipeline.parquet import check_parts
+from pipeline.reading import resolved, shorten
+from pipeline.run_dir import REFERENCE, RunDir, is_iteration
+from stages.inspect.verify.ledger import Ledger, Where, describe
 
 UPDATE_DATASETS = ("training_records", "optimizer_steps", "policy")
 """Outputs of one stage: where one is, the others must be."""
@@ -39,54 +41,77 @@ Catalog = dict[tuple[int | None, str], Located]
 
 
 def open_all(run: RunDir, ledger: Ledger) -> Catalog:
-    """Return every artifact of the run that can be opened; what cannot is noted. Read-only."""
-    catalog: Catalog = {}
+    """Return every artifact of the run that can be opened; what cannot is noted. Read-only.
+
+    They are opened from the last to the first: of a run that is being written everything that an artifact was made
+    from is then there.
+    """
     members = run.member("any").parent
-    fixed = {
-        "initial_policy": run.initial_policy,
-        **{f"member {place.name}": place for place in (sorted(members.iterdir()) if members.is_dir() else [])},
-        "held_out_prompts": run.held_out_prompts,
-        "initial_evaluations": run.place(INITIAL, "evaluations"),
+    places: dict[tuple[int | None, str], Path] = {
+        (None, "initial_policy"): run.initial_policy,
+        **{(None, f"member {place.name}"): place for place in (sorted(members.iterdir()) if members.is_dir() else [])},
+        (None, "held_out_prompts"): run.held_out_prompts,
+        (None, "initial_evaluations"): run.place(INITIAL, "evaluations"),
+        **{(index, dataset): run.place(index, dataset) for index in run.iterations() for dataset in DATASETS},
     }
-    for name, place in fixed.items():
-        _open(run, ledger, catalog, (None, name), place)
+    opened = {key: _open(run, key, place) for key, place in reversed(places.items())}
+    catalog: Catalog = {}
+    for key, place in places.items():
+        where = Where(relative_path(place, run.root), key[1], key[0])
+        found = opened[key]
+        if found is None:
+            continue
+        ledger.checked("manifests")
+        if isinstance(found, Artifact):
+            is_own = resolved(found.path).is_relative_to(resolved(run.root))
+            catalog[key] = Located(where, found, is_own)
+        else:
+            ledger.wrong("manifests", where, found)
+    ledger.attempt("manifests", Where("iterations", "iterations"), partial(_check_names, ledger, run))
     for index in run.iterations():
-        for dataset in DATASETS:
-            _open(run, ledger, catalog, (index, dataset), run.place(index, dataset))
-        known = {*DATASETS, *(f"{name}{REFERENCE}" for name in DATASETS)}
-        for path in sorted(run.iteration(index).iterdir()):
-            if path.name not in known and not path.name.startswith("."):  # hidden: unfinished, or being removed
-                where = Where(relative_path(path, run.root), path.name, index)
-                ledger.wrong("manifests", where, "no dataset of an iteration has this name")
-        present = [name for name in UPDATE_DATASETS if (index, name) in catalog]
-        if "policy" in present and len(present) < len(UPDATE_DATASETS):
-            gone = ", ".join(name for name in UPDATE_DATASETS if name not in present)
-            ledger.wrong("manifests", catalog[index, "policy"].where, f"{gone} of the same update cannot be opened")
-        for name in present:
-            if catalog[index, name].artifact.manifest.recipe != catalog[index, present[-1]].artifact.manifest.recipe:
-                other = catalog[index, present[-1]].where.path
-                text = f"its recipe is another one than that of {other}, which the same update made"
-                ledger.wrong("manifests", catalog[index, name].where, text)
+        _check_update(ledger, catalog, index)
     return catalog
 
 
-def _open(run: RunDir, ledger: Ledger, catalog: Catalog, key: tuple[int | None, str], place: Path) -> None:
+def _open(run: RunDir, key: tuple[int | None, str], place: Path) -> Artifact | str | None:
+    """Return the artifact in its place, or why it cannot be opened; None when there is none."""
     index, dataset = key
-    where = Where(relative_path(place, run.root), dataset, index)
     try:
-        artifact = open_artifact(place) if index is None else run.open(index, dataset)
-    except ArtifactMissing:
+        return open_artifact(place) if index is None else run.open(index, dataset)
+    except ArtifactMissing as error:
         if place.exists():
-            ledger.checked("manifests")
-            ledger.wrong("manifests", where, f"there is no {MANIFEST}: the artifact is half there")
-        return
-    except (ArtifactError, OSError, UnicodeDecodeError) as error:
-        ledger.checked("manifests")
-        ledger.wrong("manifests", where, str(error))
-        return
-    ledger.checked("manifests")
-    is_own = artifact.path.resolve().is_relative_to(run.root.resolve())
-    catalog[key] = Located(where, artifact, is_own)
+            return f"there is no {MANIFEST}: the artifact is half there"
+        return str(error) if index is not None and run.refers(index, dataset) else None
+    except Exception as error:  # what is looked at may be anything
+        return describe(error)
+
+
+def _check_names(ledger: Ledger, run: RunDir) -> None:
+    """Note what stands where only iterations and their datasets should; hidden: unfinished, or being removed."""
+    folder = run.iteration(0).parent
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not is_iteration(path) and not path.name.startswith("."):
+            where = Where(relative_path(path, run.root), path.name)
+            ledger.wrong("manifests", where, "no iteration has this name")
+    known = {*DATASETS, *(f"{name}{REFERENCE}" for name in DATASETS)}
+    for index in run.iterations():
+        for path in sorted(run.iteration(index).iterdir()):
+            if path.name not in known and not path.name.startswith("."):
+                where = Where(relative_path(path, run.root), path.name, index)
+                ledger.wrong("manifests", where, "no dataset of an iteration has this name")
+
+
+def _check_update(ledger: Ledger, catalog: Catalog, index: int) -> None:
+    """Check that the datasets of one update are there together, and were made by it."""
+    present = [name for name in UPDATE_DATASETS if (index, name) in catalog]
+    if "policy" in present and len(present) < len(UPDATE_DATASETS):
+        gone = ", ".join(name for name in UPDATE_DATASETS if name not in present)
+        ledger.wrong("manifests", catalog[index, "policy"].where, f"{gone} of the same update cannot be opened")
+    for name in present:
+        if catalog[index, name].artifact.manifest.recipe != catalog[index, present[-1]].artifact.manifest.recipe:
+            other = catalog[index, present[-1]].where.path
+            text = f"its recipe is another one than that of {other}, which the same update made"
+            ledger.wrong("manifests", catalog[index, name].where, text)
 
 
 def relative_path(path: Path, root: Path) -> str:
@@ -102,11 +127,11 @@ def check_files(ledger: Ledger, located: Iterable[Located]) -> set[Path]:
     listed = list({item.artifact.path: item for item in located}.values())
     sound: set[Path] = set()
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
-        for item, wrong in zip(listed, pool.map(_wrong_files, listed), strict=True):
+        for item, looked in [(item, pool.submit(_wrong_files, item)) for item in listed]:
             before = len(ledger.problems)
-            _check_bytes(ledger, item, wrong)
+            ledger.attempt("files", item.where, partial(_check_bytes, ledger, item, looked))
             if len(ledger.problems) == before:
-                _check_counts(ledger, item)
+                ledger.attempt("schema", item.where, partial(_check_counts, ledger, item))
             if not any(p.check in ("files", "schema") for p in ledger.problems[before:]):
                 sound.add(item.artifact.path)
     return sound
@@ -122,8 +147,9 @@ def _wrong_files(item: Located) -> dict[str, WrongBytes]:
     return {name: wrong for name, wrong in found.items() if wrong is not None}
 
 
-def _check_bytes(ledger: Ledger, item: Located, wrong_files: Mapping[str, WrongBytes]) -> None:
+def _check_bytes(ledger: Ledger, item: Located, looked: "Future[dict[str, WrongBytes]]") -> None:
     artifact, where = item.artifact, item.where
+    wrong_files = looked.result()
     pruned = pruned_files(artifact)
     for name, facts in artifact.manifest.files.items():
         ledger.checked("files")
@@ -148,24 +174,21 @@ def _check_bytes(ledger: Ledger, item: Located, wrong_files: Mapping[str, WrongB
 
 def _check_counts(ledger: Ledger, item: Located) -> None:
     """Compare schema, rows and drops, which no hash covers, with the files."""
-    manifest, where = item.artifact.manifest, item.where
+    manifest, where, paths = item.artifact.manifest, item.where, item.artifact.files()
+    ledger.checked("schema", len(paths))
+    ledger.checked("counts", len(paths))
+    check_parts(dict.fromkeys(paths))
+    item.artifact.check_schema(known_schemas())
     total = 0
     drops: Counter[str] = Counter()
-    for path in item.artifact.files():
-        ledger.checked("schema")
-        ledger.checked("counts")
-        try:
-            rows = pq.read_metadata(path).num_rows
-            item.artifact.check_schema(known_schemas())
-            drops.update(_drops(path))
-        except (SchemaError, pa.ArrowException, pl.exceptions.PolarsError, KeyError) as error:
-            ledger.wrong("schema", where, str(error), part=path.name)
-            return
+    for path in paths:
+        rows = pq.read_metadata(path).num_rows
+        drops.update(_drops(path))
         total += rows
-        stated = manifest.files[path.name].get("rows")
+        stated = manifest.files[path.relative_to(item.artifact.path).as_posix()]["rows"]
         if rows != stated:
-            ledger.wrong("counts", where, f"{rows} rows, the manifest says {shorten(stated)}", part=path.name)
-    stated_total = total if item.artifact.files() else None
+            ledger.wrong("counts", where, f"{rows} rows, the manifest says {stated}", part=path.name)
+    stated_total = total if paths else None
     sorted_drops = dict(sorted(drops.items()))
     if manifest.rows != stated_total or manifest.drops != sorted_drops:
         text = f"{stated_total} rows with the drops {sorted_drops}, the manifest says {manifest.rows}, {manifest.drops}"

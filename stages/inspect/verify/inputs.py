@@ -1,24 +1,29 @@
 """Verifies the chain: every manifest against its inputs, back to the first prompt, and against the run's config."""
 
-import json
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, WRITER, From, load_stage
 from pipeline.config import default_of
-from pipeline.errors import ArtifactError
+from pipeline.errors import GrpoError
 from pipeline.manifest import canonical_json
-from pipeline.run_dir import RunDir
+from pipeline.reading import resolved, shorten
+from pipeline.run_dir import RESOLVED_CONFIG, RunDir
 from stages import policy
+from stages.batch import IMPORTED
 from stages.inspect.verify.files import Catalog, Located, policy_key, relative_path
-from stages.inspect.verify.ledger import Ledger, Where, shorten
+from stages.inspect.verify.ledger import Ledger, Where, describe
 from stages.rewards.functions import RewardConfig
 from stages.score import ScoreConfig
 
 DECIDE_NOTHING = ScoreConfig.DECIDES_NOTHING | RewardConfig.DECIDES_NOTHING
 """Settings that may change between two starts of a run."""
+IMPORTED_DATASETS = ("prompts", "completions")
+"""What `grpo import` makes in place of the stages of the chain."""
 BEFORE_ITERATIONS = {"held_out_prompts": "prompts", "initial_evaluations": "evaluations"}
 """Places before the first iteration -> the dataset that they hold."""
 
@@ -28,15 +33,15 @@ def check_inputs(ledger: Ledger, run: RunDir, catalog: Catalog) -> list[Located]
 
     Read-only.
     """
-    known = {item.artifact.path.resolve(): item for item in catalog.values()}
+    known = {resolved(item.artifact.path): item for item in catalog.values()}
     outside: dict[Path, Located] = {}
     queue = [(key, item) for key, item in catalog.items()]
     while queue:
         key, item = queue.pop(0)
-        _check_kind(ledger, key, item)
+        ledger.attempt("manifests", item.where, partial(_check_kind, ledger, key, item))
         for name, facts in item.artifact.manifest.inputs.items():
             ledger.checked("inputs")
-            place = Path(os.path.normpath(item.artifact.path.resolve() / str(facts.get("path"))))
+            place = Path(os.path.normpath(resolved(item.artifact.path) / facts["path"]))
             source = known.get(place) or outside.get(place)
             if source is None:
                 source = _open_outside(ledger, run, item, name, place)
@@ -44,27 +49,42 @@ def check_inputs(ledger: Ledger, run: RunDir, catalog: Catalog) -> list[Located]
                     continue
                 outside[place] = source
                 queue.append(((None, ""), source))
-            digest = source.artifact.digest
-            if digest != facts["digest"]:
-                text = f"its input {name} is {facts['digest'][:16]}..., but {source.where.path} is {digest[:16]}..."
-                ledger.wrong("inputs", item.where, text)
-            elif item.is_own and (taken := _source_in_run(key, name, item.artifact)) is not None:
-                wanted = catalog.get(taken)
-                if wanted is not None and wanted.artifact.digest != digest:
-                    text = f"its input {name} is {source.where.path}, expected {wanted.where.path}"
-                    ledger.wrong("inputs", item.where, text)
+            check = partial(_check_input, ledger, catalog, (key, item), name, source)
+            ledger.attempt("inputs", item.where, check)
     return list(outside.values())
 
 
+def _check_input(
+    ledger: Ledger, catalog: Catalog, of: tuple[tuple[int | None, str], Located], name: str, source: Located
+) -> None:
+    """Check that an input has the digest that the manifest names, and stands where the stage takes it from."""
+    key, item = of
+    stated, digest = item.artifact.manifest.inputs[name]["digest"], source.artifact.digest
+    if digest != stated:
+        text = f"its input {name} is {stated[:16]}..., but {source.where.path} is {digest[:16]}..."
+        ledger.wrong("inputs", item.where, text)
+    elif item.is_own and (taken := _source_in_run(key, name, item.artifact)) is not None:
+        wanted = catalog.get(taken)
+        if wanted is not None and wanted.artifact.digest != digest:
+            text = f"its input {name} is {source.where.path}, expected {wanted.where.path}"
+            ledger.wrong("inputs", item.where, text)
+
+
 def _check_kind(ledger: Ledger, key: tuple[int | None, str], item: Located) -> None:
-    """Check that an artifact is of the kind that its place is for, and lacks no input of its stage."""
+    """Check that an artifact is of the kind that its place is for, by a stage that makes it, and lacks no input."""
     manifest, place = item.artifact.manifest, key[1]
     is_policy = place == "initial_policy" or place.startswith("member ")
     kind = "policy" if is_policy else BEFORE_ITERATIONS.get(place, place)
     if kind and manifest.dataset != kind:
         ledger.wrong("manifests", item.where, f"it holds {manifest.dataset}, expected {kind}")
     step = WRITER.get(kind)
-    if is_policy or step is None or manifest.stage != step.name:  # the inputs of other stages are their own matter
+    makers = {policy.STAGE.name} if is_policy else {step.name} if step else set()
+    if makers and kind in IMPORTED_DATASETS:
+        makers |= {IMPORTED}
+    if makers and manifest.stage not in makers:
+        expected = " or ".join(sorted(makers))
+        ledger.wrong("manifests", item.where, f"it was made by stage {shorten(manifest.stage)}, expected {expected}")
+    if is_policy or step is None or manifest.stage != step.name:
         return
     needed = {name: source for name, source in step.reads.items() if source is not From.if_made}
     required = {f"{name}:" if source is From.members else name for name, source in needed.items()}
@@ -76,8 +96,8 @@ def _check_kind(ledger: Ledger, key: tuple[int | None, str], item: Located) -> N
 def _open_outside(ledger: Ledger, run: RunDir, item: Located, name: str, place: Path) -> Located | None:
     try:
         artifact = open_artifact(place)
-    except (ArtifactError, OSError, UnicodeDecodeError) as error:
-        ledger.wrong("inputs", item.where, f"its input {name} cannot be opened: {error}")
+    except Exception as error:  # what is looked at may be anything
+        ledger.wrong("inputs", item.where, f"its input {name} cannot be opened: {describe(error)}")
         return None
     ledger.checked("manifests")
     return Located(Where(relative_path(place, run.root), artifact.manifest.dataset), artifact, is_own=False)
@@ -111,31 +131,43 @@ def check_config(ledger: Ledger, run: RunDir, catalog: Catalog) -> dict[str, Any
     where = Where(run.resolved_config.name, "config")
     ledger.checked("config")
     try:
-        tables: dict[str, Any] = json.loads(run.resolved_config.read_text(encoding="utf-8"))
+        tables = run.settings()
         stated = {step.name: dict(tables[step.name]) for step in CHAIN if step.name in tables}
         stated["evaluate"] = {
             **stated["generate"],
             **tables["evaluate"],
             **{n: tables[n] for n in ("score", "normalize")},
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (GrpoError, KeyError) as error:
         ledger.wrong("config", where, f"the file cannot be read: {type(error).__name__}: {error}")
         return {}
-    for (index, dataset), item in catalog.items():
-        if item.is_own:
-            _check_defaults(ledger, item)
-        step = WRITER.get(BEFORE_ITERATIONS.get(dataset, dataset))
-        table = step.name if step else ""
-        if table not in stated or dataset in ("held_out_prompts", "initial_policy") or not item.is_own:
-            continue
-        expected = {**stated[table], "seed": tables.get("seed"), "iteration": index}
-        for name, value in item.artifact.manifest.config.items():
-            if name in expected and name not in DECIDE_NOTHING:
-                ledger.checked("config")
-                if canonical_json(_deciding(value)) != canonical_json(_deciding(expected[name])):
-                    text = f"{table}.{name} is {shorten(value)}, {where.path} says {shorten(expected[name])}"
-                    ledger.wrong("config", item.where, text)
+    for key, item in catalog.items():
+        ledger.attempt("config", item.where, partial(_check_settings, ledger, tables, stated, key, item))
     return tables
+
+
+def _check_settings(
+    ledger: Ledger,
+    tables: Mapping[str, Any],
+    stated: Mapping[str, dict[str, Any]],
+    key: tuple[int | None, str],
+    item: Located,
+) -> None:
+    """Compare the settings in a manifest with the tables that the run's config states for its stage."""
+    index, dataset = key
+    if item.is_own:
+        _check_defaults(ledger, item)
+    step = WRITER.get(BEFORE_ITERATIONS.get(dataset, dataset))
+    table = step.name if step else ""
+    if table not in stated or dataset in ("held_out_prompts", "initial_policy") or not item.is_own:
+        return
+    expected = {**stated[table], "seed": tables.get("seed"), "iteration": index}
+    for name, value in item.artifact.manifest.config.items():
+        if name in expected and name not in DECIDE_NOTHING:
+            ledger.checked("config")
+            if canonical_json(_deciding(value)) != canonical_json(_deciding(expected[name])):
+                text = f"{table}.{name} is {shorten(value)}, {RESOLVED_CONFIG} says {shorten(expected[name])}"
+                ledger.wrong("config", item.where, text)
 
 
 def _deciding(value: Any) -> Any:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
+
+from pipeline.errors import GrpoError
+from pipeline.reading import shorten
 
 PART = "_part"
 """Column that carries a row's file while rows are compared."""
@@ -36,6 +39,9 @@ CHECKS: Mapping[str, str] = {
     "metrics": "recomputed from the artifacts, the figures are those of metrics.parquet",
 }
 """Every check in the order of the table, with what it proves."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +114,27 @@ class Ledger:
             rest = count - len(named)
             self.problems.append(Problem(check, where, f"{rest:,} more rows like these", num_rows=rest))
 
+    def attempt(self, check: str, where: Where, do: Callable[[], T]) -> T | None:
+        """Return what a check returns; whatever it raises is a finding: what is looked at may be anything.
+
+        None when it raised.
+        """
+        try:
+            return do()
+        except (Exception, pl.exceptions.PanicException) as error:
+            self.wrong(check, where, f"cannot be checked: {describe(error)}")
+            return None
+
     def skipped(self, check: str, reason: str) -> None:
         """Note that a check could not be made here: neither right nor wrong."""
         self.tallies[check].skipped += 1
         self.notes[check, reason] = self.notes.get((check, reason), 0) + 1
+
+
+def describe(error: BaseException) -> str:
+    """Return an error of ours as it is, and the kind and first line of any other."""
+    lines = str(error).strip().splitlines() or [""]
+    return str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {lines[0]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +175,6 @@ def apply_rules(ledger: Ledger, where: Where, frame: pl.LazyFrame, rules: Sequen
 def _values(row: Mapping[str, Any], columns: Iterable[str]) -> str:
     shown = ", ".join(f"{name} is {shorten(row[name])}" for name in columns)
     return f": {shown}" if shown else ""
-
-
-def shorten(value: object) -> str:
-    """Return a value as text of at most 100 characters."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def compare(

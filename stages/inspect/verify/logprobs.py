@@ -10,6 +10,7 @@ torch is imported when the first model is loaded.
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import polars as pl
 
 from grpo.batching import cut_microbatches, full_vocabulary_logprobs
 from pipeline.artifact import Artifact, open_artifact, pruned_files
-from pipeline.errors import ArtifactError, GrpoError
+from pipeline.errors import ArtifactError
 from pipeline.files import identity
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
@@ -26,7 +27,7 @@ from stages.batch import IMPORTED
 from stages.checkpoints import weight_names
 from stages.config import RunConfig, recorded_config
 from stages.inspect.verify.files import open_all, relative_path
-from stages.inspect.verify.ledger import Ledger, Tally, Where, WrongRow
+from stages.inspect.verify.ledger import Ledger, Tally, Where, WrongRow, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,12 +104,13 @@ def check_logprobs(
         if not run.has(index, "completions"):
             continue
         where = Where(relative_path(run.place(index, "completions"), run.root), "completions", index)
-        try:
-            completions = run.open(index, "completions")
-            sample, count = sample_rows(completions, index, settings)
-        except (GrpoError, pl.exceptions.PolarsError, OSError) as error:
-            ledger.wrong(CHECK, where, f"cannot be checked: {error}")
+        completions = ledger.attempt(CHECK, where, partial(run.open, index, "completions"))
+        if completions is None:
             continue
+        found = ledger.attempt(CHECK, where, partial(sample_rows, completions, index, settings))
+        if found is None:
+            continue
+        sample, count = found
         known |= {artifact.digest: artifact for artifact in _authors(completions)}
         counts[index] = (where, count)
         if count == 0:
@@ -174,9 +176,11 @@ def _measure(
         progress(f"log probabilities of {written.height} rows by {relative_path(policy.path, run.root)}")
         try:
             measured += list(_logprob_rows(policy.path, written, config))
-        except (ValueError, OSError) as error:
+        except (Exception, pl.exceptions.PanicException) as error:  # what is looked at may be anything
             for index in written["iteration"].unique(maintain_order=True):
-                ledger.wrong(CHECK, counts[index][0], f"cannot be checked with policy {policy.digest[:16]}: {error}")
+                ledger.wrong(
+                    CHECK, counts[index][0], f"cannot be checked with policy {policy.digest[:16]}: {describe(error)}"
+                )
     return measured
 
 

@@ -13,9 +13,10 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.artifact import Artifact
+from pipeline.reading import shorten
 from stages.batch import IMPORTED, NO_POLICY
 from stages.checkpoints import load_tokenizer, read_json, stated_stop_token_ids, vocabulary_size
-from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, WrongRow, apply_rules, shorten
+from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, WrongRow, apply_rules
 from stages.source_rows import SourceRow, is_held_out, question_of
 
 DECODE_ROWS = 8192

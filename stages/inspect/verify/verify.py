@@ -13,12 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-import pyarrow as pa
-
 from pipeline.artifact import Artifact
 from pipeline.chain import STEPS, load_stage
-from pipeline.errors import GrpoError
+from pipeline.files import WRITER_LOCK, is_locked
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.checkpoints import check_policies, check_states
 from stages.inspect.verify.derived import (
@@ -49,6 +46,9 @@ def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] 
     """
     ledger = Ledger(limit=limit)
     progress("files")
+    metrics = Where(run.metrics.name, "metrics")
+    is_being_written = is_locked(run.root / WRITER_LOCK)
+    noted_before = ledger.attempt("metrics", metrics, partial(_noted, run))
     catalog = open_all(run, ledger)
     outside = check_inputs(ledger, run, catalog)
     sound = check_files(ledger, [*catalog.values(), *outside])
@@ -61,19 +61,29 @@ def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] 
         verifier.check_iteration(index)
     progress("metrics")
     finished = [index for index in run.iterations() if (index, "policy") in catalog]
-    check_due_evaluations(ledger, run, catalog, finished, config)
+    due = partial(_check_due_evaluations, ledger, run, catalog, finished, config, is_being_written=is_being_written)
+    ledger.attempt("evaluations", Where(run.resolved_config.name, "config"), due)
     intact = {index for index in finished if verifier.is_intact(index)}
     threshold = config.get("evaluate", {}).get("pass_threshold", 1.0)
-    verifier.attempt(
-        "metrics",
-        Where(run.metrics.name, "metrics"),
-        lambda: check_metrics(ledger, run, finished, intact, threshold, catalog),
-    )
+    if noted_before is not None:
+        check = partial(check_metrics, ledger, run, finished, intact, threshold, catalog, noted_before)
+        ledger.attempt("metrics", metrics, check)
     return ledger
 
 
-def check_due_evaluations(
-    ledger: Ledger, run: RunDir, catalog: Catalog, finished: list[int], config: Mapping[str, Any]
+def _noted(run: RunDir) -> set[int]:
+    """Return the iterations that have figures. Read-only."""
+    return set(run.read_metrics()["iteration"]) if run.metrics.is_file() else set()
+
+
+def _check_due_evaluations(
+    ledger: Ledger,
+    run: RunDir,
+    catalog: Catalog,
+    finished: list[int],
+    config: Mapping[str, Any],
+    *,
+    is_being_written: bool,
 ) -> None:
     """Note evaluations that the config asks for and that are not there: a bad one could have been removed."""
     every, last = config.get("evaluate", {}).get("every", 0), config.get("iterations")
@@ -82,7 +92,7 @@ def check_due_evaluations(
     for updates in [0, *(index + 1 for index in finished)]:
         index, name = (updates - 1, "evaluations") if updates else (None, "initial_evaluations")
         is_due = updates % every == 0 or updates == last
-        may_be_coming = updates == len(finished) and updates != last
+        may_be_coming = updates == len(finished) and (updates != last or is_being_written)
         if is_due and not may_be_coming and (index, name) not in catalog:
             where = Where(relative_path(run.place(updates - 1, "evaluations"), run.root), "evaluations", index)
             text = f"evaluate.every is {every}, but the policy after {updates} updates has no evaluation"
@@ -96,7 +106,9 @@ class _RowVerifier:
         self.ledger, self.catalog, self.sound = ledger, catalog, sound
         self.by_digest = {item.artifact.digest: item.artifact for item in [*outside, *catalog.values()]}
         held_out = self.get(None, "held_out_prompts")
-        self.held_out = None if held_out is None else questions(held_out.artifact)
+        self.held_out = None
+        if held_out is not None:
+            self.held_out = ledger.attempt("held out", held_out.where, partial(questions, held_out.artifact))
 
     def get(self, index: int | None, dataset: str) -> Located | None:
         """Return an artifact whose files are as the manifest says."""
@@ -108,22 +120,6 @@ class _RowVerifier:
         needed = ("completions", "rewards", "advantages", "batches", "training_records", "optimizer_steps")
         present = [name for i, name in self.catalog if i == index]
         return all(self.get(index, name) is not None for name in {*needed, *present})
-
-    def attempt(self, check: str, where: Where, do: Callable[[], None]) -> None:
-        """Run a check; rows that cannot even be read as what they claim to be are a finding, not a crash."""
-        try:
-            do()
-        except (
-            GrpoError,
-            pl.exceptions.PolarsError,
-            pa.ArrowException,
-            ArithmeticError,
-            LookupError,
-            OSError,
-            TypeError,
-            ValueError,
-        ) as error:
-            self.ledger.wrong(check, where, f"cannot be checked: {type(error).__name__}: {error}")
 
     def check_iteration(self, index: int | None) -> None:
         """Check the rows of an iteration, or with None those of the artifacts before the first one."""
@@ -140,17 +136,19 @@ class _RowVerifier:
     def _prompts(self, item: Located, *, is_training: bool) -> None:
         ledger, where, artifact = self.ledger, item.where, item.artifact
         if self._can_derive("prompt ids", item):
-            self.attempt("prompt ids", where, partial(check_prompts, ledger, where, artifact))
+            self.ledger.attempt("prompt ids", where, partial(check_prompts, ledger, where, artifact))
         held_out = self.held_out
         if is_training and held_out is not None:
-            self.attempt("held out", where, partial(check_held_out, ledger, where, artifact, held_out))
+            self.ledger.attempt("held out", where, partial(check_held_out, ledger, where, artifact, held_out))
 
     def _completions(self, item: Located, prompts_: Located | None, check: str, check_rows: CheckRows) -> None:
         """Check the rows of completions or evaluations, and with ``check_rows`` that they follow from the prompts."""
         ledger, where, artifact = self.ledger, item.where, item.artifact
-        self.attempt("text", where, partial(check_completions, ledger, where, artifact, self._policies(artifact)))
+        self.ledger.attempt(
+            "text", where, partial(check_completions, ledger, where, artifact, self._policies(artifact))
+        )
         if self._can_derive(check, item) and prompts_ is not None:
-            self.attempt(check, where, partial(check_rows, ledger, where, artifact, prompts_.artifact))
+            self.ledger.attempt(check, where, partial(check_rows, ledger, where, artifact, prompts_.artifact))
 
     def _computed(self, index: int | None) -> None:
         ledger = self.ledger
@@ -159,17 +157,17 @@ class _RowVerifier:
         records, steps = self.get(index, "training_records"), self.get(index, "optimizer_steps")
         logprobs = self.get(index, "logprobs")
         if rewards and completions and self._can_derive("rewards", rewards):
-            self.attempt("rewards", rewards.where, partial(check_rewards, ledger, rewards, completions))
+            ledger.attempt("rewards", rewards.where, partial(check_rewards, ledger, rewards, completions))
         if advantages and rewards and self._can_derive("advantages", advantages):
-            self.attempt("advantages", advantages.where, partial(check_advantages, ledger, advantages, rewards))
+            ledger.attempt("advantages", advantages.where, partial(check_advantages, ledger, advantages, rewards))
         if batches and completions and advantages and self._can_derive("batches", batches):
             check = partial(check_batches, ledger, batches, completions, advantages)
-            self.attempt("batches", batches.where, check)
+            ledger.attempt("batches", batches.where, check)
         if logprobs and batches and self._can_derive("records", logprobs):
-            self.attempt("records", logprobs.where, partial(check_logprobs_rows, ledger, logprobs, batches))
+            ledger.attempt("records", logprobs.where, partial(check_logprobs_rows, ledger, logprobs, batches))
         if records and steps and batches and self._can_derive("records", records):
-            self.attempt("records", records.where, partial(check_records, ledger, records, steps, batches))
-            self.attempt("records", records.where, partial(check_tokens, ledger, records, batches))
+            ledger.attempt("records", records.where, partial(check_records, ledger, records, steps, batches))
+            ledger.attempt("records", records.where, partial(check_tokens, ledger, records, batches))
 
     def _policies(self, artifact: Artifact) -> dict[str, Artifact]:
         """Return the policies among the inputs of an artifact, by digest."""
