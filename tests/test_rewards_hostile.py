@@ -26,7 +26,8 @@ def hook(event, arguments):
         found.append(f"{watched}: {event} {str(arguments)[:200]}")
 sys.addaudithook(hook)
 hostile = payloads(Path(sys.argv[1]) / "written-by-a-completion")
-hostile += [form % hostile[0] for form in (r"\\\\boxed{%s}", "$%s$", "<answer>%s</answer>", "```json\\n%s\\n```", "A: %s")]
+forms = ("\\\\boxed{%s}", "$%s$", "<answer>%s</answer>", "```json\\n%s\\n```", "A: %s")
+hostile += [form % hostile[0] for form in forms]
 calls = {}
 for case in read_cases():
     function = case["function"]
