@@ -172,7 +172,7 @@ def test_a_failed_preparation_fails_what_follows() -> None:
 
 
 def test_an_endless_call_loses_what_follows_and_keeps_what_was_passed() -> None:
-    program = "import time\ndef f(x):\n    while x: time.sleep(1)\n    return 1"
+    program = "def f(x):\n    while x: pass\n    return 1"
     found = verdicts(program, "assert f(0) == 1\nassert f(1) == 1\nassert f(0) == 1", seconds=4.0)
     assert found == ["passed", "timeout", "timeout"]
 
