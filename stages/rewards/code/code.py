@@ -74,7 +74,7 @@ def code(
         total_seconds: of work for one completion; below the time limit that the worker has for a call.
         memory_mb: address space of each process.
         processes: processes and threads at one time.
-        disk_mb: what the program can write.
+        disk_mb: what the program can write, and how large it may be.
         output_kb: what the program can print.
         isolation: "full", or "process" to permit less where the machine allows no namespaces.
         readable: further absolute paths that the program may read.
