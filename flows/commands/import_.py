@@ -32,13 +32,17 @@ def import_(
     """
     from flows.progress import TerminalReporter
     from flows.session import open_session
+    from pipeline.config import read_toml
+    from pipeline.functions import permit
     from pipeline.runs import run_at
-    from stages.config import check_unchanged, load_config
+    from stages.config import check_unchanged, parse_config
     from stages.importing import import_completions
     from stages.score import check_rewards
     from stages.sources import first_row
 
-    settings = load_config(config, overrides)
+    permit(None)  # the config is the user's
+    toml = read_toml(config)
+    settings = parse_config(toml, str(config), overrides)
     check_rewards(settings.score, first_row(settings.prompts).metadata)
     run = run_at(new or f"runs/{config.stem}")
     check_unchanged(run, settings)
@@ -47,7 +51,7 @@ def import_(
     with reporter.shown(), open_session(settings, run, reporter) as session:
         progress = reporter.stage("import")
         import_completions(settings.prompts, completions, run, tokenizer=tokenizer, progress=progress)
-        run.record_config(config.read_text(encoding="utf-8"), settings.model_dump(mode="json"))
+        run.record_config(toml, settings.model_dump(mode="json"))
         session.perform("score", 0)
         session.perform("normalize", 0)
     say(run.name)
