@@ -98,11 +98,13 @@ def rescore_run(
     from pipeline.config import apply_overrides, validate, without_nulls
     from pipeline.provenance import environment
     from stages.config import check_unchanged, config_class, derive_tables
+    from stages.preflight import check_normalize
 
     chosen = choose_iterations(source, iterations)
     tables = derive_tables(source, own, overrides)
     settings = validate(config_class(), tables, "the new run's config")
     check_unchanged(run, settings)
+    check_normalize(settings.normalize)
     keeps_rewards = "score" not in apply_overrides(own, overrides) and all(source.has(i, "rewards") for i in chosen)
     if not keeps_rewards:
         _check_rewards(source, chosen[0], settings)
