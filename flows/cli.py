@@ -17,7 +17,7 @@ def main() -> None:
     try:
         from flows.app import run
     except ImportError as error:
-        print(f"error: the installation lacks a package ({error}): install it anew, see README.md", file=sys.stderr)
+        sys.stderr.write(f"error: the installation lacks a package ({error}): install it anew, see README.md\n")
         sys.exit(2)
     run()
 

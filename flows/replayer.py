@@ -151,7 +151,7 @@ def changes(call: Call, stored: Artifact, ignored: Collection[str] = ()) -> list
         if part == "stage":
             found.append(f"stage {was}, now {now}")
         elif part == "config":
-            if name.partition(".")[0] in ignored:
+            if name in ignored:
                 continue
             found.append(f"{name} was {canonical_json(was)}, now {canonical_json(now)}")
         else:

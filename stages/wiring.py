@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from grpo.settings import ForwardConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import STEPS, WRITER, From, Step, load_stage
-from pipeline.manifest import is_finished
+from pipeline.errors import RecipeMismatch
+from pipeline.manifest import is_finished, recipe_differences
 from pipeline.object_store import url_of
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
@@ -236,6 +237,24 @@ _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
     "evaluate": _of_evaluate,
 }
 """What decides a step's result beyond its config, its inputs and the parameters that its stage wants."""
+
+
+def check_settings(config: RunConfig, run: RunDir, name: str, iteration: int) -> None:
+    """Check, before any function that the config names is imported, that a finished step has the config's settings.
+
+    Raises:
+        RecipeMismatch: naming the first setting or input that differs.
+    """
+    call = Wiring(config, run, imports=False).call(name, iteration)
+    main = list(call.places.values())[-1]
+    if not is_finished(main):
+        return
+    for part, setting, was, now in recipe_differences(open_artifact(main).manifest.recipe_parts(), call.recipe_parts()):
+        if setting not in FUNCTIONS:
+            raise RecipeMismatch(
+                f"{main} is taken by an artifact of another recipe ({part} {setting} was {was}, now {now}): finished "
+                "artifacts are never overwritten; use a new run directory, or go back to the old settings"
+            )
 
 
 def policy_of_run(path: Path) -> Artifact | None:

@@ -168,12 +168,11 @@ def test_what_only_the_runs_own_config_names_is_not_executed(
     (run / "config.resolved.json").write_text(json.dumps(config))
     (tmp_path / "new.toml").write_text("[normalize]\neps = 0.5\n" if "normalize" not in STAGE_OF.get(name, "") else "")
     stage = STAGE_OF.get(name, "score")
-    if stage != "generate":  # what is stored is replayed, what is missing is made
-        shutil.copytree(run, tmp_path / "whole")
-        made = {"score": "rewards", "normalize": "advantages", "update": "policy"}[stage]
-        shutil.rmtree(run / "iterations" / "000000" / made)
+    # what is stored is replayed, what is missing is made
+    whole = shutil.copytree(run, tmp_path / "whole")
+    made = {"generate": "completions", "score": "rewards", "normalize": "advantages", "update": "policy"}[stage]
+    shutil.rmtree(run / "iterations" / "000000" / made)
     before = sorted(tmp_path.rglob("*"))
-    whole = tmp_path / "whole" if stage != "generate" else run
     grpo(tmp_path, "replay", str(whole), "-i", "0", "--stage", stage)
     grpo(tmp_path, "verify", str(whole))
     for command in (

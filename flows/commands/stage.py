@@ -31,15 +31,18 @@ def stage(
     from pipeline.manifest import is_finished
     from pipeline.runs import open_run
     from stages.config import recorded_config
+    from stages.wiring import check_settings
 
     if name not in STEPS:
         raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(STEPS)}")
     run_dir = open_run(run)
     if trust:
         permit(None)
+    config = recorded_config(run_dir)
+    check_settings(config, run_dir, name, iteration)
     start_working()
     reporter = TerminalReporter()
-    with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
+    with reporter.shown(), open_session(config, run_dir, reporter) as session:
         is_new = name == "update" and not is_finished(run_dir.place(iteration, "policy"))
         made = session.perform(name, iteration)
         if is_new:
