@@ -1,6 +1,8 @@
 """The outermost layer: the Prefect flow, the command line, and what a user sees of them.
 
-cli             `grpo`: finds the module of the command that is asked for
+cli             the entry of `grpo`: nothing is imported from the current directory
+app             finds the module of the command that is asked for
+crash           how a command ends that failed: one message, exit code 2
 commands        the commands, one per file
 report          the page of `grpo report`
 train           the Prefect flow that trains: one task for each stage
@@ -12,5 +14,5 @@ comparison      prints a comparison of two scorings
 printing        rows as table, JSON lines or CSV; numbers, paths, digests
 progress        the bar and the lines that a user sees during a run
 environment     environment variables, set before torch and Prefect are imported
-prefect_server  ends Prefect's temporary server after a kill -9
+prefect_server  Prefect's temporary server, and what its death does to a command
 """

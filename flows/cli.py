@@ -1,88 +1,37 @@
-"""The command line: `grpo`. It imports only the module of the given command."""
+"""The entry of the command line: `grpo`, or `python -m flows.cli`.
 
-import signal
+A run that was handed over may hold files with the names of modules. The current directory is therefore taken off the
+path before anything is imported; `pipeline.functions` puts it at the end when a function of the user's is wanted.
+"""
+
+import os
 import sys
-from collections.abc import Iterable
-from importlib import import_module
-from keyword import iskeyword
-from types import ModuleType
 
-import typer
-
-from flows.printing import complain, print_anything
-from pipeline.errors import GrpoError
-
-COMMANDS = (
-    "verify",
-    "lineage",
-    "tokens",
-    "prune",
-    "replay",
-    "audit",
-    "report",
-    "ls",
-    "rows",
-    "show",
-    "groups",
-    "metrics",
-    "schema",
-    "rescore",
-    "import",
-    "reward-model",
-    "whatif",
-    "diff",
-    "run",
-    "fork",
-    "stage",
-    "starter",
-    "reward",
-)
-"""In the order of `grpo --help`."""
-INTERRUPTED = 130
-"""Exit code of Ctrl-C and SIGTERM."""
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120 (only what Python itself imports)
+"""Where the packages of this program lie."""
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 fine, 1 the answer is no, 2 wrong usage or unusable data."""
-    print_anything()
-    sys.path.insert(0, "")  # reward functions are found in the current directory
-    asked = [name for name in sys.argv[1:2] if name in COMMANDS]
-    if sys.argv[1:2] and not any(module_of(name).WRITES for name in asked):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a read-only command silently
+    """Run the command line; `flows.app` says with which exit codes."""
+    leave_current_directory()
     try:
-        build_app(asked or COMMANDS)()
-    except GrpoError as error:
-        complain(f"error: {error}")
+        from flows.app import run
+    except ImportError as error:
+        sys.stderr.write(f"error: the installation lacks a package ({error}): install it anew, see README.md\n")
         sys.exit(2)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            complain("stopped; the same command continues")
-        raise
+    run()
 
 
-def build_app(names: Iterable[str]) -> typer.Typer:
-    """Return the application with these commands. Help and the error for an unknown name need all of them."""
-    app = typer.Typer(
-        help="Train language models with GRPO, with every step of it a dataset.",
-        callback=lambda: None,  # else a single command would be the application itself
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-    )
-    for name in names:
-        module = module_of(name)
-        command = getattr(module, module.__name__.rpartition(".")[2])
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
-        else:
-            app.command(name)(command)
-    return app
-
-
-def module_of(name: str) -> ModuleType:
-    """Return the module of a command. It has a function, or an application of several, with the command's name."""
-    return import_module(f"flows.commands.{name.replace('-', '_')}{'_' * iskeyword(name)}")
+def leave_current_directory() -> None:
+    """Take the current directory off the path, unless this program lies there."""
+    try:
+        here = os.path.realpath(os.getcwd())  # noqa: PTH109
+    except OSError:  # it was deleted
+        here = ""
+    if here != ROOT:
+        # Python itself has put it there, or PYTHONPATH, in which an empty entry means it
+        given = 1 + len(os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        sys.path[:given] = [entry for entry in sys.path[:given] if entry and os.path.realpath(entry) != here]
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows.session import Reporter, SilentReporter
+from pipeline.config import read_toml
 from pipeline.run_dir import RunDir
 from pipeline.runs import run_at
-from stages.config import RunConfig, check_unchanged, load_config
+from stages.config import RunConfig, check_unchanged, parse_config
 from stages.preflight import preflight
 
 
@@ -19,6 +20,8 @@ class Prepared:
     toml: str
     """The config file as the user wrote it."""
     reporter: Reporter = field(default_factory=SilentReporter)
+    records_diff: bool = False
+    """Keep this program's uncommitted changes in full, which may hold a secret, and not only their hash."""
 
 
 def prepare(config: Path, run: str, overrides: list[str] | None = None) -> Prepared:
@@ -27,8 +30,8 @@ def prepare(config: Path, run: str, overrides: list[str] | None = None) -> Prepa
     Raises:
         GrpoError: of the class that fits, with one message.
     """
-    settings = load_config(config, overrides)
-    return check(settings, run_at(run), config.read_text(encoding="utf-8"))
+    toml = read_toml(config)  # once: the run keeps what was parsed, whatever an editor does meanwhile
+    return check(parse_config(toml, str(config), overrides), run_at(run), toml)
 
 
 def check(settings: RunConfig, run: RunDir, toml: str) -> Prepared:

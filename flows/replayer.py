@@ -8,7 +8,7 @@ probabilities from the engine, scores from the functions, weights from the updat
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from stages.engines.base import Engine
 from stages.inspect.artifact_diff import TOLERANCE, Deviation, deviations, machine_changes, timed_out_rows
 from stages.rewards.scorer import Scorer
 from stages.trainers.base import Trainer
-from stages.wiring import Call, Wiring
+from stages.wiring import FUNCTIONS, Call, Wiring
 
 DATASET_OF = {step.name: step.writes[-1] for step in CHAIN if step.when is not When.late}
 """Step -> its main dataset. A late step is compared with the step that it belongs to."""
@@ -72,9 +72,13 @@ class Replayer:
 
     def replay(self, stage: str, iteration: int) -> Iterator[Replayed]:
         """Compute one stage again, and yield a comparison for each of its outputs. The run is only read."""
-        call = Wiring(self.config, self.run).call(stage, iteration)
+        call = Wiring(self.config, self.run, imports=False).call(stage, iteration)
         stored = {name: open_artifact(place) for name, place in call.places.items()}
-        changed = changes(call, list(stored.values())[-1])
+        main = list(stored.values())[-1]
+        changed = changes(call, main, ignored=FUNCTIONS)
+        if not changed:  # else nothing that the config names is imported
+            call = Wiring(self.config, self.run).call(stage, iteration)
+            changed = changes(call, main)
         if changed:
             for name, artifact in stored.items():
                 yield Replayed(iteration, stage, name, "other recipe", artifact.digest, None, "; ".join(changed), 0.0)
@@ -143,13 +147,15 @@ class Replayer:
             self.engine.close()
 
 
-def changes(call: Call, stored: Artifact) -> list[str]:
-    """Return the differences between the call's recipe and the stored artifact's; empty = equal."""
+def changes(call: Call, stored: Artifact, ignored: Collection[str] = ()) -> list[str]:
+    """Return the differences between the call's recipe and the stored artifact's, but for some parameters."""
     found = []
     for part, name, was, now in recipe_differences(stored.manifest.recipe_parts(), call.recipe_parts()):
         if part == "stage":
             found.append(f"stage {was}, now {now}")
         elif part == "config":
+            if name in ignored:
+                continue
             found.append(f"{name} was {canonical_json(was)}, now {canonical_json(now)}")
         else:
             found.append(f"another input {name}")

@@ -11,8 +11,8 @@ from typing import ParamSpec
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
+from flows import prefect_server
 from flows.background import ONE_BY_ONE, Background
-from flows.prefect_server import temporary_server_watched
 from flows.prepare import Prepared, prepare
 from flows.session import Session, open_session
 from pipeline.artifact import Artifact, open_artifact
@@ -58,15 +58,19 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     settings, run_dir = prepared.settings, prepared.run
     for remark in remarks(settings):
         prepared.reporter.note(remark)
-    with temporary_server_watched(), open_session(settings, run_dir, prepared.reporter) as session:
-        run_dir.record_config(prepared.toml, settings.model_dump(mode="json"))
-        run_dir.record_environment({**environment(), "git_diff": git_state()["diff"]})
-        tasks = step_tasks(session)
-        background = Background(tasks)
-        try:
-            train_all(session, tasks, background)
-        finally:
-            background.end()
+    try:
+        with open_session(settings, run_dir, prepared.reporter) as session:
+            run_dir.record_config(prepared.toml, settings.model_dump(mode="json"))
+            diff = {"git_diff": git_state()["diff"]} if prepared.records_diff else {}
+            run_dir.record_environment({**environment(), **diff})
+            tasks = step_tasks(session)
+            background = Background(tasks)
+            try:
+                train_all(session, tasks, background)
+            finally:
+                background.end()
+    finally:
+        prefect_server.computed.set()  # from here on only Prefect is at work
     return str(run_dir.policy_before(settings.iterations))
 
 

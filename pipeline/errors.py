@@ -14,6 +14,8 @@ GrpoError
   RewardError           a reward function cannot be imported, or fails too often
   PolicyError           a checkpoint cannot be used as a policy
   EngineError           the inference engine cannot start, or died
+  ServerError           Prefect's server cannot start, or died
+  UntrustedFunction     only a recorded config names a function from outside of the library
   OutOfSpace            the device is full
 
 Messages have three parts: what was found, what was expected, what to do. Each class also inherits the nearest
@@ -75,6 +77,14 @@ class PolicyError(GrpoError, ValueError):
 
 class EngineError(GrpoError, RuntimeError):
     """The inference engine cannot start, or died."""
+
+
+class ServerError(GrpoError, RuntimeError):
+    """Prefect's server cannot start, or died."""
+
+
+class UntrustedFunction(GrpoError, ValueError):
+    """Only a config that a run has recorded names a function from outside of the library."""
 
 
 class OutOfSpace(GrpoError, OSError):

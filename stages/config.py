@@ -1,7 +1,7 @@
 """The configuration of a run: one table per stage, named after it, and the checks that span several of them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,7 +10,7 @@ from pydantic import Field, create_model, model_validator
 from grpo.settings import UpdateConfig
 from pipeline.artifact import open_artifact
 from pipeline.chain import CHAIN, load_stage
-from pipeline.config import Place, StrictModel, apply_overrides, deciding, load_toml, validate
+from pipeline.config import Place, StrictModel, apply_overrides, deciding, parse_toml, read_toml, validate
 from pipeline.errors import RecipeMismatch
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
@@ -164,18 +164,24 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: naming every wrong key, or that the path is no TOML file.
     """
-    return validate(config_class(), apply_overrides(load_toml(path), overrides or []), str(path))
+    return parse_config(read_toml(path), str(path), overrides)
 
 
-def derive_tables(run: RunDir, path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Return the tables of a run's config with those of a TOML file in place of its own. Read-only.
-
-    A table of the file replaces the run's table of that name as a whole; tables it does not have stay.
+def parse_config(toml: str, source: str, overrides: list[str] | None = None) -> RunConfig:
+    """Return the validated config of a TOML text; ``source`` names it in messages.
 
     Raises:
-        ConfigError: when the path is no TOML file.
+        ConfigError: naming every wrong key, or that the text is no TOML.
     """
-    return apply_overrides({**run.settings(), **load_toml(path)}, overrides or [])
+    return validate(config_class(), apply_overrides(parse_toml(toml, source), overrides or []), source)
+
+
+def derive_tables(run: RunDir, tables: Mapping[str, Any], overrides: list[str] | None = None) -> dict[str, Any]:
+    """Return the tables of a run's config with others in place of its own. Read-only.
+
+    A given table replaces the run's table of that name as a whole; tables that are not given stay.
+    """
+    return apply_overrides({**run.settings(), **tables}, overrides or [])
 
 
 def recorded_config(run: RunDir) -> RunConfig:

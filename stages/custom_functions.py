@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UntrustedFunction
 from pipeline.files import sha256_text
 from pipeline.functions import import_function
 from pipeline.manifest import canonical_json
@@ -37,9 +37,12 @@ def custom_function(setting: str, name: str) -> Callable[..., Any]:
 
     Raises:
         ConfigError: when it cannot be imported.
+        UntrustedFunction: when only a recorded config names it.
     """
     try:
         return import_function(name)[0]
+    except UntrustedFunction:
+        raise
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise ConfigError(
             f"{setting} names {name!r}, which cannot be imported ({type(error).__name__}: {error}): expected "

@@ -25,6 +25,7 @@ from stages.config import RunConfig
 from stages.custom_functions import check_call
 from stages.encoding import render
 from stages.generate import check_room
+from stages.normalize import NormalizeConfig
 from stages.probe import check_template, try_task
 from stages.score import check_rewards
 from stages.source_rows import SourceRow
@@ -156,8 +157,17 @@ def check_functions(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the setting.
     """
-    loss, normalize = config.update.loss, config.normalize
+    loss = config.update.loss
     check_call("update.loss.name", loss.name, ["inputs"], loss.arguments if isinstance(loss, CustomLoss) else {})
     check_call("generate.engine", config.generate.engine, ["settings"], {})
+    check_normalize(config.normalize)
+
+
+def check_normalize(normalize: NormalizeConfig) -> None:
+    """Check the custom functions of [normalize] in the same way.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     check_call("normalize.baseline", normalize.baseline, ["groups"], {})
     check_call("normalize.scale", normalize.scale, ["raw", "groups", "eps"], {})

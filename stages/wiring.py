@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from grpo.settings import ForwardConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import STEPS, WRITER, From, Step, load_stage
-from pipeline.manifest import is_finished
+from pipeline.errors import RecipeMismatch
+from pipeline.manifest import is_finished, recipe_differences
 from pipeline.object_store import url_of
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
@@ -28,7 +29,7 @@ from stages.checkpoints import (
     context_length,
 )
 from stages.config import RunConfig
-from stages.custom_functions import sources
+from stages.custom_functions import SOURCES, sources
 from stages.generate import check_room
 from stages.members import MemberConfig, check_same_tokenizer, member_updates
 from stages.optimizer import OptimizerConfig, state_beside
@@ -37,6 +38,8 @@ from stages.score import find_rewards
 from stages.sources import SourceConfig, source_identity
 
 Call = StageCall[Any, Any]
+FUNCTIONS = ("reward_recipes", SOURCES)
+"""Parameters of calls that identify functions, which must be imported for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Wiring:
 
     config: RunConfig
     run: RunDir
+    imports: bool = True
+    """False = import no function that the config names; `FUNCTIONS` are then missing from the calls."""
 
     def call(self, name: str, iteration: int) -> Call:
         """Return the call of a step in an iteration; of ``evaluate`` in INITIAL, that of the initial policy."""
@@ -188,11 +193,13 @@ def _of_prompts(wiring: Wiring, iteration: int) -> dict[str, Any]:
 def _of_generate(wiring: Wiring, iteration: int) -> dict[str, Any]:
     generate = wiring.config.generate
     updates = {member.name: member_updates(member, iteration) for member in generate.plan()}
-    return {"policy_iterations": updates, **sources({"generate.engine": generate.engine})}
+    return {"policy_iterations": updates, **_sources(wiring, {"generate.engine": generate.engine})}
 
 
 def _of_score(wiring: Wiring, iteration: int) -> dict[str, Any]:
     """Return the identities of the reward functions."""
+    if not wiring.imports:
+        return {}
     return {"reward_recipes": {reward.name: reward.recipe for reward in find_rewards(wiring.config.score)}}
 
 
@@ -202,17 +209,22 @@ def _of_batch(wiring: Wiring, iteration: int) -> dict[str, Any]:
 
 
 def _of_normalize(wiring: Wiring, iteration: int) -> dict[str, Any]:
-    return sources(wiring.config.normalize.functions())
+    return _sources(wiring, wiring.config.normalize.functions())
 
 
 def _of_update(wiring: Wiring, iteration: int) -> dict[str, Any]:
-    return sources({"update.loss.name": wiring.config.update.loss.name})
+    return _sources(wiring, {"update.loss.name": wiring.config.update.loss.name})
 
 
 def _of_evaluate(wiring: Wiring, iteration: int) -> dict[str, Any]:
     config = wiring.config
     functions = {"generate.engine": config.generate.engine, **config.normalize.functions()}
-    return {"policy_iteration": iteration + 1, **_of_score(wiring, iteration), **sources(functions)}
+    return {"policy_iteration": iteration + 1, **_of_score(wiring, iteration), **_sources(wiring, functions)}
+
+
+def _sources(wiring: Wiring, functions: Mapping[str, str]) -> dict[str, Any]:
+    """Return the sources of the functions that settings name."""
+    return sources(functions) if wiring.imports else {}
 
 
 _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
@@ -225,6 +237,24 @@ _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
     "evaluate": _of_evaluate,
 }
 """What decides a step's result beyond its config, its inputs and the parameters that its stage wants."""
+
+
+def check_settings(config: RunConfig, run: RunDir, name: str, iteration: int) -> None:
+    """Check, before any function that the config names is imported, that a finished step has the config's settings.
+
+    Raises:
+        RecipeMismatch: naming the first setting or input that differs.
+    """
+    call = Wiring(config, run, imports=False).call(name, iteration)
+    main = list(call.places.values())[-1]
+    if not is_finished(main):
+        return
+    for part, setting, was, now in recipe_differences(open_artifact(main).manifest.recipe_parts(), call.recipe_parts()):
+        if setting not in FUNCTIONS:
+            raise RecipeMismatch(
+                f"{main} is taken by an artifact of another recipe ({part} {setting} was {was}, now {now}): finished "
+                "artifacts are never overwritten; use a new run directory, or go back to the old settings"
+            )
 
 
 def policy_of_run(path: Path) -> Artifact | None:

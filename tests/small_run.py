@@ -23,7 +23,7 @@ group_size = 2
 max_tokens = 8
 [[score.rewards]]
 name = "exact"
-function = "stages.rewards.answers.matching:exact_match"
+function = "{function}"
 [update]
 num_threads = 1
 [evaluate]
@@ -33,14 +33,18 @@ held_out_share = 0.0
 DIGIT_0 = 19
 
 
-def make_small_run(folder: Path, policy: Path, iterations: int = 1) -> Path:
+EXACT = "stages.rewards.answers.matching:exact_match"
+
+
+def make_small_run(folder: Path, policy: Path, iterations: int = 1, function: str = EXACT) -> Path:
     """Return a run of two groups an iteration: one has one right answer of two, the other has none.
 
     The first member of the first group answers 2, which is right; all others answer 3.
     """
     source = folder / "rows.jsonl"
     source.write_text('{"question": "1 + 1 =", "answer": "2"}\n{"question": "[red]0 + 2 =", "answer": "2"}\n')
-    (folder / "config.toml").write_text(CONFIG.format(policy=policy, source=source, iterations=iterations))
+    text = CONFIG.format(policy=policy, source=source, iterations=iterations, function=function)
+    (folder / "config.toml").write_text(text)
     config = load_config(folder / "config.toml")
     run_dir = RunDir(folder / "runs" / "small")
     run_dir.record_config("", config.model_dump(mode="json"))

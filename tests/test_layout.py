@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from flows.cli import COMMANDS, build_app, module_of
+from flows.app import COMMANDS, build_app, module_of
 from flows.commands.schema import schema_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def test_every_column_of_every_dataset_is_documented() -> None:
 
 
 def test_the_commands_import_nothing_heavy_before_they_are_called() -> None:
-    code = "import sys; from flows.cli import COMMANDS, build_app; build_app(COMMANDS)(standalone_mode=False); "
+    code = "import sys; from flows.app import COMMANDS, build_app; build_app(COMMANDS)(standalone_mode=False); "
     code += f"print([m for m in {(*HEAVY, 'polars', 'pydantic', 'rich')} if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -110,7 +110,7 @@ def test_a_state_of_another_policy_is_not_taken_for_one(original: RunDir, run: R
     shutil.rmtree(run.place(0, "optimizer"))
     shutil.copytree(original.place(1, "optimizer"), run.place(0, "optimizer"))
     with pytest.raises(ArtifactMissing, match="is not the optimizer's state that belongs to"):
-        fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, [])
+        fork_tables(open_run(run.root), 1, rewards_only(), None, [])
     with closing(session_of(run)) as session:
         session.perform("update", 1)
         session.perform("optimizer", 0)
@@ -200,18 +200,16 @@ def test_a_state_whose_file_is_gone_is_none(original: RunDir, run: RunDir) -> No
     assert run.open(1, "policy").digest == original.open(1, "policy").digest
 
 
-def rewards_only(folder: Path) -> Path:
-    path = folder / "other.toml"
-    path.write_text('[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.answers.matching:exact_match"\n')
-    return path
+def rewards_only() -> dict[str, object]:
+    return {"score": {"rewards": [{"name": "exact", "function": "stages.rewards.answers.matching:exact_match"}]}}
 
 
 def test_a_fork_wants_the_state_or_the_word_that_none_is_wanted(run: RunDir, tmp_path: Path) -> None:
     forget(run, 0, "optimizer")
     with pytest.raises(ArtifactMissing, match=r"is not the optimizer's state .*policy\.keep_optimizer = false"):
-        fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, [])
+        fork_tables(open_run(run.root), 1, rewards_only(), None, [])
     wish = ["policy.keep_optimizer=false"]
-    settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(tmp_path), None, wish), "fork")
+    settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(), None, wish), "fork")
     fork = RunDir(tmp_path / "fork")
     with closing(Session(settings, fork)) as session:
         session.initial_policy()
@@ -222,7 +220,7 @@ def test_a_fork_decides_for_itself_whether_it_keeps_the_state(run: RunDir, tmp_p
     settings = run.settings()
     settings["policy"]["keep_optimizer"] = False  # as the run itself began
     run.resolved_config.write_text(json.dumps(settings))
-    assert set(fork_tables(open_run(run.root), 1, rewards_only(tmp_path), 0, [])["policy"]) == {"model"}  # type: ignore[call-overload]
+    assert set(fork_tables(open_run(run.root), 1, rewards_only(), 0, [])["policy"]) == {"model"}  # type: ignore[call-overload]
 
 
 def test_a_fork_of_a_run_on_a_store_brings_weights_and_state(
@@ -231,7 +229,7 @@ def test_a_fork_of_a_run_on_a_store_brings_weights_and_state(
     start(f"{base}/runs/demo", config, iterations=1)
     new_machine(tmp_path / "other", monkeypatch)
     source = open_run(f"{base}/runs/demo")
-    settings = validate(RunConfig, fork_tables(source, 1, rewards_only(tmp_path), None, []), "fork")
+    settings = validate(RunConfig, fork_tables(source, 1, rewards_only(), None, []), "fork")
     fork = RunDir(tmp_path / "fork")
     with closing(Session(settings, fork)) as session:
         session.initial_policy()
@@ -242,7 +240,7 @@ def test_a_fork_of_a_run_on_a_store_brings_weights_and_state(
 
 @pytest.mark.parametrize("loss", ["state", "weights", "run"])
 def test_a_fork_goes_on_without_the_run_that_it_came_from(run: RunDir, tmp_path: Path, loss: str) -> None:
-    settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(tmp_path), 0, []), "fork")
+    settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(), 0, []), "fork")
     fork = RunDir(tmp_path / "fork")
     preflight(settings, fork)
     with closing(Session(settings, fork)) as session:
@@ -261,7 +259,7 @@ def test_a_fork_goes_on_without_the_run_that_it_came_from(run: RunDir, tmp_path:
 
 
 def test_a_new_fork_wants_what_it_begins_with(run: RunDir, tmp_path: Path) -> None:
-    settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(tmp_path), 0, []), "fork")
+    settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(), 0, []), "fork")
     list(prune(prunable(run, 1, [])))
     with pytest.raises((ArtifactMissing, PolicyError)):
         preflight(settings, RunDir(tmp_path / "fork"))
@@ -270,7 +268,7 @@ def test_a_new_fork_wants_what_it_begins_with(run: RunDir, tmp_path: Path) -> No
 def test_a_fork_of_a_fork_at_its_beginning_keeps_the_state(run: RunDir, tmp_path: Path) -> None:
     source = run
     for name, at in (("fork", 1), ("second", 0)):
-        settings = validate(RunConfig, fork_tables(open_run(source.root), at, rewards_only(tmp_path), 0, []), "fork")
+        settings = validate(RunConfig, fork_tables(open_run(source.root), at, rewards_only(), 0, []), "fork")
         source = RunDir(tmp_path / name)
         source.record_config("", settings.model_dump(mode="json"))
         with closing(Session(settings, source)) as session:

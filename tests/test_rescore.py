@@ -17,7 +17,7 @@ from flows.commands.verify import print_verification
 from flows.commands.whatif import whatif
 from flows.printing import Format
 from flows.session import Session, SilentReporter
-from pipeline.config import validate
+from pipeline.config import load_toml, validate
 from pipeline.errors import (
     ArtifactDamaged,
     ArtifactMissing,
@@ -63,7 +63,7 @@ def config(run: Path, text: str, name: str = "new.toml") -> Path:
 
 
 def rescored(run: Path, text: str, new: Path, iterations: list[int] | None = None) -> RunDir:
-    rescore_run(open_run(run), config(run, text), RunDir(new), iterations, [], SilentReporter())
+    rescore_run(open_run(run), load_toml(config(run, text)), RunDir(new), iterations, [], SilentReporter())
     return open_run(new)
 
 
@@ -228,7 +228,7 @@ def test_a_reward_can_be_tried_on_stored_completions(run: Path, capsys: pytest.C
 def test_a_fork_trains_on_stored_completions_under_new_rewards(run: Path, tmp_path: Path) -> None:
     """Offline: nothing is generated; the policy and its optimizer go on from where the other run left them."""
     text = '[[score.rewards]]\nname = "exact"\nfunction = "tests.rewards:opposite"\n'
-    tables = fork_tables(open_run(run), 1, config(run, text), None, [])
+    tables = fork_tables(open_run(run), 1, load_toml(config(run, text)), None, [])
     settings = validate(RunConfig, tables, "fork")
     assert [(o.run, o.iterations) for o in settings.offline] == [(str(run), [1])]
     new = RunDir(tmp_path / "fork")
@@ -253,7 +253,7 @@ def test_a_fork_trains_on_stored_completions_under_new_rewards(run: Path, tmp_pa
 def test_offline_rows_have_no_age(run: Path, tmp_path: Path) -> None:
     """The stored iteration 0 feeds iteration 1, whose own policy has seen one update more than its author."""
     text = f'[batch]\nmax_policy_age = 0\n[[offline]]\nrun = "{run}"\niterations = [1, 0]\n'
-    settings = validate(RunConfig, fork_tables(open_run(run), 0, config(run, text), None, []), "fork")
+    settings = validate(RunConfig, fork_tables(open_run(run), 0, load_toml(config(run, text)), None, []), "fork")
     new = RunDir(tmp_path / "fork")
     with closing(Session(settings, new)) as session:
         session.initial_policy()
@@ -270,7 +270,7 @@ def test_a_rescored_run_can_be_verified(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_fork_of_a_fork_is_fed_by_the_fork(run: Path, tmp_path: Path) -> None:
-    settings = validate(RunConfig, fork_tables(open_run(run), 1, config(run, REWARDS), None, []), "fork")
+    settings = validate(RunConfig, fork_tables(open_run(run), 1, load_toml(config(run, REWARDS)), None, []), "fork")
     fork = RunDir(tmp_path / "fork")
     fork.record_config("", settings.model_dump(mode="json"))
     with closing(Session(settings, fork)) as session:
@@ -278,7 +278,7 @@ def test_a_fork_of_a_fork_is_fed_by_the_fork(run: Path, tmp_path: Path) -> None:
         session.perform("generate", 0)
         for stage in ("score", "normalize", "batch", "update"):
             session.perform(stage, 0)
-    second = fork_tables(open_run(fork.root), 0, config(run, REWARDS), 1, [])
+    second = fork_tables(open_run(fork.root), 0, load_toml(config(run, REWARDS)), 1, [])
     assert second["offline"] == [{"run": str(fork.root), "iterations": [0]}]
 
 
@@ -291,18 +291,18 @@ def test_nothing_is_generated_over_the_completions_of_another_run(run: Path, tmp
 
 def test_a_fork_wants_a_policy_that_exists(run: Path) -> None:
     with pytest.raises(ArtifactMissing, match="has no policy after 5 updates"):
-        fork_tables(open_run(run), 5, config(run, REWARDS), None, [])
+        fork_tables(open_run(run), 5, load_toml(config(run, REWARDS)), None, [])
 
 
 def test_a_fork_cannot_take_more_stored_iterations_than_there_are(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"wants as many stored iterations .* from 1 on, there are 1"):
-        fork_tables(open_run(run), 1, config(run, REWARDS), 3, [])
+        fork_tables(open_run(run), 1, load_toml(config(run, REWARDS)), 3, [])
 
 
 def test_stored_completions_without_correction_are_refused(run: Path) -> None:
     text = f'[update.correction]\nkind = "none"\n[[offline]]\nrun = "{run}"\niterations = [0]\n'
     with pytest.raises(ConfigError, match=r"kind is none, but .*offline.* has answers of other policies"):
-        validate(RunConfig, fork_tables(open_run(run), 0, config(run, text), None, []), "fork")
+        validate(RunConfig, fork_tables(open_run(run), 0, load_toml(config(run, text)), None, []), "fork")
 
 
 def test_stored_completions_of_another_tokenizer_are_refused(run: Path, tiny_policy: Path, tmp_path: Path) -> None:

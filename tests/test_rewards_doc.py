@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 import typer
 
-from flows.cli import COMMANDS, build_app
+from flows.app import COMMANDS, build_app
 from pipeline.config import validate
 from pipeline.errors import RewardError
 from stages.normalize import NormalizeConfig

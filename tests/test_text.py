@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rich.progress import TextColumn
 
 from flows import progress
-from flows.cli import COMMANDS, main, module_of
+from flows.app import COMMANDS, module_of
+from flows.cli import main
 from flows.commands.rows import rows
 from flows.printing import Format, complain, print_anything, print_rows, say, say_text
 from pipeline.conformance import conform

@@ -1,11 +1,11 @@
 """`grpo fork`: a new run from a policy of another one."""
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
-from flows.commands.options import Config, NewRun, Overrides, Run, named_after
+from flows.commands.options import Config, NewRun, Overrides, Run, Trust, named_after, permit_named
 from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactMissing, ConfigError, UsageError
 from pipeline.files import write_text
@@ -26,6 +26,7 @@ def fork(
         typer.Option("--offline", min=0, help="Stored iterations to train on first; default: all from --at on."),
     ] = None,
     overrides: Overrides = None,
+    trust: Trust = False,
 ) -> None:
     """Start a new run from a policy of another one: first on its stored completions, then generating.
 
@@ -38,12 +39,14 @@ def fork(
     prepare_environment()
     from flows.commands.run import train_run
     from flows.prepare import check
-    from pipeline.config import validate
+    from pipeline.config import load_toml, validate
     from stages.config import config_class
 
+    own = load_toml(config)
+    permit_named(own, overrides, is_trusted=trust)
     source, place = open_run(run), run_at(new or named_after(run, f"{config.stem}-{at}"))
     is_begun = is_finished(place.initial_policy)
-    tables = fork_tables(source, at, config, offline, overrides or [], is_begun=is_begun)
+    tables = fork_tables(source, at, own, offline, overrides or [], is_begun=is_begun)
     toml = fork_toml(source, at, tables)
     prepared = check(validate(config_class(), tables, str(config)), place, toml)
     place.root.mkdir(parents=True, exist_ok=True)
@@ -52,22 +55,28 @@ def fork(
 
 
 def fork_tables(
-    source: RunDir, at: int, config: Path, offline: int | None, overrides: list[str], *, is_begun: bool = False
+    source: RunDir,
+    at: int,
+    own: Mapping[str, Any],
+    offline: int | None,
+    overrides: list[str],
+    *,
+    is_begun: bool = False,
 ) -> dict[str, object]:
     """Return the tables of a run that starts from the policy after ``at`` updates of another one.
 
     It trains first on that run's stored completions from iteration ``at`` on (``offline`` of them, all by default),
-    unless the config has [[offline]] of its own, and then generates.
+    unless ``own``, the tables of the fork's config, has [[offline]], and then generates.
 
     Raises:
         GrpoError: when the policy or the completions do not exist, or the config is wrong.
     """
-    from pipeline.config import apply_overrides, load_toml, without_nulls
+    from pipeline.config import apply_overrides, without_nulls
     from stages.config import OfflineConfig, derive_tables
     from stages.optimizer import state_beside
 
-    tables = derive_tables(source, config, overrides)
-    wished = apply_overrides(load_toml(config), overrides)
+    tables = derive_tables(source, own, overrides)
+    wished = apply_overrides(own, overrides)
     if "offline" not in wished:
         tables.pop("offline", None)  # the fork has its own offline iterations
     policy = source.policy_before(at)
@@ -89,12 +98,12 @@ def fork_tables(
         if offline and len(chosen) < offline:
             raise ConfigError(
                 f"--offline {offline} wants as many stored iterations of {source.name} from {at} on, there are "
-                f"{len(stored)}: lower it, or list others under [[offline]] in {config}"
+                f"{len(stored)}: lower it, or list others under [[offline]] in the config"
             )
         where = source.name if source.copy else str(source.root.resolve())
         tables["offline"] = [OfflineConfig(run=where, iterations=chosen).model_dump()] if chosen else []
     elif offline is not None:
-        raise UsageError(f"{config} has [[offline]] and the command --offline {offline}: leave one of them out")
+        raise UsageError(f"the config has [[offline]] and the command --offline {offline}: leave one of them out")
     return without_nulls(tables)
 
 

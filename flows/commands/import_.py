@@ -40,14 +40,18 @@ def import_(
     """
     from flows.progress import TerminalReporter
     from flows.session import open_session
+    from pipeline.config import read_toml
+    from pipeline.functions import permit
     from pipeline.runs import run_at
     from stages.checkpoints import load_tokenizer
-    from stages.config import check_unchanged, load_config
+    from stages.config import check_unchanged, parse_config
     from stages.importing import import_completions
     from stages.preflight import check_conversation, check_source
     from stages.score import check_rewards
 
-    settings = load_config(config, overrides)
+    permit(None)  # the config is the user's
+    toml = read_toml(config)
+    settings = parse_config(toml, str(config), overrides)
     first = check_source(settings.prompts)
     check_rewards(settings.score, json.loads(first.metadata))
     if tokenizer is not None and tokenizer.is_dir():
@@ -59,7 +63,7 @@ def import_(
     with reporter.shown(), open_session(settings, run, reporter) as session:
         progress = reporter.stage("import")
         import_completions(settings.prompts, completions, run, tokenizer=tokenizer, progress=progress)
-        run.record_config(config.read_text(encoding="utf-8"), settings.model_dump(mode="json"))
+        run.record_config(toml, settings.model_dump(mode="json"))
         session.perform("score", 0)
         session.perform("normalize", 0)
     say(run.name)

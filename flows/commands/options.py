@@ -1,6 +1,7 @@
 """What the commands share: types of their arguments, default places, signals, exit code 1."""
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from flows.printing import Format
 from pipeline.errors import ArtifactMissing
 from pipeline.files import user_path
+from pipeline.functions import permit, texts_in
 from pipeline.run_dir import RunDir
 
 Config = Annotated[
@@ -22,6 +24,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: update.learning_rate=2e-6.")
 ]
 Iteration = Annotated[int | None, typer.Option("--iteration", "-i", help="Which iteration; default: the last one.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Execute what the run's own config names from outside of the library.")
+]
 Output = Annotated[Format, typer.Option("--format", "-f", help="How to print.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="Rows at most; 0 = all.")]
 
@@ -59,6 +64,16 @@ def start_working() -> None:
 def named_after(run: str, suffix: object) -> str:
     """Return the place of a run that is made from another one: next to it."""
     return f"{run.rstrip('/')}-{suffix}"
+
+
+def permit_named(tables: Mapping[str, Any], overrides: list[str] | None, *, is_trusted: bool) -> None:
+    """Permit the functions that a config of the user's names, beside a config that a run has recorded."""
+    if is_trusted:
+        permit(None)
+    else:
+        from pipeline.config import apply_overrides
+
+        permit(texts_in([dict(tables), apply_overrides({}, overrides or [])]))
 
 
 def answer(is_yes: bool) -> None:

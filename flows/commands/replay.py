@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.options import Iteration, Output, Run, answer, last_iteration, start_working
+from flows.commands.options import Iteration, Output, Run, Trust, answer, last_iteration, start_working
 from flows.printing import Format, print_rows, say
 from pipeline.chain import INITIAL
 from pipeline.errors import GrpoError, UsageError
 from pipeline.files import user_path
+from pipeline.functions import permit
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def replay(
     tolerance: Annotated[
         float, typer.Option("--tolerance", min=0, help="Of floats, relative to the largest in their tensor or column.")
     ] = 1e-5,
+    trust: Trust = False,
     format_: Output = Format.table,
 ) -> None:
     """Compute stored artifacts again: equal to the bit, close, or different (exit code 1)? The run is only read.
@@ -49,6 +51,8 @@ def replay(
     if all_ and iteration is not None:
         raise UsageError("--all and --iteration exclude each other: give one")
     last = last_iteration(open_run(run), DATASET_OF.get(stage or "", "completions")) if iteration is None else iteration
+    if trust:
+        permit(None)
     start_working()
     answer(print_replay(run, None if all_ else [last], stage, format_, scratch=scratch, tolerance=tolerance))
 

@@ -1,14 +1,23 @@
 """`grpo rescore`: new rewards and advantages for stored completions."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.options import Config, NewRun, Output, Overrides, Run, named_after, start_working
+from flows.commands.options import (
+    Config,
+    NewRun,
+    Output,
+    Overrides,
+    Run,
+    Trust,
+    named_after,
+    permit_named,
+    start_working,
+)
 from flows.printing import Format, print_rows, say
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.run_dir import RunDir
@@ -29,6 +38,7 @@ def rescore(
         str | None, typer.Option("--iterations", "-i", help="Which, e.g. 0-9 or 3,5; default: all stored ones.")
     ] = None,
     overrides: Overrides = None,
+    trust: Trust = False,
     format_: Output = Format.table,
 ) -> None:
     """Give stored completions new rewards and advantages, in a new run that refers to them. Generates nothing.
@@ -38,14 +48,17 @@ def rescore(
     Example: grpo rescore runs/demo configs/terse.toml --iterations 0-9
     """
     from flows.progress import TerminalReporter
+    from pipeline.config import load_toml
 
+    own = load_toml(config)
+    permit_named(own, overrides, is_trusted=trust)
     source = open_run(run)
     directory = new or named_after(run, config.stem)
     start_working()
     reporter = TerminalReporter()
     with reporter.shown():
         chosen = parse_iterations(iterations)
-        done = rescore_run(source, config, run_at(directory), chosen, overrides or [], reporter)
+        done = rescore_run(source, own, run_at(directory), chosen, overrides or [], reporter)
     rows = summary(source, done)
     is_short = format_ is Format.table and not any(row["timed_out"] for row in rows)
     columns = ("reward_name", "completions", "mean", "std", "failed", "timed_out")
@@ -68,7 +81,7 @@ class Rescored:
 
 def rescore_run(
     source: RunDir,
-    config: Path,
+    own: Mapping[str, Any],
     run: RunDir,
     iterations: Sequence[int] | None,
     overrides: list[str],
@@ -76,30 +89,38 @@ def rescore_run(
 ) -> Rescored:
     """Score stored completions again, into a run that refers to them by path and digest. The same call continues.
 
+    Where ``own``, the tables of the new run's config, says nothing about scores, the stored rewards are kept, and no
+    function that the source's config names is imported.
+
     Raises:
         GrpoError: of the class that fits, where possible before anything is written.
     """
     import tomli_w
 
     from flows.session import open_session
-    from pipeline.config import validate, without_nulls
+    from pipeline.config import apply_overrides, validate, without_nulls
     from pipeline.provenance import environment
     from stages.config import check_unchanged, config_class, derive_tables
+    from stages.preflight import check_normalize
 
     chosen = choose_iterations(source, iterations)
-    tables = derive_tables(source, config, overrides)
-    settings = validate(config_class(), tables, str(config))
+    tables = derive_tables(source, own, overrides)
+    settings = validate(config_class(), tables, "the new run's config")
     check_unchanged(run, settings)
-    _check_rewards(source, chosen[0], settings)
+    check_normalize(settings.normalize)
+    keeps_rewards = "score" not in apply_overrides(own, overrides) and all(source.has(i, "rewards") for i in chosen)
+    if not keeps_rewards:
+        _check_rewards(source, chosen[0], settings)
     started, count = time.monotonic(), 0
     with open_session(settings, run, reporter) as session:
         run.record_config(tomli_w.dumps(without_nulls(tables)), settings.model_dump(mode="json"))
         run.record_environment(environment())
         for iteration in chosen:
-            for dataset in ("prompts", "completions"):
+            for dataset in ("prompts", "completions", *(["rewards"] if keeps_rewards else [])):
                 run.refer(iteration, dataset, source.open(iteration, dataset))
             count += run.open(iteration, "completions").manifest.rows or 0
-            session.perform("score", iteration)
+            if not keeps_rewards:
+                session.perform("score", iteration)
             session.perform("normalize", iteration)
     return Rescored(run, chosen, count, time.monotonic() - started)
 

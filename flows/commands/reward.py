@@ -7,6 +7,7 @@ import typer
 from flows.commands.options import Iteration, Output, Run, last_iteration
 from flows.printing import Format, print_rows, say
 from pipeline.errors import UsageError
+from pipeline.functions import permit
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def try_(
     from stages.rewards.functions import RewardConfig, check_parameters, find_reward
     from stages.rewards.scorer import completion_columns, needs_prompts, open_scorer, prompt_facts
 
+    permit(None)  # the user names the function
     run_dir = open_run(run)
     index = last_iteration(run_dir, "completions") if iteration is None else iteration
     tables = apply_overrides({}, arguments or [])

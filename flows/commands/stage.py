@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.options import Run, start_working
+from flows.commands.options import Run, Trust, start_working
 from flows.printing import say
 from pipeline.chain import STEPS
 from pipeline.errors import UsageError
@@ -19,6 +19,7 @@ def stage(
     ],
     run: Run,
     iteration: Annotated[int, typer.Option("--iteration", "-i", min=0, help="Which iteration.")],
+    trust: Trust = False,
 ) -> None:
     """Run one stage of one iteration with the run's own config; a finished one is found, not made again.
 
@@ -26,16 +27,22 @@ def stage(
     """
     from flows.progress import TerminalReporter
     from flows.session import open_session
+    from pipeline.functions import permit
     from pipeline.manifest import is_finished
     from pipeline.runs import open_run
     from stages.config import recorded_config
+    from stages.wiring import check_settings
 
     if name not in STEPS:
         raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(STEPS)}")
     run_dir = open_run(run)
+    if trust:
+        permit(None)
+    config = recorded_config(run_dir)
+    check_settings(config, run_dir, name, iteration)
     start_working()
     reporter = TerminalReporter()
-    with reporter.shown(), open_session(recorded_config(run_dir), run_dir, reporter) as session:
+    with reporter.shown(), open_session(config, run_dir, reporter) as session:
         is_new = name == "update" and not is_finished(run_dir.place(iteration, "policy"))
         made = session.perform(name, iteration)
         if is_new:

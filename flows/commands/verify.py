@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.options import Output, Run, answer
+from flows.commands.options import Output, Run, Trust, answer
 from flows.printing import Format, print_rows, say, show_progress
+from pipeline.functions import permit
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def verify(
         float, typer.Option("--deep-threshold", min=0, help="Largest |trainer - sampler| of a token, nats.")
     ] = 0.1,
     deep_seed: Annotated[int, typer.Option("--deep-seed", help="Chooses the rows.")] = 0,
+    trust: Trust = False,
     format_: Output = Format.table,
 ) -> None:
     """Audit a run: files, chain and meaning; exit code 1 when something is wrong. Read-only.
@@ -41,6 +43,8 @@ def verify(
         from stages.inspect.verify.logprobs import DeepSettings
 
         settings = DeepSettings(deep_rows, deep_seed, deep_threshold)
+    if trust:
+        permit(None)
     answer(print_verification(run, limit, format_, deep=settings))
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flows.commands.options import Output, Overrides, Run
+from flows.commands.options import Output, Overrides, Run, permit_named
 from flows.printing import Format, print_rows, say
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.runs import open_run
@@ -36,6 +36,7 @@ def whatif(
             f"--set {' '.join(foreign) or '(nothing)'}: give settings of [normalize], for example "
             "--set normalize.scale=none"
         )
+    permit_named({}, settings, is_trusted=False)
     tables = apply_overrides({"normalize": config.model_dump(mode="json")}, settings)
     wanted = validate(NormalizeConfig, tables["normalize"], "normalize")
     indices = [i for i in run_dir.iterations() if run_dir.has(i, "rewards") and run_dir.has(i, "advantages")]

@@ -207,7 +207,7 @@ def _facts(run: RunDir, settings: dict[str, Any]) -> dict[str, str]:
         "digest of the last policy": f"{policy.digest} (iteration {last})" if policy else None,
         "last written (UTC)": policy.manifest.started_at[:19].replace("T", " ") if policy else None,
         "commit": environment.get("git_commit"),
-        "uncommitted changes": "yes" if environment.get("git_diff") else "none" if environment else None,
+        "uncommitted changes": "yes" if environment.get("git_diff_sha256") else "none" if environment else None,
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
         "processor": ", ".join([environment.get("processor") or "", *environment.get("accelerators", [])]).strip(", "),
     }

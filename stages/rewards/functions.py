@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from pipeline.config import Name, StrictModel
-from pipeline.errors import GrpoError, RewardError
+from pipeline.errors import GrpoError, RewardError, UntrustedFunction
 from pipeline.files import sha256_text
-from pipeline.functions import import_function
+from pipeline.functions import check_permitted, import_function
 from pipeline.manifest import canonical_json
 from stages.rewards.base import FACTS
 
@@ -105,10 +105,15 @@ def find_reward(config: RewardConfig) -> RewardFunction:
     Raises:
         RewardError: when it cannot be imported, has no parameter for one of its arguments, or its identity cannot be
             determined, for example because a file that it reads does not exist.
+        UntrustedFunction: when only a recorded config names it, and it is not of the library, or reaches out of it.
     """
     name, function, arguments = config.name, config.function, config.arguments
+    if (found := _reaches_out(config)) is not None:
+        check_permitted(function, found)
     try:
         call, _ = import_function(function)
+    except UntrustedFunction:
+        raise
     except (Exception, SystemExit) as error:  # importing a user's module may do anything
         raise RewardError(
             f"the reward {name!r} names {function!r}, which cannot be imported "
@@ -141,6 +146,14 @@ def _is_async(call: Callable[..., Any]) -> bool:
         call = call.func
     # an object is called by its class
     return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
+
+
+def _reaches_out(config: RewardConfig) -> str | None:
+    """Return what a reward of the library does that its user must have asked for; None for most of them."""
+    if config.function.startswith(f"{LIBRARY}.judge."):
+        return f"sends texts, and a key from the environment, to {config.arguments.get('base_url')}"
+    isolation = config.arguments.get("isolation", "full")
+    return None if isolation == "full" else f"runs programs with isolation = {isolation!r}"
 
 
 def _expression(reward: RewardFunction) -> Any:

@@ -96,7 +96,10 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start the processes; they import the function's module while the caller goes on."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        # no module of the current directory may replace one that a worker begins with; the job brings the search path
+        path = [str(ROOT), *(entry for entry in given if entry and Path(entry).resolve() != Path.cwd())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         while len(self.slots) < self.num_workers:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs, os.fdopen(os.memfd_create("job"), "wb+") as job:
@@ -104,7 +107,7 @@ class WorkerPool:
                 job.flush()
                 job.seek(0)
                 descriptors = [theirs.fileno(), job.fileno()]
-                arguments = ["-m", "stages.rewards.worker", *map(str, descriptors)]
+                arguments = ["-P", "-m", "stages.rewards.worker", *map(str, descriptors)]
                 supervisor = start_python(arguments, pass_fds=descriptors, environment=environment, log=self.log)
             self.slots.append(Slot(ours, supervisor, Meter(supervisor.pid)))
 

@@ -12,6 +12,7 @@ from pipeline.artifact import WEIGHTS, Artifact
 from pipeline.errors import GrpoError, PolicyError
 from pipeline.files import sha256_file
 from pipeline.stage import Progress, silent
+from stages.custom_functions import custom_function, is_custom
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,8 @@ class LocalTrainer:
         from grpo.optimizer import deterministic
         from grpo.train_step import train_on_batches
 
+        if is_custom(config.loss.name):
+            custom_function("update.loss.name", config.loss.name)  # which `grpo` would import unasked
         model, optimizer = self._loaded()
         rows = _trained_rows(batches)
         if logprobs is not None:

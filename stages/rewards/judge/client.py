@@ -6,11 +6,10 @@ A request that the server refuses (400, 413, ...) fails by itself. What would fa
 listens, the key or the model is refused, the quota is spent, many requests in a row were lost.
 
 The API key is read from the environment when it is needed. It goes into a header and nowhere else: should a server send
-it back, it is struck out.
+it back, it is struck out (`stages.rewards.judge.response`).
 """
 
 import asyncio
-import json
 import math
 import os
 import random
@@ -28,6 +27,7 @@ from pipeline.clock import is_done_within
 from pipeline.errors import RewardError
 from stages.rewards.judge.cache import Answer
 from stages.rewards.judge.config import Endpoint
+from stages.rewards.judge.response import make_strike, read_answer, read_body, read_message, shown
 
 BACKOFF_SECONDS = 1.0
 """Longest wait before the first repetition; it doubles each time."""
@@ -40,7 +40,6 @@ LOST_IN_A_ROW = 20
 """So many requests given up through the server's fault, with no answer between them: it is down."""
 REFUSED_AT_FIRST = 100
 """So many requests refused before any was answered: they all will be."""
-SHOWN_CHARACTERS = 300
 
 Body = Mapping[str, Any]
 
@@ -71,7 +70,9 @@ async def ask_all(
     Raises:
         ExceptionGroup: of one RewardError, when there is no point in going on.
     """
-    headers = {"Authorization": f"Bearer {key}"} if (key := api_key(endpoint.api_key_env)) else {}
+    headers = {"Accept-Encoding": "identity"}  # a compressed response could be of any size
+    if key := api_key(endpoint.api_key_env):
+        headers["Authorization"] = f"Bearer {key}"
     limits = httpx.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
     errors: dict[str, str] = {}
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None, verify=_tls()) as http:
@@ -128,7 +129,7 @@ class _Asker:
     def __init__(self, endpoint: Endpoint, http: httpx.AsyncClient, key: str) -> None:
         self.endpoint = endpoint
         self.http = http
-        self.key = key
+        self.strike = make_strike(key)
         self.pace = _Pace(endpoint.requests_per_minute)
         self.url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
         self.has_answered = False
@@ -142,8 +143,8 @@ class _Asker:
                 await asyncio.sleep(_backoff(attempt - 1))
             try:
                 async with asyncio.timeout(min(self.endpoint.timeout, 10)):
-                    await self.http.get(f"{self.endpoint.base_url.rstrip('/')}/models")
-                return
+                    async with self.http.stream("GET", f"{self.endpoint.base_url.rstrip('/')}/models"):
+                        return
             except (httpx.ConnectError, httpx.UnsupportedProtocol) as error:
                 reason = self._shown(error)
             except (httpx.TransportError, TimeoutError):
@@ -203,21 +204,27 @@ class _Asker:
             else:
                 await asyncio.sleep(_backoff(faults + rate_limits - 1))
 
+    async def _exchange(self, body: Body) -> tuple[httpx.Response, str]:
+        async with self.http.stream("POST", self.url, json=dict(body)) as response:
+            return response, await read_body(response)
+
     async def _attempt(self, body: Body) -> Answer | Failure | Trouble:
-        asked = asyncio.ensure_future(self.http.post(self.url, json=dict(body)))
+        asked = asyncio.ensure_future(self._exchange(body))
         try:
             if not await is_done_within(asked, self.endpoint.timeout):
                 return Trouble(f"no answer within {self.endpoint.timeout:g} s")
-            response = asked.result()
+            response, text = asked.result()
+        except ValueError as error:
+            return Failure(self._shown(error), False)
         except httpx.TransportError as error:
             return Trouble(self._shown(error))
         finally:
             asked.cancel()
             await asyncio.wait({asked})
-        text = self._without_key(response.content.decode("utf-8", "replace"))
         if response.status_code == 200:
-            return _answer(text) or Trouble(f"the server sent no chat completion: {_cut(text)}")
-        said = f"HTTP {response.status_code}: {_cut(_message(text))}"
+            no_answer = Trouble(f"the server sent no chat completion: {shown(text, self.strike)}")
+            return read_answer(text, self.strike) or no_answer
+        said = f"HTTP {response.status_code}: {read_message(text, self.strike)}"
         wait = _retry_after(response.headers.get("Retry-After", ""))
         is_out_of_quota = "insufficient_quota" in text or (wait or 0) > RETRY_AFTER_MOST_SECONDS
         if response.status_code in (401, 402, 404, 405) or (response.status_code == 429 and is_out_of_quota):
@@ -233,59 +240,7 @@ class _Asker:
         return Failure(said, False)
 
     def _shown(self, error: Exception) -> str:
-        return _cut(self._without_key(f"{type(error).__name__}: {error}".removesuffix(": ")))
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self.key, "<API key>") if self.key else text
-
-
-def _answer(text: str) -> Answer | None:
-    """Return the answer in a response's body; None when the body is no chat completion."""
-    try:
-        found = json.loads(text)
-        choice = found["choices"][0]
-        content = choice["message"].get("content")
-        if content is None:  # a refusal has words of its own; a reasoning model that was cut has none
-            content = choice["message"].get("refusal") or ""
-        if not isinstance(content, str):
-            return None
-        usage = found.get("usage") or {}
-        return Answer(
-            text=_storable(content),
-            finish_reason=_text(choice.get("finish_reason")),
-            served_model=_text(found.get("model")),
-            num_prompt_tokens=_count(usage.get("prompt_tokens")),
-            num_completion_tokens=_count(usage.get("completion_tokens")),
-        )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _storable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, which no file can
-
-
-def _text(value: Any) -> str | None:
-    return _storable(value) if isinstance(value, str) else None
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and 0 <= value < 1 << 63 else None
-
-
-def _message(text: str) -> str:
-    """Return the message in an error's body, in either of the two usual forms, else the body."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    error = found.get("error", found) if isinstance(found, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return message if isinstance(message, str) else text
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+        return shown(f"{type(error).__name__}: {error}".removesuffix(": "), self.strike)
 
 
 def _retry_after(header: str) -> float | None:
