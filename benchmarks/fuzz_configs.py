@@ -96,7 +96,8 @@ class Outcome:
 
 def base(random_: random.Random, folder: Path) -> dict[str, Any]:
     """Return tables that are accepted as they are."""
-    source = random_.choice([str(folder / "rows.jsonl"), str(folder / "rows.csv"), "reasoning_gym:chain_sum"])
+    task = "reasoning_gym:chain_sum"
+    source = random_.choice([str(folder / "rows.jsonl"), str(folder / "rows.csv"), task, task])
     return {
         "seed": 0,
         "policy": {"model": "starter"},

@@ -255,7 +255,7 @@ def test_rows_without_a_column_are_one_error(tmp_path: Path) -> None:
     place = run.place(0, "rewards")
     pl.read_parquet(place / "part-00000.parquet").drop("reward_name").write_parquet(place / "part-00000.parquet")
     fix_hashes(place)
-    with pytest.raises(SchemaError, match=r"iteration 0 of .* lacks what a report needs"):
+    with pytest.raises(SchemaError, match="lacks what a report needs"):
         write_report(run.root)
 
 

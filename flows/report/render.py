@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import jinja2
+import polars as pl
 from markupsafe import Markup
 
 from flows.report.figures import Drawn, FigureSpec, draw, figure_specs
-from pipeline.errors import OutOfSpace, UsageError
+from pipeline.errors import OutOfSpace, SchemaError, UsageError
 from pipeline.files import atomic_write
 from pipeline.runs import open_run
 from pipeline.text import STEERING, json_text, visible
@@ -68,6 +69,7 @@ def write_report(
         UsageError: when an argument is invalid, or the findings cannot be read.
         ArtifactMissing: when there is no run.
         ArtifactDamaged: when a file of the run differs from its manifest.
+        SchemaError: when rows lack a column that the report needs.
     """
     if groups < 1 or not 0 < megabytes < float("inf"):
         raise UsageError(f"groups is {groups} and megabytes {megabytes:g}: give at least one group and some room")
@@ -78,7 +80,13 @@ def write_report(
             found = read_findings(findings.read_text(encoding="utf-8"), findings)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{findings} cannot be read ({error}): name a file of an audit's findings") from error
-    report = collect(directory, found, groups=groups, most_bytes=int(megabytes * BYTES_PER_MEGABYTE), seed=seed)
+    try:
+        report = collect(directory, found, groups=groups, most_bytes=int(megabytes * BYTES_PER_MEGABYTE), seed=seed)
+    except pl.exceptions.PolarsError as error:
+        raise SchemaError(
+            f"{directory.name} lacks what a report needs ({str(error).splitlines()[0]}): expected the columns of `grpo "
+            "schema`; make the run's datasets again with this version, or convert them"
+        ) from error
     place = output or directory.root / "report.html"
     try:
         with atomic_write(place) as temporary:

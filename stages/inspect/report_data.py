@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHECKPOINTS, DATASETS, INITIAL
-from pipeline.errors import SchemaError, UsageError
+from pipeline.errors import UsageError
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.evaluate import summarize
@@ -152,34 +152,27 @@ def collect(
     used = 0
     scored: list[pl.DataFrame] = []
     for position, iteration in enumerate(iterations):
-        try:
-            data = _open(run, iteration, report, position)
-            values, families = measure(data, iteration, threshold)
-            _add(report.series, values, position)
-            for family, members in families.items():
-                _add(report.families.setdefault(family, {}), members, position)
-            if "advantages" in data:
-                scored.append(data["advantages"].select("reward", "advantage").collect())
-            else:
-                scored.append(pl.DataFrame(schema={"reward": pl.Float64, "advantage": pl.Float64}))
-            chosen, num_groups = choose_groups(data, flagged.get(iteration, set()), groups, f"{seed}:{iteration}")
-            report.counts["groups"] += num_groups
-            report.counts["completions"] += int(values.get("num_completions") or 0)
-            shown = []
-            room = most_bytes * (position + 1) // len(iterations)
-            for view in group_views(data, iteration, chosen, tokens, _completions(findings or [])):
-                size = encoded_size(view)
-                if used + size <= (most_bytes if view["is_flagged"] else room):
-                    used += size
-                    shown.append(view)
-            report.groups[iteration] = shown
-            report.counts["shown_groups"] += len(shown)
-            report.counts["shown_completions"] += sum(len(view["members"]) for view in shown)
-        except pl.exceptions.PolarsError as error:
-            raise SchemaError(
-                f"iteration {iteration} of {run.name} lacks what a report needs ({str(error).splitlines()[0]}): "
-                "expected the columns of `grpo schema`; make it again with this version, or convert it"
-            ) from error
+        data = _open(run, iteration, report, position)
+        values, families = measure(data, iteration, threshold)
+        _add(report.series, values, position)
+        for family, members in families.items():
+            _add(report.families.setdefault(family, {}), members, position)
+        if "advantages" in data:
+            scored.append(data["advantages"].select("reward", "advantage").collect())
+        else:
+            scored.append(pl.DataFrame(schema={"reward": pl.Float64, "advantage": pl.Float64}))
+        chosen, num_groups = choose_groups(data, flagged.get(iteration, set()), groups, f"{seed}:{iteration}")
+        report.counts["groups"] += num_groups
+        report.counts["completions"] += int(values.get("num_completions") or 0)
+        shown = []
+        for view in group_views(data, iteration, chosen, tokens, _completions(findings or [])):
+            size = encoded_size(view)
+            if used + size <= (most_bytes if view["is_flagged"] else most_bytes * (position + 1) // len(iterations)):
+                used += size
+                shown.append(view)
+        report.groups[iteration] = shown
+        report.counts["shown_groups"] += len(shown)
+        report.counts["shown_completions"] += sum(len(view["members"]) for view in shown)
     for mapping in (report.series, *report.families.values()):
         for values_ in mapping.values():
             values_ += [None] * (len(iterations) - len(values_))
