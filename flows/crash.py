@@ -57,7 +57,7 @@ def hidden_fault(end: SystemExit) -> BaseException | None:
     return None if found is None or isinstance(found, Exit) else found.__cause__ or found
 
 
-def flushed(code: object) -> object:
+def flushed(code: int | str | None) -> int | str | None:
     """Return the exit code, after making sure that all output has gone out."""
     try:
         sys.stdout.flush()

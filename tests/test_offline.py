@@ -20,7 +20,7 @@ from grpo.policy_logprobs import frame_logprobs
 from grpo.settings import UpdateConfig
 from grpo.train_step import train_on_batches
 from pipeline.artifact import open_artifact
-from pipeline.config import validate
+from pipeline.config import load_toml, validate
 from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
@@ -95,7 +95,7 @@ def reuse(source: Path, folder: Path, **update: Any) -> tuple[RunConfig, RunDir]
     file = folder / "offline.toml"
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(f'iterations = 3\n[[offline]]\nrun = "{source}"\niterations = [0, 0, 0]\n')
-    tables = fork_tables(open_run(source), 0, file, None, [])
+    tables = fork_tables(open_run(source), 0, load_toml(file), None, [])
     tables["update"] = {**tables["update"], **SHARP, **update}
     config = validate(RunConfig, tables, "offline")
     run = RunDir(folder / "run")
