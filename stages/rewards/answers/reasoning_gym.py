@@ -74,6 +74,8 @@ def _score_in_sandbox(request: dict[str, Any], isolation: Isolation) -> float:
         _sandbox.cache_clear()  # it has ended: the next row gets a new one
         raise
     task = request["task"]
+    if run.ended == "timeout":
+        raise TimeoutError(f"no score by the verifier of {task} within {LIMITS.seconds:g} s of work")
     if run.ended != "exit" or run.exit_code != 0:
         how = f"exit status {run.exit_code}" if run.ended == "exit" else f"limit: {run.ended}"
         raise RewardError(f"the verifier of {task} gave no score for this answer ({how}): {run.stderr.strip()[-500:]}")
