@@ -233,7 +233,7 @@ def test_a_run_refers_to_its_neighbour_on_the_store_and_not_to_a_local_run(
 
 
 def test_a_run_on_a_store_is_verified_with_its_files(base: str, local: RunDir) -> None:
-    copy(local, f"{base}/demo")
+    copy(local, f"{base}/demo", iterations=2)
     findings = verify_run(open_run(f"{base}/demo"))
     assert findings.problems == []
     assert findings.tallies["text"].checked > 0
