@@ -1,7 +1,9 @@
 """Reading what a stranger may have written: names, kinds of files, JSON, and the footers of Parquet."""
 
+import ast
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pipeline.schema import SCHEMAS
 from tests.builders import reward_rows, write_artifact
 from tests.hostile import NAMES, read_manifest, write_bomb, write_manifest
 
+ROOT = Path(__file__).resolve().parent.parent
 PLAIN = ("part-00000.parquet", "1_Pooling/config.json", "..config", "ä b.json", "manifest.json", ".store.json")
 
 
@@ -202,3 +205,40 @@ def test_rows_are_as_many_as_the_manifest_says_and_columns_of_their_type(tmp_pat
     pq.write_table(with_nulls, path)
     with pytest.raises(SchemaError, match=f"has {table.column_names[0]} of type string with nulls, expected string:"):
         check_parts({path: 2}, SCHEMAS["rewards"])
+
+
+OPENING = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "loads", "load", "rmtree", "symlink_to"}
+"""Functions and methods that follow a link, wait for a pipe, or read without a limit."""
+PLACES = {
+    "pipeline/config.py": {"read_bytes", "loads"},  # the user's own config
+    "pipeline/files.py": {"open", "write_text", "rmtree"},  # exclusive, or without following
+    "pipeline/processes.py": {"open"},  # without following
+    "pipeline/provenance.py": {"read_text"},  # /proc
+    "pipeline/reading.py": {"open", "loads"},  # the checks themselves
+    "pipeline/stage.py": {"open"},  # ArtifactWriter.open
+    "pipeline/store_lock.py": {"read_text"},  # our own working copy
+    "pipeline/working_copy.py": {"write_bytes"},  # a temporary file of atomic_write
+    "pipeline/writer.py": {"write_text"},  # a new directory
+    "pipeline/lineage.py": {"open"},  # RunDir.open
+    "pipeline/run_dir.py": {"open"},  # RunDir.open
+}
+
+
+def test_what_a_run_brings_is_read_and_written_in_few_places() -> None:
+    """A new place is looked at by whoever adds it here; elsewhere `pipeline.reading` and `pipeline.files` serve."""
+    found = {}
+    for path in sorted((ROOT / "pipeline").glob("*.py")):
+        calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        names = {c.attr for c in calls if isinstance(c, ast.Attribute)}  # a bare write_text is ours
+        found[f"pipeline/{path.name}"] = names & OPENING
+    assert {name: calls for name, calls in found.items() if calls != PLACES.get(name, set())} == {}
+
+
+def test_looks_parse_no_json_of_their_own() -> None:
+    parsing = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "stages" / "inspect").rglob("*.py")
+        if {"json.loads(", "json.load(", ".read_text("}
+        & set(re.findall(r"json\.loads?\(|\.read_text\(", path.read_text()))
+    ]
+    assert parsing == []

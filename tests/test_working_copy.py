@@ -12,12 +12,14 @@ from flows.commands.metrics import metrics
 from flows.commands.rows import rows
 from flows.commands.show import show
 from flows.printing import Format
-from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
+from pipeline.artifact import store_url
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError, UsageError
 from pipeline.manifest import is_finished
-from pipeline.object_store import open_store
+from pipeline.object_store import Listed, Store, open_store
 from pipeline.run_dir import RunDir
 from pipeline.runs import beside, lock, open_run, run_at, share
 from stages.config import RunConfig
+from stages.inspect.verify.verify import verify_run
 from tests.builders import reward_rows, write_artifact
 from tests.policies import EOS
 from tests.stores import (
@@ -228,6 +230,42 @@ def test_a_run_refers_to_its_neighbour_on_the_store_and_not_to_a_local_run(
     assert noted["path"] == "../../../first/iterations/000000/completions"
     new_machine(tmp_path / "other", monkeypatch)
     assert open_run(f"{base}/second").open(0, "completions").read().height == 4
+
+
+def test_a_run_on_a_store_is_verified_with_its_files(base: str, local: RunDir) -> None:
+    copy(local, f"{base}/demo", iterations=2)
+    findings = verify_run(open_run(f"{base}/demo"))
+    assert findings.problems == []
+    assert findings.tallies["text"].checked > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("../../../outside/manifest.json", "expected plain paths"), ("a/../../config.toml", "expected plain paths")],
+)
+def test_an_object_whose_name_leads_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    new_machine(tmp_path / "work", monkeypatch)
+    store = open_store("memory://bucket/odd/demo")
+    store.write("config.resolved.json", b"{}")
+    listed = {**store.listing(), name: Listed(1, "x")}
+    monkeypatch.setattr(Store, "listing", lambda _: listed)
+    with pytest.raises(StoreError, match=message):
+        run_at(store.url)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_note_of_a_store_counts_in_its_working_copy_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_machine(tmp_path / "work", monkeypatch)
+    for place, url, expected in (
+        (tmp_path / "work" / "s3" / "b" / "x", "s3://b/x", "s3://b/x"),
+        (tmp_path / "work" / "s3" / "b" / "y", "http://127.0.0.1:9/evil", None),
+        (tmp_path / "run" / "x", "s3://b/x", None),
+    ):
+        place.mkdir(parents=True)
+        (place / ".store.json").write_text(json.dumps({"url": url}))
+        assert store_url(place) == expected
 
 
 def test_a_local_run_refers_to_one_on_a_store_by_url_which_is_asked_only_when_the_user_named_it(

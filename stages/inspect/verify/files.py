@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.artifact import PRUNED_NOTE, Artifact, open_artifact, pruned_files
 from pipeline.chain import DATASETS, INITIAL, known_schemas
 from pipeline.errors import ArtifactMissing
-from pipeline.manifest import MANIFEST, WrongBytes, wrong_bytes
+from pipeline.manifest import MANIFEST, STORE_NOTE, WrongBytes, wrong_bytes
 from pipeline.parquet import check_parts
 from pipeline.reading import resolved, shorten
 from pipeline.run_dir import REFERENCE, RunDir, is_iteration
@@ -138,7 +138,12 @@ def check_files(ledger: Ledger, located: Iterable[Located]) -> set[Path]:
 
 
 def _wrong_files(item: Located) -> dict[str, WrongBytes]:
-    """Return in what each file differs from the manifest; those that are as it says are left out."""
+    """Return in what each file differs from the manifest; those that are as it says are left out.
+
+    Of a run on a store the files are brought first.
+    """
+    if not pruned_files(item.artifact):
+        item.artifact.fetch()
     paths = {name: item.artifact.path / name for name in item.artifact.manifest.files}
     found = {
         name: wrong_bytes(path, item.artifact.manifest.files[name]) if path.is_file() else GONE
@@ -165,7 +170,7 @@ def _check_bytes(ledger: Ledger, item: Located, looked: "Future[dict[str, WrongB
         elif wrong:
             text = f"the file has SHA-256 {wrong.found[:16]}..., the manifest says {facts['sha256'][:16]}..."
             ledger.wrong("files", where, text, part=name)
-    known = {*artifact.manifest.files, MANIFEST, PRUNED_NOTE}
+    known = {*artifact.manifest.files, MANIFEST, PRUNED_NOTE, *([STORE_NOTE] if artifact.is_on_store else [])}
     for path in sorted(p for p in artifact.path.rglob("*") if p.is_file()):
         name = path.relative_to(artifact.path).as_posix()
         if name not in known:
