@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["hostile_runs", "kill", "overhead", "pause", "report", "fuzz_configs"])
+@pytest.mark.parametrize("name", ["evaluated_answers", "hostile_runs", "kill", "overhead", "pause", "report", "fuzz_configs"])
 def test_help_shows_what_is_measured(name: str) -> None:
     result = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

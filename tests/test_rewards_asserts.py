@@ -130,6 +130,13 @@ def test_a_test_that_fails_by_itself_is_an_error_and_no_zero(test_code: str, mes
         code("def f(x): return 2 * x", test_code=test_code)
 
 
+FILLED_DISK = """
+try:
+    with open("big", "wb", buffering=0) as file:
+        while True: file.write(bytes(4096))
+except OSError: pass
+def f(x): return 7
+"""
 FAKE_ARRAY = """
 class ndarray:
     __module__ = "numpy"
@@ -154,6 +161,7 @@ def f(x): return ndarray()
         ("def f(x): import no_such_module", "assert f(3) == 6"),
         ("def f(x): import solution", "assert f(3) == 6"),
         ("def f(x): return []", "def first(x):\n    return f(x)[0]\nassert first(3) == 6"),
+        (FILLED_DISK, "with open('x', 'w') as file:\n    file.write('x' * 100000)\nassert f(3) == 6"),
         (FAKE_ARRAY, "assert f(3) == 7"),
         ("f = 5", "def check(candidate):\n    assert candidate + '1' == 6"),
     ],

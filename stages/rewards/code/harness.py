@@ -309,7 +309,8 @@ def _is_own_failure(error: BaseException, has_touched: bool, module: str) -> boo
         return False
     if isinstance(error, ImportError):  # of the module that is the program: it lacks a name
         return error.name != module
-    return not has_touched
+    # files, memory and processes are what the program shares with them, and may use up
+    return not has_touched and not isinstance(error, OSError | MemoryError | RuntimeError)
 
 
 def _tell(verdicts: Any, step: int | None, verdict: str, text: str) -> None:
