@@ -9,7 +9,8 @@ from types import ModuleType
 
 import typer
 
-from flows.crash import fail, flushed, hidden_fault
+from flows.crash import fail, flush, hidden_fault
+from flows.prefect_server import leave
 from flows.printing import complain, print_anything
 from pipeline.errors import UsageError
 from pipeline.functions import permitting_only
@@ -60,10 +61,10 @@ def run() -> None:
         elif (fault := hidden_fault(end)) is not None:
             fail(fault)
         else:
-            sys.exit(flushed(end.code))
-        raise
+            flush()
+        leave(0 if end.code is None else int(end.code))
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        leave(INTERRUPTED)
     except BaseException as error:
         fail(error)
 

@@ -23,15 +23,20 @@ def main() -> None:
 
 
 def leave_current_directory() -> None:
-    """Take the current directory off the path, unless this program lies there."""
+    """Take the current directory off the path, unless this program lies there or PYTHONPATH names it in full."""
     try:
         here = os.path.realpath(os.getcwd())  # noqa: PTH109
     except OSError:  # it was deleted
         here = ""
-    if here != ROOT:
-        # Python itself has put it there, or PYTHONPATH, in which an empty entry means it
-        given = 1 + len(os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        sys.path[:given] = [entry for entry in sys.path[:given] if entry and os.path.realpath(entry) != here]
+    if here == ROOT:
+        return
+    # the first entry is Python's own, then come those of PYTHONPATH, where an empty one means the current directory
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    is_wanted = any(os.path.isabs(entry) and os.path.realpath(entry) == here for entry in given)  # noqa: PTH117
+    own = 0 if sys.flags.safe_path else 1
+    head = list(enumerate(sys.path[: own + len(given)]))
+    kept = [e for i, e in head if e and (os.path.realpath(e) != here or (is_wanted and i >= own))]
+    sys.path[: len(head)] = kept
 
 
 if __name__ == "__main__":

@@ -57,13 +57,12 @@ def hidden_fault(end: SystemExit) -> BaseException | None:
     return None if found is None or isinstance(found, Exit) else found.__cause__ or found
 
 
-def flushed(code: int | str | None) -> int | str | None:
-    """Return the exit code, after making sure that all output has gone out."""
+def flush() -> None:
+    """Make sure that all output has gone out; a command whose output has not has failed."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
         fail(error)
-    return code
 
 
 def describe(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from flows.prepare import Prepared, prepare
 from flows.session import Session, open_session
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, When
-from pipeline.provenance import environment, git_state
+from pipeline.provenance import recorded_environment
 from pipeline.run_dir import state_of
 from stages.evaluate import summarize
 from stages.preflight import remarks
@@ -61,8 +61,7 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     try:
         with open_session(settings, run_dir, prepared.reporter) as session:
             run_dir.record_config(prepared.toml, settings.model_dump(mode="json"))
-            diff = {"git_diff": git_state()["diff"]} if prepared.records_diff else {}
-            run_dir.record_environment({**environment(), **diff})
+            run_dir.record_environment(recorded_environment(with_diff=prepared.records_diff))
             tasks = step_tasks(session)
             background = Background(tasks)
             try:

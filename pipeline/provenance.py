@@ -41,6 +41,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def recorded_environment(*, with_diff: bool) -> dict[str, Any]:
+    """Return the facts that `environment.json` records; the uncommitted changes in full only on request.
+
+    They could hold a key, and would go wherever the run goes. Their SHA-256 is always there.
+    """
+    return {**environment(), "git_diff": git_state()["diff"]} if with_diff else environment()
+
+
 @cache
 def git_state() -> dict[str, Any]:
     """Return the commit of this program's source and the uncommitted diff; nulls outside a checkout."""

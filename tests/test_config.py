@@ -277,3 +277,31 @@ def test_a_decay_that_float32_rounds_away_is_told(
 def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:
     assert grpo.strict.StrictModel.model_config == StrictModel.model_config
     assert PpoClip.model_fields["clip_low"].description is not None
+
+
+def test_a_config_is_read_once(tmp_path: Path) -> None:
+    """An editor may save it in the middle: the run keeps the text that was parsed."""
+    from flows.prepare import prepare
+
+    class Saved(type(Path())):  # type: ignore[misc]
+        """A file that says something else when it is read again."""
+
+        def read_text(self, *arguments: object, **named: object) -> str:
+            return str(self.read_bytes().decode())
+
+        def read_bytes(self) -> bytes:
+            before = bytes(Path(self).read_bytes())
+            Path(self).write_bytes(before + b"# saved\n")
+            return before
+
+    with pytest.raises(ConfigError, match="does not exist"):
+        prepare(Saved(tmp_path / "absent.toml"), str(tmp_path / "run"))
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n')
+    text = (
+        f'[policy]\r\nmodel = "starter"\n[starter]\n[prompts]\nsource = "{tmp_path}/rows.jsonl"\n'
+        '[[score.rewards]]\nname = "exact"\nfunction = "stages.rewards.answers.matching:exact_match"\n'
+        "[generate]\nnum_threads = 1\nmax_tokens = 8\n[update]\nnum_threads = 1\n"
+    )
+    (tmp_path / "config.toml").write_text(text, newline="")
+    assert prepare(Saved(tmp_path / "config.toml"), str(tmp_path / "run")).toml == text
+    assert (tmp_path / "config.toml").read_text().count("# saved") == 1

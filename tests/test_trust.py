@@ -103,6 +103,18 @@ def test_python_m_does_not_either(run: Path, start: list[str]) -> None:
     assert executed(run) == []
 
 
+def test_a_folder_that_pythonpath_names_in_full_stays_on_the_path(run: Path) -> None:
+    (run / "own.py").write_text(OWN)
+    code = "import sys; from flows.cli import leave_current_directory as leave; leave(); print(sys.path); import own"
+    for name in TAKEN:
+        (run / f"{name}.py").unlink()
+    for start in ([], ["-P"]):
+        environment = {"PYTHONPATH": f"{ROOT}:{run}"}
+        command = [sys.executable, *start, "-c", code]
+        done = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.count(repr(str(run))) == 1
+
+
 def test_a_function_of_the_users_is_found_and_replaces_nothing(run: Path) -> None:
     """In the workers too, which import it anew."""
     (run / "own.py").write_text(OWN)

@@ -98,7 +98,7 @@ class WorkerPool:
         """Start the processes; they import the function's module while the caller goes on."""
         given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         # no module of the current directory may replace one that a worker begins with; the job brings the search path
-        path = [str(ROOT), *(entry for entry in given if entry and Path(entry).resolve() != Path.cwd())]
+        path = [str(ROOT), *(e for e in given if e and (Path(e).is_absolute() or Path(e).resolve() != Path.cwd()))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         while len(self.slots) < self.num_workers:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
