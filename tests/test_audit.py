@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from flows.commands.audit import audit_run
+from flows.commands.audit import audit_run, print_report
 from flows.printing import Format
 from pipeline.errors import ArtifactMissing, ConfigError
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.audit import CHECKS, audit, load_audit_config
-from stages.inspect.audit.findings import AuditReport, Finding, RowRef
+from stages.inspect.audit.findings import AuditReport, Finding, Outcome, RowRef
 from stages.inspect.audit.thresholds import AuditConfig
 from tests import audit_runs
 from tests.audit_runs import Group, iterations_of, write_run
@@ -184,6 +184,13 @@ def test_the_table_tells_what_was_not_checked_and_shows_a_models_brackets_as_the
     assert "'[red]no[/red]'" in printed
     assert "not applicable: policy_share (" in printed
     assert "grpo show" in printed
+
+
+def test_a_command_to_paste_takes_an_id_as_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [RowRef(0, "g; touch x $(y)", "c")]
+    outcome = Outcome("check", "found", "note", [Finding("check", "info", "message", 1.0, 1.0, rows)])
+    print_report(AuditReport("run", 1, 1, [outcome]), "a run")
+    assert "grpo show 'a run' -i 0 -g 'g; touch x $(y)'" in capsys.readouterr().out
 
 
 def test_the_table_of_a_clean_run_lists_what_was_clear(clean: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

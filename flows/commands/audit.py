@@ -1,6 +1,7 @@
 """`grpo audit`: what a run's rows say about reward hacking. Read-only; imports no torch."""
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,14 +43,15 @@ def audit_run(path: str | Path, config_path: Path | None, format_: Format) -> in
 
     report = checks.audit(open_run(path), checks.load_audit_config(config_path))
     if format_ is Format.table:
-        _print_report(report, path)
+        print_report(report, path)
     else:
         rows: list[dict[str, Any]] = [finding.to_dict() for finding in report.findings]
         print_rows(rows, format_, columns=COLUMNS)
     return 1 if report.has_warnings else 0
 
 
-def _print_report(report: "AuditReport", path: str | Path) -> None:
+def print_report(report: "AuditReport", path: str | Path) -> None:
+    """Print a report as a table; ``path`` is the run in the commands that it names."""
     warnings = sum(finding.severity == "warning" for finding in report.findings)
     say(
         f"{report.run}: {report.num_answers:,} answers of {report.num_iterations} iterations; "
@@ -82,8 +84,9 @@ def _style(finding: "Finding") -> str:
 
 def _see(row: "RowRef", path: str | Path) -> str:
     if row.group_id is None:
-        return f"iteration {row.iteration}: grpo groups {path} -i {row.iteration}"
-    return f"{_name(row)}: grpo show {path} -i {row.iteration} -g {row.group_id}"
+        return f"iteration {row.iteration}: grpo groups {quote(str(path))} -i {row.iteration}"
+    # ids are data: what a reader pastes into a shell must be one word
+    return f"{_name(row)}: grpo show {quote(str(path))} -i {row.iteration} -g {quote(row.group_id)}"
 
 
 def _name(row: "RowRef") -> str:

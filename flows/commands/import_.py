@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -67,4 +68,4 @@ def import_(
         session.perform("score", 0)
         session.perform("normalize", 0)
     say(run.name)
-    say(f"look at it: grpo groups {run.name}; grpo show {run.name}")
+    say(f"look at it: grpo groups {quote(run.name)}; grpo show {quote(run.name)}")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,7 +67,8 @@ def rescore(
     if format_ is Format.table:
         say(f"{done.num_completions:,} completions of {len(done.iterations)} iterations in {done.seconds:.1f} s")
         say(directory)
-        say(f"compare: grpo diff {run} {directory} --rewards; train on it: grpo fork {run} {config} --at N")
+        names = [quote(str(name)) for name in (run, directory, config)]
+        say("compare: grpo diff {0} {1} --rewards; train on it: grpo fork {0} {2} --at N".format(*names))
 
 
 @dataclass(frozen=True, slots=True)

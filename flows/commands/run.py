@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,4 +57,4 @@ def train_run(prepared: "Prepared", config: Path, overrides: list[str] | None) -
             wait_for_server()
             policy = train_prepared(replace(prepared, reporter=reporter), config, overrides)
     say(f"last policy: {run.shown(Path(policy))}")
-    say(f"look at it: grpo metrics {run.name}; grpo show {run.name}")
+    say(f"look at it: grpo metrics {quote(run.name)}; grpo show {quote(run.name)}")
