@@ -1,0 +1,131 @@
+"""What an answer says: mathematics, words, a number in a base, or a quantity in two units."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import regex
+
+from stages.rewards.answers.latex import WORDED, Unreadable, plain_latex
+from stages.rewards.answers.units import LETTERS, quantity
+
+BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+BASED = regex.compile(
+    r"\(?(?<digits>[0-9A-Z]*[0-9][0-9A-Z]*)\)?\s*_\s*\{?\s*(?:\\(?:text|mathrm|mbox)\s*\{)?\s*"
+    rf"(?<base>[0-9]{{1,2}}|{'|'.join(BASES)})\s*\}}{{0,2}}"
+)
+WORDS = regex.compile(r"[\p{L}\s.,;:!?'\u2019()-]*+")
+LONG_WORD = regex.compile(r"(?!(?:sin|cos|tan|log|sqrt|exp)\b)\p{L}{4,}|[^\x00-\x7f]")
+EMPTY = ("none", "no", "empty set")
+ONE_LETTER_UNIT = regex.compile(rf"\s*([+-]?[0-9][0-9.,]*+)[{LETTERS}]\s*")
+LIST_OF_THREES = regex.compile(r"[0-9]{1,3}(?:,[0-9]{3})++")
+HAS_BRACES = regex.compile(r"\\\{|\\lbrace")
+SAME_TEXT = regex.compile(r"[\s$]+(?![0-9])|(?<![0-9])[\s$]+|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])")
+CLOSE = 0.01
+"""How far, as a share, the two sides of an approximation may lie apart."""
+
+
+class Reading(NamedTuple):
+    """What one text says; what it cannot be is None."""
+
+    text: str
+    values: tuple[Any, ...] = ()
+    """The sympy expressions that it may mean: 100,200 is a list or one number."""
+    words: str | None = None
+    based: tuple[str, int] | None = None
+    quantity: tuple[tuple[str, str], ...] | None = None
+    number_with_letter: Any = None
+    """The number of "5m", whose letter may be a unit."""
+
+    @property
+    def is_braced(self) -> bool:
+        return HAS_BRACES.search(self.text) is not None
+
+
+def read(text: str) -> Reading:
+    """Return what the text says, all of it.
+
+    Raises:
+        Unreadable: when part of it has no meaning here.
+    """
+    text = text.strip()
+    bare = WORDED.sub(r" \1 ", text).strip()
+    if WORDS.fullmatch(bare) and (LONG_WORD.search(bare) or (bare != text and regex.search(r"\p{L}{2}", bare))):
+        if not regex.fullmatch(r"\W*\p{L}(?:\W+(?:(?:and|or)\W+)?\p{L})*\W*", bare):
+            return Reading(text, words=_folded(bare))
+    parts = quantity(text)
+    if parts is not None:
+        return Reading(text, quantity=parts)
+    based = BASED.fullmatch(text.replace("$", "").rstrip("."))
+    if based:
+        base = BASES.index(based["base"]) + 2 if based["base"] in BASES else int(based["base"])
+        if base == 10:
+            return read(based["digits"])
+        try:
+            int(based["digits"], base)
+        except ValueError:
+            raise Unreadable(text) from None
+        return Reading(text, based=(based["digits"].lstrip("0") or "0", base))
+    values = [_parsed(plain_latex(text))]
+    if LIST_OF_THREES.fullmatch(text):
+        values.append(_parsed(text.replace(",", ", ")))
+    unit = ONE_LETTER_UNIT.fullmatch(text)
+    return Reading(text, tuple(values), number_with_letter=_parsed(plain_latex(unit[1])) if unit else None)
+
+
+def is_same_text(text: str, other: str) -> bool:
+    """Return whether two texts are the same but for blanks, dollars and sizes of brackets."""
+    return SAME_TEXT.sub("", text) == SAME_TEXT.sub("", other)
+
+
+def _folded(words: str) -> str:
+    return " ".join(regex.findall(r"[\p{L}\p{M}]+", words.casefold()))
+
+
+@lru_cache(maxsize=256)
+def _parsed(latex: str) -> Any:
+    """Return the sympy expression of all of the LaTeX.
+
+    Raises:
+        Unreadable: when the parser stumbles over a part, or leaves one out.
+    """
+    left, approximately, right = latex.partition(r"\approx")
+    if approximately:
+        return _approximated(_parsed(left.strip()), _parsed(right.strip()), latex)
+    from latex2sympy2_extended.latex2sympy2 import latex2sympy
+    from math_verify.grader import should_treat_as_complex
+    from sympy import Basic, MatrixBase
+
+    try:
+        is_real = not should_treat_as_complex(latex)
+        value = latex2sympy(latex, is_real=is_real, convert_degrees=False, normalization_config=None)
+    except Exception:  # the parser raises all sorts of errors
+        raise Unreadable(latex) from None
+    if not isinstance(value, Basic | MatrixBase) or not _takes_all(latex):
+        raise Unreadable(latex)
+    return value
+
+
+def _takes_all(latex: str) -> bool:
+    """Return whether the parser's first step, which may skip signs, skips nothing but blanks."""
+    from antlr4 import InputStream
+    from latex2sympy2_extended.antlr_parser import PSLexer
+
+    taken = sum(len(token.text) for token in PSLexer(InputStream(latex)).getAllTokens())
+    return taken >= len("".join(latex.split()))
+
+
+def _approximated(left: Any, right: Any, latex: str) -> Any:
+    """Return what is approximated: the left side, or the right one where the left is but a name."""
+    from latex2sympy2_extended import is_expr_of_only_symbols
+    from sympy import Eq
+
+    if is_expr_of_only_symbols(left):
+        return right
+    value = left.rhs if isinstance(left, Eq) else left
+    try:
+        is_near = bool(abs(float(value) - float(right)) <= CLOSE * max(1.0, abs(float(right))))
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        is_near = False
+    if not is_near:
+        raise Unreadable(latex)
+    return left
