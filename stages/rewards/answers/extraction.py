@@ -15,6 +15,7 @@ PROSE = regex.compile(
 )
 """A word: whoever writes one means his text to be read, not typeset."""
 MARKED = regex.compile(r"(?<mark>\*{1,3}|_{1,2}|`)(?<inside>[^*_`\s](?:[^*`]*[^*`\s])?)(?P=mark)\.?")
+TAG = regex.compile(r"</?[A-Za-z][A-Za-z_]{0,30}>")
 ANCHORS = (
     regex.compile(r"####"),
     regex.compile(r"(?i)\bfinal answer\b[^.\n]{0,60}?(?:\bis\b|\bare\b|[:=])"),
@@ -64,13 +65,12 @@ def mathematics_of(answer: str) -> str | None:
 
 
 def words_of(answer: str) -> str:
-    """Return what an answer in words says: its last box, else what "answer is" announces, else all of it."""
+    """Return what an answer in words says: its last box, else the line that "answer is" announces, else its first."""
     box = _last_box(answer)
     if box is not None:
         return box
-    announced = [match for anchor in ANCHORS for match in anchor.finditer(answer)]
-    last = max((match.end() for match in announced), default=0)
-    return answer[last:].strip().partition("\n")[0] if last else answer.strip()
+    last = max((match.end() for anchor in ANCHORS for match in anchor.finditer(answer)), default=0)
+    return answer[last:].strip().partition("\n")[0].strip(EMPHASIS + PUNCTUATION + " ")
 
 
 def is_prose(text: str) -> bool:
@@ -135,7 +135,7 @@ def _joined(text: str, found: list[Candidate], first: int, last: int, joins: "re
 
 def _candidates(text: str) -> list[Candidate]:
     delimited = _delimited(text)
-    plain = _cut(text, delimited)
+    plain = TAG.sub(lambda tag: "\n" * len(tag.group()), _cut(text, delimited))
     compound = [Candidate(m.start(), m.end(), m.group(), False) for m in COMPOUND.finditer(plain)]
     plain = _cut(plain, compound)
     return sorted([*delimited, *compound, *_plain_candidates(plain)])
@@ -179,6 +179,7 @@ def _plain_candidates(text: str) -> list[Candidate]:
     """Return the runs of words that are numbers, formulas and the operators between them."""
     found: list[Candidate] = []
     run: list[regex.Match[str]] = []
+    depth = 0
     words = list(WORD.finditer(text))
     parts = [MATHEMATICAL.search(_bare(word)) is not None for word in words]
     for index, word in enumerate(words):
@@ -186,14 +187,16 @@ def _plain_candidates(text: str) -> list[Candidate]:
         is_bullet = "\n" in gap and word.group() in ("-", "*", "+")
         beside = (index > 0 and parts[index - 1]) or (index + 1 < len(parts) and parts[index + 1])
         is_variable = beside and VARIABLE.fullmatch(_bare(word)) is not None
-        if run and (not gap.isspace() or "\n" in gap or run[-1].group()[-1] in ".,;:!?"):
+        is_ended = run and run[-1].group()[-1] in PUNCTUATION and depth <= 0
+        if run and (is_ended or not gap.isspace() or "\n" in gap):
             found += _candidate(text, run)
-            run = []
+            run, depth = [], 0
         if (parts[index] or is_variable) and not is_bullet:
             run.append(word)
+            depth += sum((letter in "([{") - (letter in ")]}") for letter in word.group())
         elif run:
             found += _candidate(text, run)
-            run = []
+            run, depth = [], 0
     return found + _candidate(text, run)
 
 

@@ -66,7 +66,7 @@ FUNCTION = r"arcsin|arccos|arctan|arccot|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|
 BARE_FUNCTION = regex.compile(rf"(?<![\\A-Za-z])(?=(?:{FUNCTION})(?![A-Za-z]))")
 BARE_ROOT = regex.compile(r"(?<![\\A-Za-z])sqrt\s*(?:\(([^()]*+)\)|(?=\{))")
 GROUPED_BY_COMMAS = regex.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})++(?![0-9,])")
-GROUPED = regex.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\{,\}|,?\\[,:; !]|[\u2009\u202f\u00a0~ ])[0-9]{3})+(?![0-9,])")
+GROUPED = regex.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\{,\}|,?\\[,:; !]\s?|[\u2009\u202f\u00a0~ ])[0-9]{3})+(?![0-9,])")
 BRACED_COMMA = regex.compile(r"(?<=[0-9])\{,\}(?=[0-9])")
 SCIENTIFIC = regex.compile(r"(?<![A-Za-z0-9_\\])([0-9]++(?:\.[0-9]++)?)[eE]([+-]?[0-9]++)(?![0-9A-Za-z.])")
 REPEATING = regex.compile(r"(?<![0-9.,])([0-9]*+)\.([0-9]*+)\\(?:overline|bar|dot)\s*\{?([0-9]++)\}?")
@@ -82,7 +82,7 @@ DEGREES = regex.compile(r"(?:([0-9]++(?:\.[0-9]++)?)|(?<![A-Za-z\\])([A-Za-z]))\
 LEFT_OUT = regex.compile(
     r"\\(?:sum|prod|int|lim|det|phantom|xrightarrow|overset|underset|pmod|bmod|mod|implies|iff|to|[Rr]ightarrow|equiv|sim"
     r"|[lc]?dots|partial|operatorname|begin\s*\{\s*(?:cases|align(?:ed)?)[*]?\s*\})(?![A-Za-z])"
-    r"|\.\.\.|\u2026|'|[0-9]\s*_|\|_|\^\s*\{?\s*(?:T|\\top|\\prime)(?![A-Za-z])|(?<!_)[0-9]\s+[0-9]"
+    r"|\.\.\.|\u2026|'|[0-9|})\]]\s*_|\^\s*\{?\s*(?:T|\\top|\\prime)(?![A-Za-z])|(?<!_)[0-9]\s+[0-9]"
     r"|[0-9]\s?/\s?[0-9]++\s?(?:[A-Za-z(]|\\(?:pi|sqrt|frac|sin|cos|tan|ln|log|theta|alpha)(?![A-Za-z]))"
     r"|(?<![\\A-Za-z])(?:[A-Za-z]{4,}|(?:for|the|are|has|not|but|all|any|is|if|of|at|by)(?![A-Za-z]))"
 )

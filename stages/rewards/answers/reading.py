@@ -14,8 +14,7 @@ BASED = regex.compile(
     rf"(?<base>[0-9]{{1,2}}|{'|'.join(BASES)})\s*\}}{{0,2}}"
 )
 WORDS = regex.compile(r"[\p{L}\s.,;:!?'\u2019()-]*+")
-LONG_WORD = regex.compile(r"(?!(?:sin|cos|tan|log|sqrt|exp)\b)\p{L}{4,}|[^\x00-\x7f]")
-EMPTY = ("none", "no", "empty set")
+LONG_WORD = regex.compile(r"(?!(?:sin|cos|tan|log|sqrt|exp)\b)\p{L}{4,}|[^\x00-\x7f]|(?i:\b(?:yes|no|odd|all)\b)")
 ONE_LETTER_UNIT = regex.compile(rf"\s*([+-]?[0-9][0-9.,]*+)[{LETTERS}]\s*")
 LIST_OF_THREES = regex.compile(r"[0-9]{1,3}(?:,[0-9]{3})++")
 HAS_BRACES = regex.compile(r"\\\{|\\lbrace")
@@ -35,6 +34,15 @@ class Reading(NamedTuple):
     quantity: tuple[tuple[str, str], ...] | None = None
     number_with_letter: Any = None
     """The number of "5m", whose letter may be a unit."""
+
+    @property
+    def is_in_words(self) -> bool:
+        """Whether the text is words, or the letter of a choice."""
+        return self.words is not None or len(_folded(WORDED.sub(r"\1", self.text))) == 1
+
+    def says(self, words: str) -> bool:
+        """Return whether the words are the same, whatever their case and punctuation."""
+        return _folded(WORDED.sub(r" \1 ", self.text)) == _folded(WORDED.sub(r" \1 ", words))
 
     @property
     def is_braced(self) -> bool:
