@@ -1,11 +1,11 @@
 """What an answer says: mathematics, words, a number in a base, or a quantity in two units."""
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import regex
 
 from stages.rewards.answers.latex import WORDED, Unreadable, plain_latex
+from stages.rewards.answers.parser import expression
 from stages.rewards.answers.units import LETTERS, quantity
 
 BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -19,8 +19,6 @@ ONE_LETTER_UNIT = regex.compile(rf"\s*([+-]?[0-9][0-9.,]*+)[{LETTERS}]\s*")
 LIST_OF_THREES = regex.compile(r"[0-9]{1,3}(?:,[0-9]{3})++")
 HAS_BRACES = regex.compile(r"\\\{|\\lbrace")
 SAME_TEXT = regex.compile(r"[\s$]+(?![0-9])|(?<![0-9])[\s$]+|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])")
-CLOSE = 0.01
-"""How far, as a share, the two sides of an approximation may lie apart."""
 
 
 class Reading(NamedTuple):
@@ -73,11 +71,11 @@ def read(text: str) -> Reading:
         except ValueError:
             raise Unreadable(text) from None
         return Reading(text, based=(based["digits"].lstrip("0") or "0", base))
-    values = [_parsed(plain_latex(text))]
+    values = [expression(plain_latex(text))]
     if LIST_OF_THREES.fullmatch(text):
-        values.append(_parsed(text.replace(",", ", ")))
+        values.append(expression(text.replace(",", ", ")))
     unit = ONE_LETTER_UNIT.fullmatch(text)
-    return Reading(text, tuple(values), number_with_letter=_parsed(plain_latex(unit[1])) if unit else None)
+    return Reading(text, tuple(values), number_with_letter=expression(plain_latex(unit[1])) if unit else None)
 
 
 def is_same_text(text: str, other: str) -> bool:
@@ -87,53 +85,3 @@ def is_same_text(text: str, other: str) -> bool:
 
 def _folded(words: str) -> str:
     return " ".join(regex.findall(r"[\p{L}\p{M}]+", words.casefold()))
-
-
-@lru_cache(maxsize=256)
-def _parsed(latex: str) -> Any:
-    """Return the sympy expression of all of the LaTeX.
-
-    Raises:
-        Unreadable: when the parser stumbles over a part, or leaves one out.
-    """
-    left, approximately, right = latex.partition(r"\approx")
-    if approximately:
-        return _approximated(_parsed(left.strip()), _parsed(right.strip()), latex)
-    from latex2sympy2_extended.latex2sympy2 import latex2sympy
-    from math_verify.grader import should_treat_as_complex
-    from sympy import Basic, MatrixBase
-
-    try:
-        is_real = not should_treat_as_complex(latex)
-        value = latex2sympy(latex, is_real=is_real, convert_degrees=False, normalization_config=None)
-    except Exception:  # the parser raises all sorts of errors
-        raise Unreadable(latex) from None
-    if not isinstance(value, Basic | MatrixBase) or not _takes_all(latex):
-        raise Unreadable(latex)
-    return value
-
-
-def _takes_all(latex: str) -> bool:
-    """Return whether the parser's first step, which may skip signs, skips nothing but blanks."""
-    from antlr4 import InputStream
-    from latex2sympy2_extended.antlr_parser import PSLexer
-
-    taken = sum(len(token.text) for token in PSLexer(InputStream(latex)).getAllTokens())
-    return taken >= len("".join(latex.split()))
-
-
-def _approximated(left: Any, right: Any, latex: str) -> Any:
-    """Return what is approximated: the left side, or the right one where the left is but a name."""
-    from latex2sympy2_extended import is_expr_of_only_symbols
-    from sympy import Eq
-
-    if is_expr_of_only_symbols(left):
-        return right
-    value = left.rhs if isinstance(left, Eq) else left
-    try:
-        is_near = bool(abs(float(value) - float(right)) <= CLOSE * max(1.0, abs(float(right))))
-    except (TypeError, ValueError, OverflowError, AttributeError):
-        is_near = False
-    if not is_near:
-        raise Unreadable(latex)
-    return left
