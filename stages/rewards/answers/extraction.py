@@ -59,7 +59,7 @@ def mathematics_of(answer: str) -> str | None:
     The last box; without one all of an answer that is nothing but mathematics; else, in prose, what follows "####",
     "final answer is" or "answer is", and otherwise the last mathematics, with what "and" or "or" joins to them.
     """
-    if "boxed" in answer or "\\fbox" in answer:
+    if BOX.search(answer):
         return _last_box(answer)
     return _in_prose(answer) if is_prose(answer) else _bare_formula(answer)
 
