@@ -2,8 +2,8 @@
 
     python -m tests.hostile_answers FOLDER
 
-The process works in FOLDER, where a payload that is executed leaves a file, and prints a JSON object: the functions that
-were run, and what the interpreter was seen to do with the text of an answer.
+The process works in FOLDER, where a payload that is executed leaves a file, and prints a JSON object: the functions
+that were run, and what the interpreter was seen to do with the text of an answer.
 """
 
 import ast
@@ -26,7 +26,7 @@ PAYLOADS = (
     CALL,
     f"__import__('os').system('echo 1 > {MARK}')",
     f"__import__('pathlib').Path('{MARK}').write_text('1')",
-    f"exec(\"{CALL}\")",
+    f'exec("{CALL}")',
     f"(lambda: {CALL})()",
     f"[{CALL} for _ in (1,)][0]",
     f"().__class__.__base__.__subclasses__()[0]({CALL})",
@@ -46,11 +46,23 @@ DRESSES = (
     "\\boxed{{{}}}",
     "The answer is ${}$.",
     "\\boxed{{\\text{{{}}}}} Score: {}",
-    "```json\n{{\"answer\": {}}}\n```",
+    '```json\n{{"answer": {}}}\n```',
     "<think>{}</think><answer>{}</answer>",
     '(A) {} = 7, "{}" is red.\n#### {}',
 )
-ACTS = ("compile", "exec", "import", "open", "os.", "subprocess.", "pickle.", "marshal.", "socket.", "shutil.", "ctypes.")
+ACTS = (
+    "compile",
+    "exec",
+    "import",
+    "open",
+    "os.",
+    "subprocess.",
+    "pickle.",
+    "marshal.",
+    "socket.",
+    "shutil.",
+    "ctypes.",
+)
 seen: list[str] = []
 
 
@@ -80,7 +92,7 @@ def main(folder: str) -> None:
             rows = [row | {"completion": dress.format(*[text] * 3)} for text in PAYLOADS for dress in DRESSES]
             outcomes({"function": name, "rows": rows}, arguments)
             seen[len(watched) :] = [f"{name}: {act}" for act in seen[len(watched) :]]
-    print(json.dumps({"functions": names, "seen": seen, "files": sorted(os.listdir(folder))}))
+    print(json.dumps({"functions": names, "seen": seen, "files": sorted(path.name for path in Path(folder).iterdir())}))
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:

@@ -24,7 +24,9 @@ def is_same(expected: Reading, found: Reading, digits: int) -> bool | None:
     if any(_is_equal(value, other, digits, expected, found) for value in expected.values for other in found.values):
         return True
     bare = found.number_with_letter
-    return bare is not None and any(v.is_number and _is_equal(v, bare, digits, expected, found) for v in expected.values)
+    return bare is not None and any(
+        v.is_number and _is_equal(v, bare, digits, expected, found) for v in expected.values
+    )
 
 
 def _is_same_in_base(expected: Reading, found: Reading) -> bool | None:

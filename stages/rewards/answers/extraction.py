@@ -85,7 +85,9 @@ def is_prose(text: str) -> bool:
 def _bare_formula(answer: str) -> str | None:
     """Return an answer that is nothing but mathematics without delimiters and Markdown around."""
     spans = _delimited(answer)
-    text = ", ".join(span.text for span in spans) or MARKED.sub(r"\g<inside>", answer.strip().removeprefix("####").strip())
+    text = ", ".join(span.text for span in spans) or MARKED.sub(
+        r"\g<inside>", answer.strip().removeprefix("####").strip()
+    )
     return text.strip() or None
 
 
@@ -151,7 +153,7 @@ def _cut(text: str, spans: list[Candidate]) -> str:
 
 
 def _delimited(text: str) -> list[Candidate]:
-    """Return what stands between \\( \\), \\[ \\], $$ $$ and $ $; a dollar before a blank closes nothing, as in Pandoc."""
+    """Return what stands between \\( \\), \\[ \\], $$ $$ and $ $; text between two amounts of money is none of it."""
     found = []
     opened: regex.Match[str] | None = None
     for mark in DELIMITER.finditer(text):

@@ -8,7 +8,6 @@ from inspect import signature
 from typing import Any
 
 import polars as pl
-import regex
 
 from pipeline.errors import RewardError
 from pipeline.functions import import_function

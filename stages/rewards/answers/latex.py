@@ -18,9 +18,9 @@ ROOT_SIGN = regex.compile(r"\u221a\s*+(?=[0-9A-Za-z({])(?:\{([^{}]*+)\}|\(([^()]
 SIGNS = {
     "\u2212": "-", "\u2013": "-", "\ufe63": "-", "\u00d7": r"\times ", "\u00f7": r"\div ", "\u00b7": r"\cdot ",
     "\u22c5": r"\cdot ", "\u2217": "*", "\u2215": "/", "\u2044": "/", "\u00b1": r"\pm ", "\u221e": r"\infty ",
-    "\u2264": r"\le ", "\u2a7d": r"\le ", "\u2265": r"\ge ", "\u2a7e": r"\ge ", "\u2260": r"\ne ", "\u2248": r"\approx ",
-    "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u2208": r"\in ", "\u211d": r"\mathbb{R}",
-    "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}", "\u2102": r"\mathbb{C}",
+    "\u2264": r"\le ", "\u2a7d": r"\le ", "\u2265": r"\ge ", "\u2a7e": r"\ge ", "\u2260": r"\ne ",
+    "\u2248": r"\approx ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u2208": r"\in ",
+    "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}", "\u2102": r"\mathbb{C}",
     "\u03c0": r"\pi ", "\u00b0": r"^\circ", "\u066a": r"\%", "\u2019": "'", "\u2032": "'",
 }  # fmt: skip
 LOOKS = regex.compile(
@@ -57,8 +57,12 @@ SAME = [
         (r"\{\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*\}", r"\\binom{\1}{\2}"),
     )
 ]
-NAMES = regex.compile(r"\\(?:begin|end)\s*\{\s*[a-zA-Z]*matrix\s*\}|\\(?:begin|end)\s*\{\s*array\s*\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|bar|vec|hat|tilde)\{[A-Za-z]+\}")
-WORDED = regex.compile(r"\\(?:text\w*|mathrm|mathit|mathbf|mathsf|mathup|mathnormal|mbox|hbox|operatorname)\s*\{([^{}]*+)\}")
+NAMES = regex.compile(
+    r"\\(?:begin|end)\s*\{\s*[a-zA-Z]*matrix\s*\}|\\(?:begin|end)\s*\{\s*array\s*\}(?:\{[clr|]*\})?|\\(?:mathbb|overline|bar|vec|hat|tilde)\{[A-Za-z]+\}"
+)
+WORDED = regex.compile(
+    r"\\(?:text\w*|mathrm|mathit|mathbf|mathsf|mathup|mathnormal|mbox|hbox|operatorname)\s*\{([^{}]*+)\}"
+)
 LIST_WORDS = regex.compile(r"\s*,?\s*(?:and|or|und|oder)\s*")
 CHOICES = regex.compile(r"\s*\(?([A-Za-z])\)?(?:\s*,\s*\(?([A-Za-z])\)?)*\s*")
 OPERATORS = ("gcd", "lcm", "floor", "ceil", "arsinh", "arcosh", "artanh", "arcsinh", "arccosh", "arctanh")
@@ -78,7 +82,9 @@ IMPROPER = regex.compile(r"(?<=[0-9])\s*(?=\\frac\s*\{([0-9]++)\}\s*\{([0-9]++)\
 TIMES_BRACKET = regex.compile(r"\\[A-Za-z]+|[0-9](?=\s*\()|\)(?=\s*[0-9])|[a-eijk-zA-EI-OR-Z](?=\()")
 """Where a product needs its sign: the parser takes 2(3) for a mixed number, x(x+1) for a function of x."""
 IMAGINARY = regex.compile(r"(?<![A-Za-z\\_])i(?![A-Za-z])|(?<=(?<![A-Za-z\\])[a-zA-Z])i(?![A-Za-z])")
-DEGREES = regex.compile(r"(?:([0-9]++(?:\.[0-9]++)?)|(?<![A-Za-z\\])([A-Za-z]))\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+DEGREES = regex.compile(
+    r"(?:([0-9]++(?:\.[0-9]++)?)|(?<![A-Za-z\\])([A-Za-z]))\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))"
+)
 LEFT_OUT = regex.compile(
     r"\\(?:sum|prod|int|lim|det|phantom|xrightarrow|overset|underset|pmod|bmod|mod|implies|iff|to|[Rr]ightarrow|equiv|sim"
     r"|[lc]?dots|partial|operatorname|begin\s*\{\s*(?:cases|align(?:ed)?)[*]?\s*\})(?![A-Za-z])"
@@ -132,7 +138,9 @@ def is_number_or_list(text: str) -> bool:
 
 
 def _is_one_number(text: str) -> bool:
-    return regex.fullmatch(r"(?:[A-Za-z]\s*=\s*)?[+-]?\s*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?:\\%)?", text) is not None
+    return (
+        regex.fullmatch(r"(?:[A-Za-z]\s*=\s*)?[+-]?\s*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?:\\%)?", text) is not None
+    )
 
 
 def _in_ascii(text: str) -> str:

@@ -19,7 +19,9 @@ POWER_OF_TEN = regex.compile(
 NARROW_BLANKS = r"\u00a0\u202f\u2009\u2007"
 EMPHASIS = [
     regex.compile(r"(?<![0-9\p{L})\]}*\\])\*\*(?=[^\s*])(?<inside>[^\n*]{1,200}?)(?<=[^\s*])\*\*(?!\*)"),
-    regex.compile(r"(?<![\p{L}\p{N}_\\})\]])(?<mark>__?)(?=[^\s_])(?<inside>[^\n_]{1,200}?)(?<=[^\s_])(?P=mark)(?![\p{L}\p{N}_])"),
+    regex.compile(
+        r"(?<![\p{L}\p{N}_\\})\]])(?<mark>__?)(?=[^\s_])(?<inside>[^\n_]{1,200}?)(?<=[^\s_])(?P=mark)(?![\p{L}\p{N}_])"
+    ),
 ]
 """Markdown's bold and italics; a power has an operand before its two asterisks."""
 WRAPPED = regex.compile(r"\s?\\(?:text\w*|mathrm|mathbf|mathit|mathsf|mbox)\s*\{([^{}]*+)\}")

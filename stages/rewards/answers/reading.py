@@ -15,6 +15,9 @@ BASED = regex.compile(
 )
 WORDS = regex.compile(r"[\p{L}\s.,;:!?'\u2019()-]*+")
 LONG_WORD = regex.compile(r"(?!(?:sin|cos|tan|log|sqrt|exp)\b)\p{L}{4,}|[^\x00-\x7f]|(?i:\b(?:yes|no|odd|all)\b)")
+TWO_LETTERS = regex.compile(r"\p{L}{2}")
+LETTERS_ONLY = regex.compile(r"\W*+\p{L}(?:\W++(?:(?:and|or)\W++)?\p{L})*+\W*+")
+"""Variables, or the letters of choices: A, B and C."""
 ONE_LETTER_UNIT = regex.compile(rf"\s*([+-]?[0-9][0-9.,]*+)[{LETTERS}]\s*")
 LIST_OF_THREES = regex.compile(r"[0-9]{1,3}(?:,[0-9]{3})++")
 HAS_BRACES = regex.compile(r"\\\{|\\lbrace")
@@ -55,9 +58,9 @@ def read(text: str) -> Reading:
     """
     text = text.strip()
     bare = WORDED.sub(r" \1 ", text).strip()
-    if WORDS.fullmatch(bare) and (LONG_WORD.search(bare) or (bare != text and regex.search(r"\p{L}{2}", bare))):
-        if not regex.fullmatch(r"\W*\p{L}(?:\W+(?:(?:and|or)\W+)?\p{L})*\W*", bare):
-            return Reading(text, words=_folded(bare))
+    has_word = LONG_WORD.search(bare) or (bare != text and TWO_LETTERS.search(bare))
+    if has_word and WORDS.fullmatch(bare) and not LETTERS_ONLY.fullmatch(bare):
+        return Reading(text, words=_folded(bare))
     parts = quantity(text)
     if parts is not None:
         return Reading(text, quantity=parts)

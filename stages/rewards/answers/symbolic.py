@@ -90,7 +90,9 @@ def _compared(part: str, accepted: list[str], digits: int, detail: dict[str, Any
     if answer is None and any(reading and reading.is_in_words for _, reading in known):
         answer = words_of(part)
         same = next((text for text, reading in known if reading and reading.says(answer)), None)
-        return Score(float(same is not None), detail | {"answer": shown(answer), "reference": shown(same or accepted[0])})
+        return Score(
+            float(same is not None), detail | {"answer": shown(answer), "reference": shown(same or accepted[0])}
+        )
     if answer is None:
         return Score(0.0, detail | {"reason": "no mathematics in the answer"})
     detail["answer"] = shown(answer)

@@ -18,7 +18,7 @@ LAST_UNIT = regex.compile(
     rf"(?r)\s*(?:{WRAPPED}|{BARE}|(?<=/\s?)(?<words>[{LETTERS}]))\.?(?:\s?\^\s?(?:[1-3]|\{{\s?-?[1-3]\s?\}}))?\s*$"
 )
 LETTER_BEFORE_SLASH = regex.compile(rf"(?r)(?<=[0-9}}]\s?)(?<words>[{LETTERS}])\s*$")
-CONNECTION = regex.compile(r"(?:\s|\.(?=\s)|/|\\cdot(?![A-Za-z])|-(?=\s*$))+$")
+CONNECTION = regex.compile(r"(?r)(?:\s|\.(?=\s)|/|\\cdot(?![A-Za-z])|-(?=\s*$))+$")
 JOINING = regex.compile(rf"\W*(?:{NO_UNITS})\b", regex.IGNORECASE)
 KNOWN = regex.compile(rf"(?:[\s./-]|\b(?:{COMMON}|{LONG_WORDS}|[{LETTERS}])\b)*", regex.IGNORECASE)
 AFTER_NUMBER = regex.compile(r"[0-9)}\]%]\s*$|\\circ\s*$")
@@ -37,7 +37,8 @@ PART = regex.compile(
     r"(?:\\(?:text|mathrm|mbox)\s*\{\s*(?<unit>[A-Za-z]++)\.?[\s,]*(?:and)?\s*\}|(?<unit>[A-Za-z]++|''|['\"])\.?,?)\s*"
 )
 TIME = regex.compile(
-    r"(?i)(?<hours>[0-9]{1,2})(?::(?<minutes>[0-9]{2}))?(?:\s|~|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?(?<half>[ap])\.?\s?m\b\.?\s*\}?"
+    r"(?i)(?<hours>[0-9]{1,2})(?::(?<minutes>[0-9]{2}))?(?:\s|~|\\[,;: ])*+(?:\\(?:text|mathrm|mbox)\s*\{\s*)?"
+    r"(?<half>[ap])\.?\s?m\b\.?\s*\}?"
 )
 
 
