@@ -20,8 +20,8 @@ SIGNS = {
     "\u22c5": r"\cdot ", "\u2217": "*", "\u2215": "/", "\u2044": "/", "\u00b1": r"\pm ", "\u221e": r"\infty ",
     "\u2264": r"\le ", "\u2a7d": r"\le ", "\u2265": r"\ge ", "\u2a7e": r"\ge ", "\u2260": r"\ne ",
     "\u2248": r"\approx ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u2208": r"\in ",
-    "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}", "\u2102": r"\mathbb{C}",
-    "\u03c0": r"\pi ", "\u00b0": r"^\circ", "\u066a": r"\%", "\u2019": "'", "\u2032": "'",
+    "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u2115": r"\mathbb{N}", "\u211a": r"\mathbb{Q}",
+    "\u2102": r"\mathbb{C}", "\u03c0": r"\pi ", "\u00b0": r"^\circ", "\u066a": r"\%", "\u2019": "'", "\u2032": "'",
 }  # fmt: skip
 LOOKS = regex.compile(
     r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lrm]?|boldsymbol|bm|rm|bf|it)(?![A-Za-z])|\\!|\\\$|\$|\p{Sc}"
