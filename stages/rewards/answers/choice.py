@@ -140,11 +140,14 @@ def _patterns(labels: str) -> list[tuple[str, "regex.Pattern[str]"]]:
     link = rf"(?:{OPENING}|(?i:\b{LINK_WORDS}\b)|[\u662f\u4e3a\u306f\uc740\ub294]){{0,12}}"
     small = rf"(?<label>[{regex.escape(labels.lower())}])(?=[)\]}}*\"']*(?:$|[\n.,;]))"
     return [
-        ("boxed", regex.compile(rf"\\boxed\s*\{{\s*(?:\\\w+\s*\{{)?[\s(]*{several}[\s.)]*\}}")),
+        ("boxed", regex.compile(rf"\\boxed\s*+\{{\s*+(?:\\\w++\s*+\{{)?+[\s(]*+{several}[\s.)]*+\}}")),
         ("statement", regex.compile(rf"(?i:{ANSWER_WORDS}){link}{several}")),
         ("statement", regex.compile(rf"(?i:{ANSWER_WORDS}){link}(?<!\p{{L}}){small}")),
         ("option", regex.compile(rf"(?i:\b(?:option|choice))s?[\s:*(]{{1,4}}{several}")),
-        ("marked label", regex.compile(rf"\({several}\)|(?:^|\n)[\s*]*{label}\**[.):]|\*\*{several}[.)]?\*\*")),
+        (
+            "marked label",
+            regex.compile(rf"\({several}\)|(?:^|\n)(?:[^\S\n]|\*)*+{label}\**[.):]|\*\*{several}[.)]?\*\*"),
+        ),
         ("single letter", regex.compile(several)),
     ]
 

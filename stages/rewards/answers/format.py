@@ -8,7 +8,6 @@ from inspect import signature
 from typing import Any
 
 import polars as pl
-import regex
 
 from pipeline.errors import RewardError
 from pipeline.functions import import_function
@@ -16,7 +15,7 @@ from stages.rewards.answers.answer_part import NOTHING_WITHIN, SECONDS_PER_SEARC
 from stages.rewards.base import Score, deciding_arguments
 from stages.rewards.functions import RewardConfig, find_reward
 
-FENCE = regex.compile(r"\A\s*```[^\n`]*\n(?<content>.*?)\n?\s*```\s*\Z", regex.DOTALL)
+FENCE = "```"
 
 
 def regex_match(completion: str, pattern: str, whole: bool = False) -> Score:
@@ -102,9 +101,8 @@ def valid_json(
     part = answer_part(completion, within)
     if part is None:
         return Score(0.0, {"problem": NOTHING_WITHIN})
-    fence = FENCE.match(part) if allow_fence else None
     try:
-        value = json.loads(fence["content"] if fence else part, parse_constant=_refuse_constant)
+        value = json.loads(_without_fence(part) if allow_fence else part, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return Score(0.0, {"problem": f"no JSON: {error}"})
     if schema is None:
@@ -115,6 +113,14 @@ def valid_json(
     return Score(0.0, {"problem": shown(problem.message), "at": problem.json_path})
 
 
+def _without_fence(text: str) -> str:
+    """Return what a code fence around all of the text holds; the text itself where there is none."""
+    fenced = text.strip()
+    language, line_end, content = fenced.removeprefix(FENCE).partition("\n")
+    is_fenced = fenced.startswith(FENCE) and content.endswith(FENCE) and "`" not in language and line_end
+    return content.removesuffix(FENCE) if is_fenced else text
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
@@ -123,6 +129,7 @@ def _refuse_constant(name: str) -> None:
 def _validator(schema: str) -> Any:
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
+    from referencing import Registry
 
     content = json.loads(schema)
     validator = validator_for(content)
@@ -130,7 +137,7 @@ def _validator(schema: str) -> Any:
         validator.check_schema(content)
     except SchemaError as error:
         raise RewardError(f"schema is not a JSON schema ({error.message}): correct it") from error
-    return validator(content)
+    return validator(content, registry=Registry())  # the default one fetches a $ref's URL
 
 
 def soft_overlong(max_tokens: int, buffer_tokens: int) -> pl.Expr:

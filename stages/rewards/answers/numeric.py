@@ -1,6 +1,5 @@
 """A reward that compares a number in the answer with the reference answer, however either is written."""
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from functools import lru_cache
@@ -9,24 +8,11 @@ from typing import Any, Literal, NamedTuple
 import regex
 
 from stages.rewards.answers.answer_part import NO_REFERENCE, NOTHING_WITHIN, accepted_answers, answer_part, shown
+from stages.rewards.answers.plain_numbers import NARROW_BLANKS, UNIT_POWER, is_formula, with_plain_digits
 from stages.rewards.base import Score
 
 ARITHMETIC = Context(prec=100, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
 """Enough digits for every exact answer; without traps a number beyond all bounds is an infinity, not an exception."""
-SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+")
-PLAIN_SIGNS = str.maketrans(
-    {"\u2212": "-", "\ufe63": "-", "\uff0d": "-", "\u2013": "-", "\uff0b": "+", "\uff05": "%", "\u066a": "%"}
-)
-"""Minus signs, plus signs and per cent signs of other scripts; the en dash is often typed for a minus."""
-DIGIT = regex.compile(r"(?![0-9])\p{Nd}")
-VULGAR_FRACTION = regex.compile(r"(?<whole>[0-9])?(?<fraction>[\u00bc-\u00be\u2150-\u215e])")
-LATEX_FRACTION = regex.compile(r"(?<whole>[0-9])?\\[dt]?frac\s*\{(?<top>[0-9.,]+)\}\s*\{(?<bottom>[0-9.,]+)\}")
-SUPERSCRIPT_POWER = regex.compile(r"(?<=[0-9])[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
-POWER_OF_TEN = regex.compile(
-    r"(?:(?<=[0-9])\s?(?:[x*\u00d7\u00b7]|\\times|\\cdot)\s?|(?<one>(?<![0-9.,^*{(])))"
-    r"10\s?(?:\^|\*\*)[{(]?(?<exponent>[+-]?[0-9]+)[})]?"
-)
-NARROW_BLANKS = r"\u00a0\u202f\u2009\u2007"
 CURRENCY = r"(?:\p{Sc}|\b(?:USD|EUR|GBP|CHF|JPY|CNY|INR|AUD|CAD|NOK|SEK|DKK|PLN|RUB|KRW|BRL|MXN|US\$|R\$|Rs\.?|kr\.?))"
 ALPHABETS = r"\p{Latin}\p{Greek}\p{Cyrillic}"
 """A digit after one of their letters belongs to a name (H2O, x1); other scripts write numbers without a blank."""
@@ -57,7 +43,8 @@ def numeric_match(
     Read are thousands separators, powers of ten, fractions and mixed numbers (LaTeX's too), per cent and per mille,
     currencies and units around, minus signs and digits of any script. Not read are number words ("five", "million")
     and what is no well-formed number under ``decimal``, such as "3,14" with a decimal point, versions, dates with
-    slashes, powers but of ten: they are passed over whole, never read in parts.
+    slashes, times and ratios with a colon, powers but of ten, roots, multiples of pi, numbers with a base or behind a
+    plus-minus sign: they are passed over whole, never read in parts. A reference that is a formula gives null.
 
     Args:
         completion: the answer.
@@ -113,7 +100,7 @@ def _plain(value: Decimal) -> float | str:
 
 
 def _matches(text: str, decimal: str) -> list["regex.Match[str]"]:
-    return list(_pattern(decimal).finditer(_with_plain_digits(text, decimal)))
+    return list(_pattern(decimal).finditer(with_plain_digits(text, decimal)))
 
 
 def _numbers(matches: Iterable["regex.Match[str]"], decimal: str, percent: str, accounting: bool) -> Iterator[Found]:
@@ -131,33 +118,13 @@ def _numbers(matches: Iterable["regex.Match[str]"], decimal: str, percent: str, 
 
 @lru_cache(maxsize=4096)
 def _reference_numbers(text: str, decimal: str, percent: str, accounting: bool) -> list[Found]:
-    return list(_numbers(_matches(text, decimal), decimal, percent, accounting))
-
-
-def _with_plain_digits(text: str, decimal: str) -> str:
-    """Return the text with ASCII digits and signs, powers of ten as 1e5, fractions as 1/2 or 3 1/2."""
-    if not text.isascii():
-        thousands = "," if decimal == "." else "."
-        text = text.translate(PLAIN_SIGNS).replace("\u066b", decimal).replace("\u066c", thousands)
-        text = SUPERSCRIPT_POWER.sub(lambda m: "^" + m.group().translate(SUPERSCRIPTS), text)
-        text = DIGIT.sub(lambda m: str(unicodedata.decimal(m.group())), text)
-        text = VULGAR_FRACTION.sub(_spelled_fraction, text)
-    if "\\" in text or "{,}" in text:
-        text = text.replace("{,}", ",").replace("\\,", "\u202f").replace("\\!", "").replace("\\%", "%")
-        text = text.replace("\\$", "$")
-        text = LATEX_FRACTION.sub(lambda m: f"{_before_fraction(m)}{m['top']}/{m['bottom']}", text)
-    if "10" not in text:
-        return text
-    text = POWER_OF_TEN.sub(lambda m: f"{'' if m['one'] is None else '1'}e{m['exponent']}", text)
-    return text
-
-
-def _spelled_fraction(match: "regex.Match[str]") -> str:
-    return _before_fraction(match) + unicodedata.normalize("NFKC", match["fraction"]).replace("\u2044", "/")
-
-
-def _before_fraction(match: "regex.Match[str]") -> str:
-    return f"{match['whole']} " if match["whole"] else ""
+    """Return the numbers of a reference; none when it is a formula or has digits that are no number."""
+    plain = with_plain_digits(text, decimal)
+    matches = list(_pattern(decimal).finditer(plain))
+    rest = _pattern(decimal).sub("", UNIT_POWER.sub("", plain))
+    if is_formula(plain) or any(letter.isdecimal() for letter in rest):
+        return []
+    return list(_numbers(matches, decimal, percent, accounting))
 
 
 @lru_cache(maxsize=2)
@@ -175,12 +142,12 @@ def _pattern(decimal: str) -> "regex.Pattern[str]":
     return regex.compile(
         # the first line decides nothing: it spares most characters the slow look behind
         r"(?=[0-9.+\p{Sc}A-Zk-])"
-        rf"(?<![0-9_^{ALPHABETS}]|[0-9][.,'/]|[0-9]\s/\s?|\^[{{(]-?|\*\*)"
+        rf"(?<![0-9_^{ALPHABETS}]|[0-9][.,:'/]|[0-9]\s/\s?|[\^_][{{(]-?|[0-9{ALPHABETS})\]}}]\*\*|\s\*\*\s)"
         rf"(?<sign>{sign})?(?:{CURRENCY}\s?)?(?<inner_sign>[+-](?=[0-9.]))?"
         rf"(?:(?<whole>[0-9]+)\s(?<top>[0-9]+)/(?!{zero})(?<bottom>[0-9]+)"
         rf"|(?<number>{number}(?:[eE][+-]?[0-9]+)?)(?:\s?/\s?(?!{zero})(?<divisor>{divisor}))?)"
         r"(?:\s?(?<percent>%|\u2030|per\s?cent\b|pct\b))?"
-        r"(?![0-9]|[.,'][0-9]|\s?/\s?[0-9]|\s?(?:\^|\*\*))"
+        rf"(?![0-9_]|[.,:'][0-9]|\s?/\s?[0-9]|\s?\^|\*\*[0-9({ALPHABETS}-]|\s\*\*\s)"
     )
 
 
