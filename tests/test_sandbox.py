@@ -110,7 +110,7 @@ def test_what_a_program_has_worked_counts_and_not_what_it_has_waited() -> None:
     with Sandbox(Limits(seconds=100)) as sandbox:
         run = sandbox.run(["sh", "-c", "sleep 1 & sleep 1 & wait"])
     assert run.ended == "exit"
-    assert 0.1 <= run.seconds < 0.9
+    assert 0.0 < run.seconds < 0.9
 
 
 def test_cpu_time_is_limited_per_process() -> None:
