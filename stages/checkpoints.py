@@ -300,8 +300,17 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def stop_token_ids(policy: Path) -> list[int]:
-    """Return the ids of all end-of-sequence tokens: of the generation config, the model config and the tokenizer."""
-    tokenizer_id = load_tokenizer(policy).eos_token_id
+    """Return the ids of all end-of-sequence tokens: of the generation config, the model config and the tokenizer.
+
+    Raises:
+        PolicyError: when the model does not know the tokenizer's.
+    """
+    tokenizer_id, size = load_tokenizer(policy).eos_token_id, vocabulary_size(policy)
+    if isinstance(tokenizer_id, int) and size is not None and tokenizer_id >= size:
+        raise PolicyError(
+            f"the tokenizer in {policy} ends a sequence with the id {tokenizer_id}, and the model knows the ids 0 to "
+            f"{size - 1}: expected one of them; save the tokenizer that belongs to the weights"
+        )
     return sorted(_configured_stops(policy) | ({tokenizer_id} if isinstance(tokenizer_id, int) else set()))
 
 

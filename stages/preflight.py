@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.losses.options import CustomLoss
@@ -20,6 +21,7 @@ from stages.checkpoints import (
     hub_tokenizer,
     load_tokenizer,
     looks_local,
+    stop_token_ids,
 )
 from stages.config import RunConfig
 from stages.custom_functions import check_call
@@ -132,10 +134,16 @@ def check_conversation(
 def _tokenizer(config: RunConfig, run: RunDir) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of the policy that the run begins with."""
     if is_finished(run.initial_policy):
-        return load_tokenizer(open_artifact(run.initial_policy).fetch())
+        return _with_stops(open_artifact(run.initial_policy).fetch())
     if looks_local(config.policy.model):
-        return load_tokenizer(checkpoint_path(config.policy.model))
+        return _with_stops(checkpoint_path(config.policy.model))
     return hub_tokenizer(config.policy.model, config.policy.revision)
+
+
+def _with_stops(policy: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a checkpoint, after checking that its model knows the tokens that end a sequence."""
+    stop_token_ids(policy)
+    return load_tokenizer(policy)
 
 
 def remarks(config: RunConfig) -> list[str]:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,20 @@ MEMORY_BYTES = 4 << 30
 WALL_SECONDS = 600
 """Only for a machine that stands still."""
 ROOT = Path(__file__).parents[1]
-RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "tokenize", "chat_template", "return_dict")
-"""Variables of a chat template that are not the config's to set."""
+RESERVED = (
+    *("messages", "add_generation_prompt", "tools", "documents"),
+    *(
+        "conversation",
+        "chat_template",
+        "continue_final_message",
+        "tokenize",
+        "tokenizer_kwargs",
+        "padding",
+        "truncation",
+    ),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+)
+"""Variables of a chat template, or arguments of what renders it, that are not the config's to set."""
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 """A tag of transformers that writes nothing."""
 
@@ -107,7 +120,10 @@ def _try(kind: str, what: str) -> str:
     )
     if found.returncode == 0:
         return found.stdout.strip()
-    return f"it did not end within {CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 30} GiB of memory"
+    if found.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"it did not end within {CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 30} GiB of memory"
+    last = (found.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+    return f"its process ended with status {found.returncode} ({last:.200})"
 
 
 def main(kind: str, cpu_seconds: str, memory_bytes: str) -> None:
@@ -139,9 +155,10 @@ def main(kind: str, cpu_seconds: str, memory_bytes: str) -> None:
 def _limit(cpu_seconds: int, memory_bytes: int) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     end = math.ceil(used.ru_utime + used.ru_stime) + cpu_seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (end, end))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, value in ((resource.RLIMIT_CPU, end), (resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0)):
+        most = resource.getrlimit(kind)[1]  # of the caller's process, which nobody may exceed
+        bound = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(kind, (bound, bound))
 
 
 def _environment() -> Any:

@@ -229,6 +229,8 @@ def test_a_training_run_is_left_alone(tmp_path: Path) -> None:
         ({"completion": "10"}, r"row 2 has neither question nor prompt_id, only \['completion'\]"),
         ({"question": "What is 2 + 2?", "completion": 4}, "row 2 has the completion 4"),
         ({"question": "What is 2 + 2?"}, "row 2 has the completion None"),
+        ({"question": ["What is 2 + 2?"], "completion": "4"}, r"line 2 of .* in the column question: expected text"),
+        ({"question": "What is 2 + 2?", "completion": "4", "group": {}}, "in the column group: expected text"),
     ],
 )
 def test_a_row_that_cannot_be_placed_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -155,6 +155,12 @@ def test_ids_are_joined_to_stored_completions(tmp_path: Path) -> None:
         ({"prompt": "q", "chosen": [{"role": "a"}], "rejected": "n"}, "a list of role and content"),
         ({"chosen": "y", "rejected": "n"}, "add a column prompt"),
         ({"prompt": "q", "chosen": "y", "rejected": "n", "margin": "big"}, "the margin 'big'"),
+        ({"prompt": "q", "chosen": "y", "rejected": "n", "margin": [1]}, r"the margin \[1\]|the margin \[1.0\]"),
+        ({"prompt": "q", "chosen": "y", "rejected": "n", "rater": ["ann"]}, r"has \['ann'\] in the column rater"),
+        (
+            {"prompt": [{"role": "user", "content": "q", "tool_calls": ["f"]}], "chosen": "y", "rejected": "n"},
+            "a turn with tool_calls",
+        ),
     ],
 )
 def test_a_row_that_says_nothing_clear_is_refused(tmp_path: Path, row: dict[str, Any], said: str) -> None:
@@ -401,3 +407,9 @@ def store_run(root: Path) -> str:
     answers = [{"completion": "red"}, {"completion": "blue"}, {"completion": "green", "prompt_id": "q"}]
     write_artifact(run.place(0, "completions"), "completions", completion_rows(*answers))
     return str(root)
+
+
+def test_a_margin_that_pandas_left_out_is_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "p.parquet"
+    pl.DataFrame({"prompt": "q", "chosen": "y", "rejected": "n", "margin": [float("nan")]}).write_parquet(file)
+    assert [row["margin"] for row in read(str(file))] == [0.5]
