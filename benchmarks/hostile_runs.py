@@ -77,6 +77,7 @@ def main() -> int:
     sys.path.insert(0, str(SOURCE))
     if options.worker:
         return work()
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY_BYTES, 4 * MEMORY_BYTES))
     folder = Path(tempfile.mkdtemp(prefix="grpo-hostile-"))
     base = make_base(folder / "base")
     names = [f"run-{i}" for i in range(options.runs)] + [f"checkpoint-{i}" for i in range(options.checkpoints)]

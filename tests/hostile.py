@@ -86,7 +86,7 @@ def reseal(place: Path) -> None:
 def _replace_digest(root: Path, before: str, after: str) -> None:
     """Make the inputs of later artifacts name a new digest, and so on to the end of the chain."""
     for path in sorted(root.glob("iterations/*/*/manifest.json")):
-        if before in path.read_text():
+        if is_plain_file(path) and before in path.read_text():
             manifest = json.loads(path.read_text())
             old = manifest["digest"]
             for facts in manifest["inputs"].values():
@@ -98,8 +98,13 @@ def _replace_digest(root: Path, before: str, after: str) -> None:
 
 def any_place(root: Path, rng: random.Random, datasets: tuple[str, ...] = DATASETS) -> Path:
     """Return the place of an artifact of an iteration."""
-    found = [path.parent for path in sorted(root.glob(f"iterations/*/*/{MANIFEST}")) if path.parent.name in datasets]
-    return rng.choice(found)
+    found = [path.parent for path in sorted(root.glob(f"iterations/*/*/{MANIFEST}")) if is_plain_file(path)]
+    return rng.choice([place for place in found if place.name in datasets and all(map(is_plain_file, place.iterdir()))])
+
+
+def is_plain_file(path: Path) -> bool:
+    """Return whether we ourselves may open a file: an earlier change may have made a pipe or a device of it."""
+    return path.is_file() and not path.is_symlink()
 
 
 def name_of_a_file(root: Path, rng: random.Random) -> str:
@@ -134,12 +139,13 @@ def field_of_a_manifest(root: Path, rng: random.Random) -> str:
 
 def json_files(root: Path) -> list[Path]:
     """Return every JSON file of a run, manifests among them."""
-    return sorted(root.rglob("*.json"))
+    return sorted(filter(is_plain_file, root.rglob("*.json")))
 
 
 def text_of_a_file(root: Path, rng: random.Random) -> str:
     """A JSON file, or the metrics, hold something else."""
-    path = rng.choice([*json_files(root), *[root / "config.resolved.json", root / "metrics.parquet"] * 5])
+    others = filter(is_plain_file, [root / "config.resolved.json", root / "metrics.parquet"] * 5)
+    path = rng.choice([*json_files(root), *others])
     text = rng.choice(TEXTS)
     path.write_bytes(text)
     return f"{path.relative_to(root)} begins with {text[:8]!r}, {len(text)} bytes"
@@ -147,7 +153,7 @@ def text_of_a_file(root: Path, rng: random.Random) -> str:
 
 def setting(root: Path, rng: random.Random) -> str:
     """A setting of the resolved config has another kind."""
-    tables = json.loads((root / "config.resolved.json").read_text())
+    tables = json.loads(next(path for path in json_files(root) if path.name == "config.resolved.json").read_text())
     name, value = rng.choice(sorted(tables)), rng.choice(VALUES)
     if isinstance(tables[name], dict) and tables[name] and rng.random() < 0.7:
         key = rng.choice(sorted(tables[name]))
