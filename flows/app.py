@@ -62,7 +62,7 @@ def run() -> None:
             fail(fault)
         else:
             flush()
-        leave(0 if end.code is None else int(end.code))
+        leave(end.code if isinstance(end.code, int) else 2 if end.code else 0)
     except KeyboardInterrupt:
         leave(INTERRUPTED)
     except BaseException as error:

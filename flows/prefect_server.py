@@ -232,6 +232,7 @@ def _watch(process: "subprocess.Popen[bytes]", log: Path, is_over: threading.Eve
     _lost.set()
     signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPTING)
     if not is_over.wait(FAREWELL_SECONDS):  # Prefect repeats its requests for minutes
+        log.unlink(missing_ok=True)
         _give_up(message)
 
 
