@@ -160,7 +160,7 @@ def _vulgar(match: "regex.Match[str]") -> str:
 
 def _worded(match: "regex.Match[str]") -> str:
     """Return what stands in \\text{} as mathematics: a number, a letter, letters of choices, "and"."""
-    words = match[1].strip()
+    words = str(match[1]).strip()
     if not words or LIST_WORDS.fullmatch(words):
         return " , " if words else " "
     if CHOICES.fullmatch(words) and ("(" not in words or match.group() == match.string.strip()):

@@ -88,7 +88,7 @@ def with_plain_digits(text: str, decimal: str) -> str:
     text = PLUS_MINUS.sub(MASK, MULTIPLE.sub(MASK, FORMULA.sub(MASK, text)))
     if "10" not in text:
         return text
-    return POWER_OF_TEN.sub(lambda m: f"{'' if m['one'] is None else '1'}e{m['exponent']}", text)
+    return str(POWER_OF_TEN.sub(lambda m: f"{'' if m['one'] is None else '1'}e{m['exponent']}", text))
 
 
 def _spelled_fraction(match: "regex.Match[str]") -> str:

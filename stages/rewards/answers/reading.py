@@ -83,7 +83,7 @@ def read(text: str) -> Reading:
 
 def is_same_text(text: str, other: str) -> bool:
     """Return whether two texts are the same but for blanks, dollars and sizes of brackets."""
-    return SAME_TEXT.sub("", text) == SAME_TEXT.sub("", other)
+    return bool(SAME_TEXT.sub("", text) == SAME_TEXT.sub("", other))
 
 
 def _folded(words: str) -> str:

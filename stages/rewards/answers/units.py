@@ -53,7 +53,7 @@ def without_unit(text: str) -> str:
         before = rest[: match.start()]
         rest = CONNECTION.sub("", before)
         if AFTER_NUMBER.search(rest):
-            return rest.strip()
+            return str(rest.strip())
     return rest.strip() if rest != text and is_known and AFTER_SYMBOL.search(rest) else text
 
 
