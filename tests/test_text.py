@@ -230,9 +230,10 @@ def test_what_an_encoding_lacks_is_printed_as_escapes(encoding: str, monkeypatch
 
 
 PRINTERS = {
-    "flows/cli.py": {"print"},  # that a package is missing, which nothing can be imported to say
+    "flows/cli.py": {"sys.stderr.write"},  # that a package is missing, which nothing can be imported to say
     "flows/printing.py": {"print", "Console"},
     "flows/progress.py": {"Console"},  # the bar of a run; it makes its texts visible itself
+    "stages/probe.py": {"print"},  # to the process that started it
     "stages/rewards/answers/reasoning_gym_tasks.py": {"print"},  # into the pipe out of the sandbox
     "stages/rewards/code/sandbox_init.py": {"sys.stdout.write"},
 }
