@@ -233,11 +233,7 @@ PRINTERS = {
     "flows/cli.py": {"sys.stderr.write"},  # that a package is missing, which nothing can be imported to say
     "flows/printing.py": {"print", "Console"},
     "flows/progress.py": {"Console"},  # the bar of a run; it makes its texts visible itself
-<<<<<<< HEAD
     "stages/probe.py": {"print"},  # into the pipe to the process that tries something
-=======
-    "stages/probe.py": {"print"},  # to the process that started it
->>>>>>> cli
     "stages/rewards/answers/reasoning_gym_tasks.py": {"print"},  # into the pipe out of the sandbox
     "stages/rewards/code/sandbox_init.py": {"sys.stdout.write"},
 }
