@@ -21,7 +21,8 @@ NAMES = {
         "pkgutil.resolve_name", "site.addsitedir",
     ),
     "evaluates": (
-        "eval", "exec", "compile", "sympy", "latex2sympy2_extended", "math_verify", "numexpr", "asteval", "simpleeval",
+        "eval", "exec", "compile", "sympy.sympify", "sympy.S", "sympy.parse_expr", "sympy.parsing", "sympy.lambdify",
+        "numexpr", "asteval", "simpleeval",
         "polars.sql_expr", "polars.SQLContext", "polars.sql", "duckdb", "jinja2", "code",
     ),
     "unpickles": (
@@ -50,6 +51,8 @@ NAMES = {
     ),
 }  # fmt: skip
 """Kind -> modules and functions whose calls are places."""
+EVALUATORS = ("latex2sympy2_extended", "math_verify", "reasoning_gym")
+"""Libraries whose import is a place: what they are handed they may evaluate somewhere inside."""
 METHODS = {
     "imports": ("exec_module", "load_module"),
     "evaluates": ("score_answer", "get_score_answer_fn", "from_string", "map_elements", "apply_chat_template"),
@@ -100,6 +103,10 @@ def _place(node: ast.AST, meant: dict[str, str]) -> tuple[str, str] | None:
         return "option", f"{node.arg}={ast.unparse(node.value)}"
     if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
         return "imports", "sys.path"
+    if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in EVALUATORS:
+        return "evaluates", node.module or ""
+    if isinstance(node, ast.Import) and node.names[0].name.partition(".")[0] in EVALUATORS:
+        return "evaluates", node.names[0].name
     if not isinstance(node, ast.Call):
         return None
     first, dot, rest = ast.unparse(node.func).partition(".")
