@@ -52,6 +52,7 @@ PLUS_MINUS = regex.compile(
 NO_NUMBER = regex.compile(
     rf"{MASK}|[<>\u2264\u2265\u2260\u2208]|\\(?:[lg](?:e|t|eq|eqslant)|neq?|in|cup|cap|cdot|times)(?![A-Za-z])"
     r"|[0-9][xyznie](?![A-Za-z0-9+-])|(?:[0-9)\]]|(?<![A-Za-z])[a-ln-zA-Z])\s?\^|[0-9A-Za-z]\s?_"
+    r"|(?<![A-Za-z\\])[A-Za-z]\s?/\s?[0-9]|[0-9]\s?/\s?[A-Za-z](?![A-Za-z])"
     r"|(?<![0-9A-Za-z\\])[A-Za-z]\s?[-+*]|[-+*]\s?[A-Za-z](?![A-Za-z$])"
 )
 """What makes a formula of a reference: relations, letters to calculate with, powers, products."""
