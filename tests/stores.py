@@ -17,7 +17,7 @@ from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
 from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics
 from tests.policies import EOS
-from tests.small_run import CONFIG, DIGIT_0
+from tests.small_run import CONFIG, DIGIT_0, EXACT
 
 ROWS = '{"question": "1 + 1 =", "answer": "2"}\n{"question": "0 + 2 =", "answer": "2"}\n'
 COMPLETIONS = "iterations/000000/completions"
@@ -52,7 +52,7 @@ def s3_server() -> Iterator[None]:
 
 
 def small_config(folder: Path, policy: str, source: str) -> RunConfig:
-    (folder / "config.toml").write_text(CONFIG.format(policy=policy, source=source, iterations=2))
+    (folder / "config.toml").write_text(CONFIG.format(policy=policy, source=source, iterations=2, function=EXACT))
     return load_config(folder / "config.toml")
 
 

@@ -196,6 +196,11 @@ def drop_column(run: RunDir) -> None:
     hostile.reseal(run.root / COMPLETIONS)
 
 
+def forget_rewards(run: RunDir) -> None:
+    """Let the rewards be those of other completions."""
+    forge(run, run.place(0, "rewards"), lambda rows: rows.with_columns(completion_id=pl.col("completion_id") + "x"))
+
+
 DEEP = b"[" * 100_000 + b"]" * 100_000
 MANIFEST = f"{COMPLETIONS}/manifest.json"
 REFERENCE = "iterations/000001/toys.reference.json"
@@ -215,6 +220,7 @@ CASES: dict[str, tuple[Callable[[RunDir], Any], dict[str, int]]] = {
     "half a part": (cut(COMPLETIONS), {"verify run": 1, "show run -i 0": 2, "groups run -i 0": 2, "audit run": 2}),
     "a column is gone": (drop_column, {"verify run": 1, "show run -i 0": 2, "audit run": 2}),
     "equal texts": (bomb("texts"), {"verify run": 1, "show run -i 0": 2, "audit run": 2, "report run": 2}),
+    "rewards of others": (forget_rewards, {"verify run": 1, "show run -i 0": 0, "groups run -i 0": 0}),
     "folder of no iteration": (make("iterations/\u00b2", "folder"), {"verify run": 1, "ls run": 0}),
     "another number": (make("iterations/\u0663", "folder"), {"verify run": 1, "show run": 0}),
     "a huge number": (make("iterations/" + "9" * 30, "folder"), {"verify run": 1, "metrics run": 0}),

@@ -65,7 +65,10 @@ def _member_row(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "advantage": row["advantage"],
         "reward": row["reward"],
-        **{part["reward_name"]: part["reward"] if part["error"] is None else part["error"] for part in row["parts"]},
+        **{
+            part["reward_name"]: part["reward"] if part["error"] is None else part["error"]
+            for part in row["parts"] or []
+        },
         "completion": row["completion"],
         "finish": row["finish_reason"],
         "tokens": len(row["completion_token_ids"]),
@@ -86,7 +89,7 @@ def _print_member(row: dict[str, Any]) -> None:
     )
     say(line, "bold")
     say_text(row["completion"], indent=4)
-    for part in row["parts"]:
+    for part in row["parts"] or []:
         if part["detail"] is not None:
             say_text(f"{one_line(part['reward_name'])}: {part['detail']}", indent=4, style="dim")
     say()
