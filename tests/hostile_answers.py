@@ -19,7 +19,6 @@ MARK, SUM = "hostile_marker", "31415926535"
 """What the payloads name, and a number that only an answer has: calculating with it counts as evaluating it."""
 NOT_RUN = {
     "stages.rewards.code.code:code": "executes programs by design, in the sandbox (tests/test_sandbox.py)",
-    "stages.rewards.answers.reasoning_gym:verify": "hands answers to a package that evaluates some",
 }
 CALL = f"open('{MARK}', 'w').write('1')"
 PAYLOADS = (
@@ -90,6 +89,7 @@ def main(folder: str) -> None:
             watched = [*seen]
             row = case["row"] if "row" in case else case["rows"][0]
             rows = [row | {"completion": dress.format(*[text] * 3)} for text in PAYLOADS for dress in DRESSES]
+            rows.append({key: CALL if isinstance(value, str) else value for key, value in rows[0].items()})
             outcomes({"function": name, "rows": rows}, arguments)
             seen[len(watched) :] = [f"{name}: {act}" for act in seen[len(watched) :]]
     print(json.dumps({"functions": names, "seen": seen, "files": sorted(path.name for path in Path(folder).iterdir())}))
