@@ -260,7 +260,9 @@ def test_a_reward_forged_with_all_that_follows_passes_verify_and_not_replay(
     forged: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(Path("runs/demo-short"))
-    forge(run, run.place(1, "rewards"), replace_value("reward", 1, -0.9))
+    informative = run.open(1, "advantages").read().filter(pl.col("drop_reason").is_null())["completion_id"][0]
+    row = run.open(1, "rewards").read()["completion_id"].index_of(informative)
+    forge(run, run.place(1, "rewards"), replace_value("reward", row, -0.9))
     advantages = normalize_rows(run.open(1, "rewards").scan(), recorded_config(run).normalize)
     forge(run, run.place(1, "advantages"), lambda _: advantages)
     assert verify_run(run).problems == []

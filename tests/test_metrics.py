@@ -63,7 +63,7 @@ def test_the_row_of_an_iteration_is_what_its_artifacts_say(run: RunDir) -> None:
         "reward_mean": 0.25,
         "reward_std": 0.5,
         "pass_rate": 0.25,
-        "rewards": [{"name": "accuracy", "mean": 0.25, "null_count": 1}],
+        "rewards": [{"name": "accuracy", "mean": 0.25, "null_count": 1, "timed_out_count": 0}],
         "completion_tokens_mean": 2.4,
         "truncated_share": 0.2,
         "zero_variance_share": 0.5,
