@@ -196,7 +196,7 @@ def test_a_fork_is_refused_before_anything_is_written(
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("text", "fragment"), [("[]", "it holds a list, expected a dict"), ("{", "Expecting property name")])
+@pytest.mark.parametrize(("text", "fragment"), [("[]", "it holds a list"), ("{", "Expecting property name")])
 def test_settings_of_a_run_that_are_none_are_refused(grpo: Grpo, run: Path, text: str, fragment: str) -> None:
     (run / "config.resolved.json").write_text(text)
     result = grpo(run.parent.parent, "stage", "prompts", str(run), "-i", "0")
