@@ -28,6 +28,8 @@ MOST_OF_FILES = 64
 """And so many times the size of the files: rows that take room on the disk are no bomb."""
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 16}
 """Physical type -> bytes of a decoded value; of a text, what polars keeps beside it."""
+FIXED = ""
+"""Stands for everything of a part that is no text: its size is known exactly."""
 BATCH_ROWS = 4096
 
 
@@ -45,7 +47,7 @@ def check_parts(parts: Mapping[Path, int | None], schema: pa.Schema | None = Non
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     most = max(MOST_BYTES, memory // MOST_OF_MEMORY, MOST_OF_FILES * sum(path.stat().st_size for path in parts))
-    taken = 0
+    sizes: dict[tuple[Path, str], int] = {}
     for path, rows in parts.items():
         with _open_part(path) as file:
             found = file.metadata.num_rows
@@ -53,12 +55,22 @@ def check_parts(parts: Mapping[Path, int | None], schema: pa.Schema | None = Non
                 raise ArtifactDamaged(f"{path} has {found:,} rows, its manifest says {rows:,}: {REMEDY}")
             if schema is not None:
                 check_types(file.schema_arrow, schema, path)
-            taken += _decoded_bytes(path, file.metadata, most)
-        if taken > most:
+            sizes |= {(path, column): size for column, size in _most_decoded(file.metadata).items()}
+    bound, known = sum(sizes.values()), 0
+    for path, column in sorted(sizes, key=lambda key: -sizes[key]):
+        if bound <= most:
+            return
+        size = sizes[path, column]
+        if column != FIXED:
+            with explained(path):
+                size = _text_bytes(path, column, most)
+        bound -= sizes[path, column] - size
+        known += size
+        if known > most:
             raise ArtifactTooLarge(
-                f"the rows to the end of {path} would take {taken:,} bytes of memory or more, their files are far "
-                f"smaller: expected at most {most:,} bytes on this machine; if you trust who made them, read them on a "
-                "machine with more memory"
+                f"the rows of {path} and the parts beside it would take {known:,} bytes of memory or more, their files "
+                f"are far smaller: expected at most {most:,} bytes on this machine; if you trust who made them, read "
+                "them on a machine with more memory"
             )
 
 
@@ -81,27 +93,19 @@ def _open_part(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path)
 
 
-def _decoded_bytes(path: Path, metadata: pq.FileMetaData, most: int) -> int:
-    """Return what the rows of a part take: at most that if it is not more than ``most``, else at least that."""
-    fixed, texts = 0, dict[str, int]()
+def _most_decoded(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Return the most that each column of texts can take, as if every text were the whole dictionary, and the rest."""
+    sizes = {FIXED: 0}
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group)
         for index in range(rows.num_columns):
             column = rows.column(index)
             count = max(column.num_values, rows.num_rows, 0)
-            fixed += count * WIDTHS.get(column.physical_type, 16)
+            sizes[FIXED] += count * WIDTHS.get(column.physical_type, 16)
             if column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
-                is_plain = not column.has_dictionary_page
                 name, size = column.path_in_schema, max(column.total_uncompressed_size, 0)
-                texts[name] = texts.get(name, 0) + (size if is_plain else size * count)
-    for name in sorted(texts, key=lambda name: -texts[name]):
-        if fixed > most:
-            return fixed
-        if fixed + sum(texts.values()) <= most:
-            break
-        with explained(path):
-            texts[name] = _text_bytes(path, name, most)
-    return fixed + sum(texts.values())
+                sizes[name] = sizes.get(name, 0) + (size * count if column.has_dictionary_page else size)
+    return sizes
 
 
 def _text_bytes(path: Path, column: str, most: int) -> int:

@@ -168,6 +168,24 @@ def test_rows_that_take_room_on_the_disk_are_read_whatever_they_take_in_memory(
     assert write_artifact(tmp_path / "x", "rewards", reward_rows(a=[0.5, None])).read().height == 2
 
 
+def test_parts_that_are_small_are_read_though_their_dictionaries_might_hold_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [
+        write_rows(tmp_path / str(index), **{f"group {index}": [float(n) for n in range(400)]}) for index in (0, 1)
+    ]
+    monkeypatch.setattr(parquet, "MOST_OF_MEMORY", 1 << 40)
+    monkeypatch.setattr(parquet, "MOST_OF_FILES", 0)
+    bound = sum(parquet._most_decoded(pq.read_metadata(parts[0])).values())
+    true = pl.read_parquet(parts).estimated_size()
+    assert true < bound / 5
+    monkeypatch.setattr(parquet, "MOST_BYTES", bound + 1)  # one part is surely within, two might not be
+    check_parts(dict.fromkeys(parts, 400))
+    monkeypatch.setattr(parquet, "MOST_BYTES", true // 2)
+    with pytest.raises(ArtifactTooLarge):
+        check_parts(dict.fromkeys(parts, 400))
+
+
 def test_large_groups_and_long_texts_are_read(tmp_path: Path) -> None:
     texts = ["x" * 3_000_000, *[None] * 2_999]
     rows = reward_rows(a=[1.0] * 3_000).with_columns(detail=pl.Series(texts, dtype=pl.String))
