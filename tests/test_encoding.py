@@ -143,6 +143,7 @@ def test_texts_and_pairs_of_texts_hold_no_control_token_but_the_tokenizers_own(t
     assert [i for i in pair["input_ids"] if i in control] == [begin, begin]
     assert set(pair) == set(tokenizer("a", "b"))
     assert {len(values) for values in pair.values()} == {len(pair["input_ids"])}
+    assert encode_pair(text, "", tokenizer)["input_ids"] == [*whole, begin], "an empty text is one of a pair"
 
 
 @pytest.mark.parametrize(
