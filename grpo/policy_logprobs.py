@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -47,14 +48,14 @@ def frame_logprobs(
         batch = collate(rows)
         logprobs_N = batch_logprobs(model, batch.to(model.device), config)[0].double().cpu().numpy()
         lengths = rows["completion_token_ids"].list.len().cast(pl.Int64).to_numpy()
-        lists = as_lists(logprobs_N, batch.completion_token_N.numpy(), lengths)
-        done = rows.select("completion_id").with_columns(logprobs=lists)
-        if (odd := done.filter(~pl.col("logprobs").list.eval(pl.element().is_finite()).list.all())).height:
+        if len(odd := batch.row_N.numpy()[~np.isfinite(logprobs_N)]):
+            name = rows["completion_id"][int(odd[0])]
             raise ArithmeticError(
-                f"completion {odd['completion_id'][0]} has a logprob that is not finite under the proximal policy: "
-                "expected finite ones; look at its temperature, and at the weights of the policy"
+                f"completion {name} has a logprob that is not finite: expected finite ones; look at its temperature, "
+                "and at the weights of the policy"
             )
-        found.append(done)
+        lists = as_lists(logprobs_N, batch.completion_token_N.numpy(), lengths)
+        found.append(rows.select("completion_id").with_columns(logprobs=lists))
         if on_microbatch is not None:
             on_microbatch(rows["optimizer_step"][0], rows["microbatch"][0])
     return pl.concat(found)

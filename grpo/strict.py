@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 
 class StrictModel(BaseModel):
@@ -18,5 +18,13 @@ def _none_is_null(value: Any) -> Any:
     return None if value == "none" else value
 
 
-PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_is_null)]
-"""A setting that is on by default: TOML has no null to switch it off with, so a config may say "none"."""
+def _null_is_none(value: Any) -> Any:
+    """Return the text none for null."""
+    return "none" if value is None else value
+
+
+OrNone = (BeforeValidator(_none_is_null), PlainSerializer(_null_is_none, when_used="json"))
+"""For a setting that is on by default. TOML has no null to switch it off with: a config says "none". A recorded config
+says it as well, since a run made of it would have the default in the place of a null."""
+PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, *OrNone]
+TextOrNone = Annotated[Annotated[str, Field(min_length=1)] | None, *OrNone]

@@ -84,7 +84,8 @@ def encode_texts(
 def encode_pair(first: str, second: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
     """Return the model's inputs for a pair of texts, as the tokenizer joins them; nothing is cut."""
     if not _any_of(_control_tokens(tokenizer)).search(first + "\n" + second):
-        return dict(tokenizer(first, second, truncation=False, verbose=False))
+        encoded = tokenizer([(first, second)], truncation=False, verbose=False)  # alone, an empty text makes no pair
+        return {name: ids[0] for name, ids in encoded.items()}
     encoding = _renaming_copy(tokenizer, _unused(first + second)).encode(first, second)
     inputs = {
         "input_ids": encoding.ids,

@@ -126,7 +126,10 @@ def check_conversation(
         ConfigError: when a variable is none of the template's.
         PolicyError: when the template fails.
     """
-    check_template(tokenizer.chat_template, variables, tokenizer.special_tokens_map, messages)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # named ones
+        template = template.get("default")
+    check_template(template, variables, tokenizer.special_tokens_map, messages)
     if tokenizer.chat_template:
         render(messages, tokenizer, variables)
 

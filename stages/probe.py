@@ -27,18 +27,10 @@ WALL_SECONDS = 600
 """Only for a machine that stands still."""
 ROOT = Path(__file__).parents[1]
 RESERVED = (
-    *("messages", "add_generation_prompt", "tools", "documents"),
-    *(
-        "conversation",
-        "chat_template",
-        "continue_final_message",
-        "tokenize",
-        "tokenizer_kwargs",
-        "padding",
-        "truncation",
-    ),
-    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
-)
+    "messages", "add_generation_prompt", "tools", "documents", "conversation", "chat_template",
+    "continue_final_message", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask",
+)  # fmt: skip
 """Variables of a chat template, or arguments of what renders it, that are not the config's to set."""
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 """A tag of transformers that writes nothing."""

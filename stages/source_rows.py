@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -132,7 +132,7 @@ def _messages(named: str | None, record: Mapping[str, Any], where: str) -> list[
     column = named or (QUESTION if record.get(MESSAGES) is None else MESSAGES)
     value = record.get(column)
     if column == MESSAGES or isinstance(value, list):
-        return _conversation(value, where, column)
+        return read_turns(value, where, column)
     question = as_text(value, where, column)
     if question is None:
         wanted = named or f"{MESSAGES} or {QUESTION}"
@@ -143,7 +143,12 @@ def _messages(named: str | None, record: Mapping[str, Any], where: str) -> list[
     return [{"role": "user", "content": question}]
 
 
-def _conversation(value: Any, where: str, column: str) -> list[dict[str, str]]:
+def read_turns(value: Any, where: str, column: str) -> list[dict[str, str]]:
+    """Return the turns of a conversation.
+
+    Raises:
+        SourceError: when it is no list of texts with roles, or holds what a prompt would leave out.
+    """
     turns = value if isinstance(value, list) else []
     are_texts = all(
         isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns
@@ -153,16 +158,6 @@ def _conversation(value: Any, where: str, column: str) -> list[dict[str, str]]:
             f"{where} has {_shown(value)} in the column {column}: expected a list of objects with a role and a "
             "content, both text; convert the row"
         )
-    check_turns(turns, where)
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-def check_turns(turns: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Check that turns of texts hold nothing that a prompt would leave out.
-
-    Raises:
-        SourceError: naming what they hold.
-    """
     for turn in turns:
         if not ROLE.fullmatch(turn["role"]):
             raise SourceError(f"{where} has a turn of the role {turn['role']!r:.80}: expected one word; correct it")
@@ -172,6 +167,7 @@ def check_turns(turns: Iterable[Mapping[str, Any]], where: str) -> None:
                 f"{where} has a turn with {lost[0]}, which no prompt shows the model: expected turns in text alone; "
                 "write it into the content, or remove the row"
             )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _plain(value: Any, where: str, column: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from grpo.strict import TextOrNone
 from pipeline.config import Place, StrictModel
 from pipeline.errors import GrpoError, SourceError
 from pipeline.files import identity, sha256_file, sha256_text
@@ -46,8 +47,8 @@ class SourceConfig(StrictModel):
     question_column: str | None = Field(None, min_length=1)
     """Column with the question: text, or a conversation as a list of {role, content}; null = ``messages``, and
     ``question`` where a row has none."""
-    answer_column: str | None = Field(ANSWER, min_length=1)
-    """Column with the reference answer; null = there is none."""
+    answer_column: TextOrNone = ANSWER
+    """Column with the reference answer; "none" = there is none."""
     system_prompt: str | None = None
     """System message of every conversation."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -187,7 +188,7 @@ def _read(config: SourceConfig) -> Iterator[SourceRow]:
         raise SourceError(
             f"no row of {config.source} has a value in the column {' or '.join(map(repr, sorted(unseen)))}, "
             f"which the config names: expected one of {sorted(columns)}; correct prompts.question_column or "
-            "prompts.answer_column (null = there are no answers)"
+            "prompts.answer_column (none = there are no answers)"
         )
 
 

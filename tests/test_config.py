@@ -11,12 +11,13 @@ from pydantic import BaseModel
 
 import grpo.strict
 from grpo.losses.options import PpoClip
-from pipeline.config import StrictModel, apply_overrides, load_toml
+from pipeline.config import StrictModel, apply_overrides, load_toml, without_nulls
 from pipeline.errors import ConfigError, RecipeMismatch, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.runs import lock
 from stages.config import RunConfig, check_unchanged, load_config
 from stages.preflight import remarks
+from stages.reward_model.reward_model import RewardModelConfig
 from tests.test_identity import tables
 
 ROOT = Path(__file__).parent.parent
@@ -245,18 +246,22 @@ def test_the_starter_follows_the_seed_of_the_run_unless_it_has_its_own() -> None
     assert load_config(demo, ["seed=7", "starter.seed=3"]).starter.seed == 3  # type: ignore[union-attr]
 
 
-def test_a_number_that_null_would_switch_off_can_be_switched_off_in_toml() -> None:
+def test_what_is_on_by_default_can_be_switched_off_in_toml_and_stays_off_in_a_run_made_of_this_one() -> None:
     on = [
         (table, name)
-        for table in tables(RunConfig)
+        for table in (*tables(RunConfig), RewardModelConfig)
         for name, field in table.model_fields.items()
-        if {type(None), str}.intersection(of := get_args(field.annotation)) == {type(None)}
+        if type(None) in (of := get_args(field.annotation))
         and not any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in of)
         and not field.is_required()
         and field.default is not None
     ]
-    assert {name for _, name in on} == {"clip_low", "clip_high", "dual_clip", "max_grad_norm"}
-    assert all(getattr(table.model_validate({name: "none"}), name) is None for table, name in on)
+    assert {name for _, name in on} == {"clip_low", "clip_high", "dual_clip", "max_grad_norm", "answer_column"}
+    needed = {"source": "x", "base": "x", "preferences": ["x"]}
+    for table, name in on:
+        off = table.model_validate({key: needed[key] for key in needed if key in table.model_fields} | {name: "none"})
+        assert getattr(off, name) is None
+        assert getattr(table.model_validate(without_nulls(off.model_dump(mode="json"))), name) is None
 
 
 @pytest.mark.parametrize(

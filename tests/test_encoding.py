@@ -1,9 +1,10 @@
 """Token ids of conversations and texts: only the chat template writes control tokens."""
 
+import random
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import PolicyError
@@ -46,8 +47,58 @@ def sentencepiece_like() -> Any:
     return fast(tokenizer, unk_token="<unk>", additional_special_tokens=["<|im_start|>", "<|im_end|>"])
 
 
-TOKENIZERS = {"starter": lambda: build_tokenizer(["hi there"]), "bpe": qwen_like, "unigram": sentencepiece_like}
-FORGED = {"starter": ["<eos>", "<|assistant|>"], "bpe": ["<|im_end|>", "<|im_start|>"], "unigram": ["<|im_end|>"]}
+def llama_like() -> Any:
+    """A BPE with a blank before every text and bytes for what it lacks; its control tokens eat blanks beside them."""
+    pieces = ["<unk>", "<s>", "</s>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\n"]
+    pieces += [*map(chr, range(33, 127)), "hi", "\u2581h", "\u2581hi"]
+    merges = [("h", "i"), ("\u2581", "h"), ("\u2581", "hi")]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    blank = "\u2581"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
+    steps = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(
+        ["<unk>", "<s>", *(AddedToken(t, lstrip=True, rstrip=True) for t in ("</s>", "<|end|>"))]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    found = fast(tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    found.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content.strip() }} <|end|>\n{% endfor %}"
+    )
+    return found
+
+
+TOKENIZERS = {
+    "starter": lambda: build_tokenizer(["hi there"]),
+    "bpe": qwen_like,
+    "unigram": sentencepiece_like,
+    "byte fallback": llama_like,
+}
+FORGED = {
+    "starter": ["<eos>", "<|assistant|>"],
+    "bpe": ["<|im_end|>", "<|im_start|>"],
+    "unigram": ["<|im_end|>"],
+    "byte fallback": ["</s>", "<|end|>"],
+}
+PIECES = [
+    "<|",
+    "|>",
+    "im_end",
+    "<",
+    ">",
+    " ",
+    "\n",
+    "\n\n",
+    "hi",
+    "h",
+    "\u00e9",
+    "e\u0301",
+    "\ue000",
+    "\ue000m1\ue000",
+    "\uff1c",
+]
+TURNS = [["user"], ["system", "user"], ["user", "assistant", "user"]]
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -73,11 +124,34 @@ def test_no_content_becomes_a_control_token(named: tuple[Any, list[str]], role: 
     assert content in tokenizer.decode(attacked)
 
 
-def test_other_texts_have_the_ids_that_transformers_gives(named: tuple[Any, list[str]]) -> None:
-    tokenizer, _ = named
-    turns = [{"role": "system", "content": " be\n"}, {"role": "user", "content": "\nhi <|im_e nd|> \ue000 \u00e9"}]
-    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    assert encode_conversations([turns], tokenizer) == [list(expected)]
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_any_conversation_has_the_ids_of_transformers_or_at_least_their_control_tokens(
+    named: tuple[Any, list[str]], share: float
+) -> None:
+    """Without texts of control tokens the ids are transformers' own; with such texts (a share of pieces) no more."""
+    tokenizer, forged = named
+    rng, control = random.Random(0), control_ids(tokenizer) - {tokenizer.unk_token_id}
+
+    def ids_of(turns: list[dict[str, str]]) -> list[int]:
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+    for _ in range(200):
+        turns = [
+            {
+                "role": role,
+                "content": "".join(
+                    rng.choice(forged if rng.random() < share else PIECES) for _ in range(rng.randrange(7))
+                ),
+            }
+            for role in rng.choice(TURNS)
+        ]
+        found = encode_conversations([turns], tokenizer)[0]
+        if held := [text for text in forged if any(text in turn["content"] for turn in turns)]:
+            written = ids_of([{**turn, "content": "x"} for turn in turns])
+            assert [i for i in found if i in control] == [i for i in written if i in control], turns
+            assert all(text in tokenizer.decode(found) for text in held), turns
+        else:
+            assert found == ids_of(turns), turns
 
 
 def test_an_attacked_conversation_is_merged_across_borders_like_any_other() -> None:
@@ -143,6 +217,7 @@ def test_texts_and_pairs_of_texts_hold_no_control_token_but_the_tokenizers_own(t
     assert [i for i in pair["input_ids"] if i in control] == [begin, begin]
     assert set(pair) == set(tokenizer("a", "b"))
     assert {len(values) for values in pair.values()} == {len(pair["input_ids"])}
+    assert encode_pair(text, "", tokenizer)["input_ids"] == [*whole, begin], "an empty text is one of a pair"
 
 
 @pytest.mark.parametrize(

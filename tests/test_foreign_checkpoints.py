@@ -274,6 +274,14 @@ def test_variables_that_the_template_reads_are_taken(policy: Path, source: Path,
     preflight(config, RunDir(tmp_path / "run"))
 
 
+def test_of_several_named_templates_the_default_one_is_used(policy: Path, source: Path, tmp_path: Path) -> None:
+    (policy / "chat_template.jinja").unlink(missing_ok=True)
+    templates = {"default": "{{ messages[0].content }}{{ mood }}", "rag": "{{ documents }}"}
+    named = [{"name": name, "template": template} for name, template in templates.items()]
+    change(policy / "tokenizer_config.json", chat_template=named)
+    preflight(run_config(str(policy), source, chat_template_kwargs={"mood": "!"}), RunDir(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("written", ["./policy", "{}/policy", "~/policy"])
 def test_a_run_goes_on_when_its_model_is_gone_however_it_was_named(
     policy: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str

@@ -84,6 +84,14 @@ def test_logprobs_are_those_of_the_policy_with_null_where_a_token_does_not_train
         assert found[row["completion_id"]] == [None if w is None else pytest.approx(w, abs=2e-6) for w in wanted]
 
 
+def test_a_logprob_that_is_not_finite_is_an_error() -> None:
+    """A null would let the update take the policy that it begins with for the proximal one."""
+    model = tiny_policy()
+    torch.nn.init.constant_(model.get_input_embeddings().weight, math.nan)
+    with pytest.raises(ArithmeticError, match="completion c0 has a logprob that is not finite"):
+        frame_logprobs(model, batch_rows(), UpdateConfig())
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
     """Return a finished run whose rows are used again; not to be changed."""

@@ -152,7 +152,10 @@ def test_ids_are_joined_to_stored_completions(tmp_path: Path) -> None:
         ({"chosen_id": "c1", "rejected_id": "zz"}, r"names the completions \['zz'\]"),
         ({"chosen_id": "c1", "rejected_id": "c2"}, "different questions"),
         ({"better": "c1"}, "expected chosen_id and rejected_id"),
-        ({"prompt": "q", "chosen": [{"role": "a"}], "rejected": "n"}, "a list of role and content"),
+        (
+            {"prompt": "q", "chosen": [{"role": "a"}], "rejected": "n"},
+            "in the column chosen: expected a list of objects with a role",
+        ),
         ({"chosen": "y", "rejected": "n"}, "add a column prompt"),
         ({"prompt": "q", "chosen": "y", "rejected": "n", "margin": "big"}, "the margin 'big'"),
         ({"prompt": "q", "chosen": "y", "rejected": "n", "margin": [1]}, r"the margin \[1\]|the margin \[1.0\]"),

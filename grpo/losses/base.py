@@ -22,7 +22,7 @@ class LossInputs:
     trainer_logprobs_N: Tensor
     """Under the weights that are being trained."""
     proximal_logprobs_N: Tensor
-    """Under the weights at the start of the update."""
+    """Under the proximal policy."""
     sampling_logprobs_N: Tensor
     """Under the policy that sampled the token; NaN where unknown."""
     advantage_N: Tensor

@@ -19,7 +19,7 @@ from pipeline.files import identity, user_path
 from pipeline.manifest import canonical_json
 from pipeline.runs import open_run
 from pipeline.schema import SCHEMAS
-from stages.source_rows import as_text, check_turns, is_held_out, is_missing
+from stages.source_rows import as_text, is_held_out, is_missing, read_turns
 from stages.tables import read_table
 
 Message = dict[str, str]
@@ -159,9 +159,9 @@ def _has_texts(record: Mapping[str, Any]) -> bool:
 
 def _from_texts(record: Mapping[str, Any], where: str) -> tuple[list[Message], str, str] | None:
     """Return conversation and answers of a row that holds them."""
-    question = record.get("messages") if record.get("messages") is not None else record.get("prompt")
-    chosen, rejected = _turns(record["chosen"], "assistant", where), _turns(record["rejected"], "assistant", where)
-    if question is None:
+    asked = "messages" if record.get("messages") is not None else "prompt"
+    chosen, rejected = (_turns(record, column, "assistant", where) for column in ("chosen", "rejected"))
+    if record.get(asked) is None:
         if chosen[:-1] != rejected[:-1] or not chosen[:-1]:
             raise SourceError(
                 f"{where} has no prompt, and chosen and rejected are not conversations that share all turns but the "
@@ -173,22 +173,13 @@ def _from_texts(record: Mapping[str, Any], where: str) -> tuple[list[Message], s
             f"{where} has a prompt, and answers of {len(chosen)} and {len(rejected)} turns: expected one each; leave "
             "the prompt out where chosen and rejected are whole conversations"
         )
-    return _turns(question, "user", where), chosen[0]["content"], rejected[0]["content"]
+    return _turns(record, asked, "user", where), chosen[0]["content"], rejected[0]["content"]
 
 
-def _turns(value: Any, role: str, where: str) -> list[Message]:
+def _turns(record: Mapping[str, Any], column: str, role: str, where: str) -> list[Message]:
     """Return a text as one turn of the role, and a list of turns as it is."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    turns = value if isinstance(value, list) else []
-    if not turns or not all(
-        isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
-    ):
-        raise SourceError(
-            f"{where} has {str(value)[:200]!r}: expected a text, or a list of role and content; convert it"
-        )
-    check_turns(turns, where)
-    return [{"role": t["role"], "content": t["content"]} for t in turns]
+    value = record[column]
+    return [{"role": role, "content": value}] if isinstance(value, str) else read_turns(value, where, column)
 
 
 def _from_ids(

@@ -16,6 +16,7 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from grpo.settings import AdamWConfig
+from grpo.strict import PositiveOrNone
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.config import StrictModel, apply_overrides, load_toml, validate
 from pipeline.errors import ConfigError, GrpoError, PolicyError, SourceError
@@ -86,8 +87,8 @@ class RewardModelConfig(StrictModel):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Longer gradients are shortened to this; null leaves them."""
+    max_grad_norm: PositiveOrNone = 1.0
+    """Longer gradients are shortened to this; "none" leaves them."""
     margin: float = 0.0
     """By how much the chosen reward is to exceed the other where the file has no margin."""
     centering: float = Field(0.01, ge=0)
