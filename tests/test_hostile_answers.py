@@ -1,51 +1,51 @@
 """What a model writes is text: no reward evaluates, imports, unpickles or runs it, or works on it without end."""
 
+import ast
 import contextlib
 import inspect
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.functions import import_function
 from stages.rewards.answers.extraction import mathematics_of, words_of
 from stages.rewards.answers.latex import Unreadable, plain_latex
 from stages.rewards.answers.units import quantity, without_unit
-from tests.hostile_answers import MARK, NOT_RUN, SUM
-from tests.rewards_doc import ROOT, reward_functions
+from tests.hostile_answers import CALL, DRESSES, MARK, NOT_RUN, PAYLOADS, SUM, watching
+from tests.judge_server import serve
+from tests.rewards_doc import read_cases, reward_functions
+from tests.test_reward_cases import SERVER, outcomes, scripted
+from tests.tiny_models import save_case_models
 
-WATCHED = f"""
-import sys
-from tests import hostile_answers
-sys.addaudithook(hostile_answers.watch)
-eval("[{SUM} + 1, '{MARK}']")
-eval(compile(__import__("ast").parse("{SUM} + 1", mode="eval"), "<tree>", "eval"))
-print(len(hostile_answers.seen))
-"""
-
-
-LENGTH = 5_000
+LENGTH = 2_000
+NOTICED = 0.03
+"""Seconds; whatever takes less over four times the length is no danger."""
 PIECES = (
     " ", "\n", "\n \n", "{", "}", "(", "[", "[[", "$", "$1$ and ", "\\(", "\\boxed{", "\\text{", "\\frac{1}{",
     "\\sqrt[", "\\\\", "\\,", "**", "_", "`", "1", "1,", "1.", "1 ", "1/", "1 234 ", "1:", "10^", "1 feet ", "1 and ",
     "-", "a", "A", "A, ", "(A) ", "a.", ". ", "...", '"', "\u201c", "<think>", "</", "answer is ", "####", "option ",
     "- ", "\u5317", "\u0e01", "\u00b2", "\u00bd", "\u221a(", "\u0301", '{"a":', '"a",', "http://",
 )  # fmt: skip
-LONG = (
-    "```\n" + " " * LENGTH,
-    "```\nx" + " " * LENGTH + "y",
-    "\\boxed{" + " " * LENGTH,
-    "\\boxed{" + "{" * LENGTH,
-    "5 " + "cm " * LENGTH,
-    "The answer" + " " * LENGTH,
-    '"' + "a " * LENGTH,
-    "**" + "a" * LENGTH,
-    *(piece * (LENGTH // len(piece)) for piece in PIECES),
-)
-"""Answers on which some pattern could go back and forth."""
+
+
+def long_answers(length: int) -> list[str]:
+    """Return answers on which some pattern could go back and forth."""
+    return [
+        "```\n" + " " * length,
+        "```\nx" + " " * length + "y",
+        "\\boxed{" + " " * length,
+        "\\boxed{" + "{" * length,
+        "5 " + "cm " * length,
+        "The answer" + " " * length,
+        '"' + "a " * length,
+        "**" + "a" * length,
+        *(piece * (length // len(piece)) for piece in PIECES),
+    ]
+
+
 ARGUMENTS: dict[str, Any] = {
     "reference": "72",
     "prompt": "What is 72?",
@@ -73,26 +73,43 @@ STEPS: list[Callable[[str], Any]] = [mathematics_of, words_of, without_unit, qua
 
 
 def seconds(function: Callable[[str], Any], text: str) -> float:
-    start = time.process_time()
-    function(text)
-    return time.process_time() - start
+    """Return the least of three measurements: a collection of garbage must not count."""
+    found = []
+    for _ in range(3):
+        start = time.process_time()
+        function(text)
+        found.append(time.process_time() - start)
+        if found[0] < NOTICED:
+            break
+    return min(found)
 
 
-def python(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_hostile_answer_reaches_no_interpreter_in_any_reward(tmp_path: Path) -> None:
-    told = json.loads(python("-m", "tests.hostile_answers", str(tmp_path)).splitlines()[-1])
-    assert told["functions"] == [name for name, _ in reward_functions() if name not in NOT_RUN]
-    assert told["seen"] == []
-    assert MARK not in told["files"]
+def test_a_hostile_answer_reaches_no_interpreter_in_any_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)  # where a payload that is executed leaves a file
+    known = {f"{{{name}}}": path for name, path in save_case_models(tmp_path / "models").items()}
+    decided_first = sorted(read_cases(), key=lambda case: case["reward"] is None)
+    for name in [name for name, _ in reward_functions() if name not in NOT_RUN]:
+        case = next(case for case in decided_first if case["function"] == name)
+        with serve(scripted(["Score: 7"] * 10_000)) as server:
+            places = {**known, SERVER: server.base_url}
+            given = (case.get("arguments") or {}).items()
+            arguments = {key: places.get(value, value) if isinstance(value, str) else value for key, value in given}
+            outcomes(case, arguments)  # what it imports, it imports before anything is watched
+            row = case["row"] if "row" in case else case["rows"][0]
+            rows = [row | {"completion": dress.format(*[text] * 3)} for text in PAYLOADS for dress in DRESSES]
+            rows.append({key: CALL if isinstance(value, str) else value for key, value in rows[0].items()})
+            with watching() as seen:
+                outcomes({"function": name, "rows": rows}, arguments)
+        assert (name, seen) == (name, [])
+    assert not (tmp_path / MARK).exists()
 
 
 def test_an_answer_that_is_evaluated_would_be_seen() -> None:
-    assert int(python("-c", WATCHED)) >= 4
+    with watching() as seen:
+        eval(f"[{SUM} + 1, {MARK!r}]")
+        eval(compile(ast.parse(f"{SUM} + 1", mode="eval"), "<tree>", "eval"))
+    assert [act.split()[0] for act in seen] == ["compile", "exec", "compile", "compile"]
 
 
 def rewards() -> list[Callable[[str], Any]]:
@@ -111,9 +128,9 @@ def test_no_answer_takes_more_than_its_length_in_time() -> None:
     slow = []
     for function in [*STEPS, *rewards()]:
         function("The answer is 72.")  # what it loads, it loads now
-        for text in LONG:
-            longer = seconds(function, text * 4)
+        for text, longer in zip(long_answers(LENGTH), long_answers(4 * LENGTH), strict=True):
+            took = seconds(function, longer)
             # four times the text is sixteen times the work where a pattern goes back and forth
-            if longer > 0.3 and longer > 10 * seconds(function, text):
-                slow.append((function, text[:20], longer))
+            if took > NOTICED and took > 10 * seconds(function, text):
+                slow.append((function, text[:20], took))
     assert slow == []
