@@ -13,8 +13,10 @@ def is_same(expected: Reading, found: Reading, digits: int) -> bool | None:
     """Return whether the answer says what the reference says; None where this is not decided.
 
     Not decided: a number with a base against the same number without one; quantities in several units against other
-    units.
+    units; the result of a calculation against an equation.
     """
+    if found.is_result and any(_last_side(value) is not value for value in expected.values):
+        return None
     if expected.based or found.based:
         return _is_same_in_base(expected, found)
     if expected.quantity or found.quantity:
@@ -60,9 +62,8 @@ def _is_equal(value: Any, other: Any, digits: int, expected: Reading, found: Rea
     from math_verify import verify
     from sympy import FiniteSet
 
-    if isinstance(value, FiniteSet) != isinstance(other, FiniteSet) and (
-        (isinstance(value, FiniteSet) and expected.is_braced) or (isinstance(other, FiniteSet) and found.is_braced)
-    ):
+    is_set, is_other_set = (isinstance(_last_side(side), FiniteSet) for side in (value, other))
+    if (is_set and not is_other_set and expected.is_braced) or (is_other_set and not is_set and found.is_braced):
         return False  # a set in braces is no interval, no point and no number
     places = _decimal_places((value, other), digits)
     try:
@@ -70,6 +71,12 @@ def _is_equal(value: Any, other: Any, digits: int, expected: Reading, found: Rea
     except Exception:  # two things that sympy cannot compare are not equal
         return False
     return bool(is_equal) and not _are_apart(value, other, digits)
+
+
+def _last_side(value: Any) -> Any:
+    from sympy import Eq
+
+    return value.rhs if isinstance(value, Eq) else value
 
 
 def _decimal_places(values: tuple[Any, ...], digits: int) -> int:
@@ -86,9 +93,9 @@ def _places(size: float, digits: int) -> int:
 
 def _are_apart(value: Any, other: Any, digits: int) -> bool:
     """Return whether both are numbers that differ within their digits; what is tiny is not equal to all that is."""
-    from sympy import Eq, Expr, Float
+    from sympy import Expr, Float
 
-    sides = [side.rhs if isinstance(side, Eq) else side for side in (value, other)]
+    sides = [_last_side(side) for side in (value, other)]
     if not all(isinstance(side, Expr) and side.is_number for side in sides) or sides[0] == sides[1]:
         return False
     try:

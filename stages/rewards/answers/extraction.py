@@ -15,7 +15,12 @@ PROSE = regex.compile(
 )
 """A word: whoever writes one means his text to be read, not typeset."""
 MARKED = regex.compile(r"(?<mark>\*{1,3}|_{1,2}|`)(?<inside>[^*_`\s](?:[^*`]*[^*`\s])?)(?P=mark)\.?")
-TAG = regex.compile(r"</?[A-Za-z][A-Za-z_]{0,30}>")
+TAG = regex.compile(r"</?[A-Za-z][A-Za-z_]{0,30}>|<<[^<>\n]{1,200}>>")
+"""<think>, and GSM8K's notes for a calculator, <<9*2=18>>18."""
+LEADING = regex.compile(
+    r"\A(?:\s|[-=]{1,3}>|=|[\u2192\u21d2\u2248\u2234]|\\(?:approx|implies|to|therefore|[Rr]ightarrow)(?![A-Za-z]))++"
+)
+"""What leads to a result: "= 60" in "5 dozen = 60 eggs"."""
 ANCHORS = (
     regex.compile(r"####"),
     regex.compile(r"(?i)\bfinal answer\b[^.\n]{0,60}?(?:\bis\b|\bare\b|[:=])"),
@@ -60,8 +65,10 @@ def mathematics_of(answer: str) -> str | None:
     "final answer is" or "answer is", and otherwise the last mathematics, with what "and" or "or" joins to them.
     """
     if BOX.search(answer):
-        return _last_box(answer)
-    return _in_prose(answer) if is_prose(answer) else _bare_formula(answer)
+        found = _last_box(answer)
+    else:
+        found = _in_prose(answer) if is_prose(answer) else _bare_formula(answer)
+    return found and (LEADING.sub("", found) or None)
 
 
 def words_of(answer: str) -> str:

@@ -69,7 +69,8 @@ OPERATORS = ("gcd", "lcm", "floor", "ceil", "arsinh", "arcosh", "artanh", "arcsi
 FUNCTION = r"arcsin|arccos|arctan|arccot|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|min|max"
 BARE_FUNCTION = regex.compile(rf"(?<![\\A-Za-z])(?=(?:{FUNCTION})(?![A-Za-z]))")
 BARE_ROOT = regex.compile(r"(?<![\\A-Za-z])sqrt\s*(?:\(([^()]*+)\)|(?=\{))")
-GROUPED_BY_COMMAS = regex.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})++(?![0-9,])")
+GROUPED_BY_COMMAS = regex.compile(r"(?<![0-9.,(\[]|\\\{)[0-9]{1,3}(?:,[0-9]{3})++(?![0-9,])")
+ONE_NUMBER = regex.compile(r"[+-]?\s*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?:\\%)?")
 GROUPED = regex.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\{,\}|,?\\[,:; !]\s?|[\u2009\u202f\u00a0~ ])[0-9]{3})+(?![0-9,])")
 BRACED_COMMA = regex.compile(r"(?<=[0-9])\{,\}(?=[0-9]{3}(?![0-9]))")
 SCIENTIFIC = regex.compile(r"(?<![A-Za-z0-9_\\])([0-9]++(?:\.[0-9]++)?)[eE]([+-]?[0-9]++)(?![0-9A-Za-z.])")
@@ -126,21 +127,18 @@ def plain_latex(text: str) -> str:
     text = IMAGINARY.sub("I", text)
     if text.endswith(r"\%") and not text[-3:-2].isdigit():
         text = rf"({text[:-2]})\cdot\frac{{1}}{{100}}"
-    text = text if "," not in text or not _is_one_number(text) else text.replace(",", "")
+    if "," in text and _has_thousands(text):
+        text = text.replace(",", "")
     if LEFT_OUT.search(NAMES.sub("", text)) or not text:
         raise Unreadable(text)
     return text
 
 
-def is_number_or_list(text: str) -> bool:
-    """Return whether commas in it may separate thousands or three-figure numbers: 100,200,300."""
-    return GROUPED_BY_COMMAS.fullmatch(text.strip()) is not None
-
-
-def _is_one_number(text: str) -> bool:
-    return (
-        regex.fullmatch(r"(?:[A-Za-z]\s*=\s*)?[+-]?\s*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?:\\%)?", text) is not None
-    )
+def _has_thousands(text: str) -> bool:
+    """Return whether all commas separate thousands: in a number, or in an equation, where 1,000 is no list."""
+    if ONE_NUMBER.fullmatch(text):
+        return True
+    return "=" in text and "," not in GROUPED_BY_COMMAS.sub("", text)
 
 
 def _in_ascii(text: str) -> str:

@@ -18,7 +18,14 @@ LONG_WORD = regex.compile(r"(?!(?:sin|cos|tan|log|sqrt|exp)\b)\p{L}{4,}|[^\x00-\
 TWO_LETTERS = regex.compile(r"\p{L}{2}")
 LETTERS_ONLY = regex.compile(r"\W*+\p{L}(?:\W++(?:(?:and|or)\W++)?\p{L})*+\W*+")
 """Variables, or the letters of choices: A, B and C."""
-ONE_LETTER_UNIT = regex.compile(rf"\s*([+-]?[0-9][0-9.,]*+)[{LETTERS}]\s*")
+ONE_LETTER_UNIT = regex.compile(
+    rf"(?:.*=)?\s*([+-]?[0-9][0-9.,]*+)(?:\s|~|\\[,;: ])*[{LETTERS}](?:\s?\^\s?\{{?-?[1-3]\}}?|[\u00b2\u00b3])?"
+)
+STEP = regex.compile(
+    r"(?<opens>[(\[{])|(?<closes>[)\]}])|(?<parts>[;\n]|,(?![0-9]{3}(?![0-9]))|\b(?:and|or)\b|\\begin)"
+    r"|(?<leads>(?<![<>!=])=(?![=>])|[-=]{1,3}>|[\u2192\u21d2]|\\(?:implies|(?:Long)?[Rr]ightarrow|to)(?![A-Za-z]))"
+)
+"""What a calculation leads to stands behind its last = or arrow; what has several parts is no calculation."""
 LIST_OF_THREES = regex.compile(r"[0-9]{1,3}(?:,[0-9]{3})++")
 HAS_BRACES = regex.compile(r"\\\{|\\lbrace")
 SAME_TEXT = regex.compile(r"[\s$]+(?![0-9])|(?<![0-9])[\s$]+|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])")
@@ -34,7 +41,9 @@ class Reading(NamedTuple):
     based: tuple[str, int] | None = None
     quantity: tuple[tuple[str, str], ...] | None = None
     number_with_letter: Any = None
-    """The number of "5m", whose letter may be a unit."""
+    """The number of "5m" or "x = 5 m^2", whose letter may be a unit."""
+    is_result: bool = False
+    """It is what a calculation leads to, whose other sides could not be read."""
 
     @property
     def is_in_words(self) -> bool:
@@ -79,6 +88,33 @@ def read(text: str) -> Reading:
         values.append(expression(text.replace(",", ", ")))
     unit = ONE_LETTER_UNIT.fullmatch(text)
     return Reading(text, tuple(values), number_with_letter=expression(plain_latex(unit[1])) if unit else None)
+
+
+def read_answer(text: str) -> Reading:
+    """Return what the text says; of a calculation that cannot be read, as \\sum_k k = 55, what it leads to.
+
+    Raises:
+        Unreadable: when that has no meaning here, too.
+    """
+    try:
+        return read(text)
+    except Unreadable:
+        result = _result(text)
+        if not result:
+            raise
+        return read(result)._replace(is_result=True)
+
+
+def _result(text: str) -> str:
+    """Return what stands behind the last = or arrow outside of brackets; "" where there is none, or several parts."""
+    depth, start = 0, len(text)
+    for step in STEP.finditer(text):
+        depth += bool(step["opens"]) - bool(step["closes"])
+        if depth == 0 and step["parts"]:
+            return ""
+        if depth == 0 and step["leads"]:
+            start = step.end()
+    return text[start:].strip()
 
 
 def is_same_text(text: str, other: str) -> bool:

@@ -10,7 +10,7 @@ from stages.rewards.answers.answer_part import NO_REFERENCE, NOTHING_WITHIN, acc
 from stages.rewards.answers.equality import is_same
 from stages.rewards.answers.extraction import is_prose, mathematics_of, words_of
 from stages.rewards.answers.latex import Unreadable
-from stages.rewards.answers.reading import Reading, is_same_text, read
+from stages.rewards.answers.reading import Reading, is_same_text, read, read_answer
 from stages.rewards.answers.time_limit import run_within
 from stages.rewards.base import Score
 
@@ -90,7 +90,7 @@ def _compared(part: str, accepted: list[str], digits: int, detail: dict[str, Any
     if all(reading is None for _, reading in known):
         return Score(None, detail | {"reason": "not all of the reference could be read"})
     try:
-        found = read(answer)
+        found = read_answer(answer)
     except Unreadable:
         return Score(None, detail | {"reason": "not all of the answer could be read"})
     undecided = "" if all(reading for _, reading in known) else "not all of the reference could be read"
