@@ -101,9 +101,9 @@ def test_a_pause_of_all_processes_longer_than_the_limit_costs_no_reward() -> Non
         for _ in range(3):
             assert process.stdout.readline() == "ready\n"
             for _ in range(2):
-                time.sleep(0.2)
+                time.sleep(0.1)
                 stopped = _signal_tree(process.pid, signal.SIGSTOP)
-                time.sleep(0.8)
+                time.sleep(0.6)
                 for pid in reversed(stopped):
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
@@ -129,15 +129,16 @@ def _signal_tree(pid: int, number: signal.Signals) -> list[int]:
 
 
 def test_a_busy_machine_costs_no_reward(scorer: Scorer) -> None:
+    score(scorer, "work_for", ["0", "0"], time_limit=0.5)  # the processes are there
     loop = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(loop) for _ in range(2 * len(os.sched_getaffinity(0)))]
     try:
-        rows = score(scorer, "work_for", ["0.25"] * 4, time_limit=0.5)
+        rows = score(scorer, "work_for", ["0.25"] * 2, time_limit=0.5)
     finally:
         for other in others:
             other.kill()
             other.wait()
-    assert rows["error"].to_list() == [None] * 4
+    assert rows["error"].to_list() == [None] * 2
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_busy_machine_costs_no_reward(scorer: Scorer) -> None:
 def test_what_does_not_end_is_ended_by_its_own_or_its_childrens_work_or_by_patience(
     scorer: Scorer, function: str, text: str, least: float
 ) -> None:
-    score(scorer, function, ["0"])  # the processes are there
+    score(scorer, function, ["0", "0"], time_limit=0.3)  # the processes are there
     before = time.monotonic()
     rows = score(scorer, function, [text], time_limit=0.3)
     assert rows["error"].to_list() == [LATE.format(0.3)]
