@@ -23,12 +23,8 @@ def is_same(expected: Reading, found: Reading, digits: int) -> bool | None:
         return _is_same_quantity(expected, found)
     if expected.words is not None or found.words is not None:
         return expected.words is not None and expected.words == found.words
-    if any(_is_equal(value, other, digits, expected, found) for value in expected.values for other in found.values):
-        return True
-    bare = found.number_with_letter
-    return bare is not None and any(
-        v.is_number and _is_equal(v, bare, digits, expected, found) for v in expected.values
-    )
+    meanings = [*found.values, *([] if found.number_with_letter is None else [found.number_with_letter])]
+    return any(_is_equal(value, other, digits, expected, found) for value in expected.values for other in meanings)
 
 
 def _is_same_in_base(expected: Reading, found: Reading) -> bool | None:
