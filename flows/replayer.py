@@ -29,6 +29,7 @@ from stages.wiring import FUNCTIONS, Call, Wiring
 DATASET_OF = {step.name: step.writes[-1] for step in CHAIN if step.when is not When.late}
 """Step -> its main dataset. A late step is compared with the step that it belongs to."""
 STAGES = tuple(DATASET_OF)
+NOT_COMPUTED = "not computed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ def _relative(odd: Deviation) -> str:
 
 def not_computed(iteration: int, stage: str, error: str) -> Replayed:
     """Return the result for an artifact that could not be computed."""
-    return Replayed(iteration, stage, DATASET_OF[stage], "not computed", "", None, error, 0.0)
+    return Replayed(iteration, stage, DATASET_OF[stage], NOT_COMPUTED, "", None, error, 0.0)
 
 
 def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:

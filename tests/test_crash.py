@@ -146,7 +146,7 @@ def test_a_missing_package_is_one_message(tmp_path: Path) -> None:
 READ_ONLY = """
 mount --bind "$RUN" "$RUN"
 mount -o remount,ro,bind "$RUN"
-for command in "report $RUN" "fork $RUN $OTHER --at 0 --run $RUN/fork" "prune $RUN --keep-policies 1"; do
+for command in "report $RUN" "rescore $RUN $OTHER --run $RUN/new" "prune $RUN --keep-policies 1"; do
     "$PYTHON" -m flows.cli $command >> "$SAID" 2>&1; echo "exit $?" >> "$SAID"
 done
 """

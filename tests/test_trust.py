@@ -206,7 +206,7 @@ def test_a_function_that_the_run_names_is_executed_when_its_user_trusts_the_run(
     folder.mkdir()
     run = make_small_run(folder, tiny_policy, function="tests.rewards:has_seven")
     code, printed = grpo(tmp_path, "replay", str(run), "-i", "0", "--stage", "score")
-    assert code == 1
+    assert code == 2  # no answer
     assert "not computed" in printed
     assert "tests.rewards:has_seven, which lies outside of the library" in printed
     assert grpo(tmp_path, "replay", str(run), "-i", "0", "--stage", "score", "--trust")[0] == 0
