@@ -17,6 +17,7 @@ from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, When
 from pipeline.errors import UsageError
 from pipeline.manifest import canonical_json, is_finished, recipe_differences
+from pipeline.reading import shorten
 from pipeline.run_dir import RunDir
 from pipeline.stage import run_stage
 from stages.config import RunConfig, recorded_config
@@ -182,12 +183,7 @@ def _difference(odd: Deviation) -> str:
     if odd.a is None and odd.b is None and odd.row is None:
         of = "" if odd.relative is None else " of its largest magnitude"
         return f"{odd.name} differs by {_relative(odd)}{of}"
-    return f"{odd.name} stored {_shortened(odd.a)}, computed {_shortened(odd.b)}"
-
-
-def _shortened(value: Any) -> str:
-    text = str(value).replace("\n", "\\n")
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{odd.name} stored {shorten(odd.a)}, computed {shorten(odd.b)}"
 
 
 def _relative(odd: Deviation) -> str:
