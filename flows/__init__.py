@@ -2,7 +2,7 @@
 
 cli             the entry of `grpo`: nothing is imported from the current directory
 app             finds the module of the command that is asked for
-crash           how a command ends that failed: one message, exit code 2
+crash           how a command ends; one that failed with one message and exit code 2
 commands        the commands, one per file
 report          the page of `grpo report`
 train           the Prefect flow that trains: one task for each stage

@@ -9,8 +9,7 @@ from types import ModuleType
 
 import typer
 
-from flows.crash import fail, flush, hidden_fault
-from flows.prefect_server import leave
+from flows.crash import fail, flush, hidden_fault, leave
 from flows.printing import complain, print_anything
 from pipeline.errors import UsageError
 from pipeline.functions import permitting_only

@@ -16,8 +16,11 @@ def main() -> None:
     leave_current_directory()
     try:
         from flows.app import run
-    except ImportError as error:
-        sys.stderr.write(f"error: the installation lacks a package ({error}): install it anew, see README.md\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # nothing of ours is there yet that could explain it
+        found = f"{type(error).__name__}: {error}"
+        sys.stderr.write(f"error: the program cannot be loaded ({found}): install it anew, see README.md\n")
         sys.exit(2)
     run()
 

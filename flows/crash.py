@@ -1,4 +1,4 @@
-"""How a command ends that failed: one message and exit code 2, whatever was raised.
+"""How a command ends: one that failed with one message and exit code 2, whatever was raised.
 
 Exit code 1 is an answer, so no failure may have it. GRPO_TRACEBACK=1 shows the traceback too.
 """
@@ -6,12 +6,10 @@ Exit code 1 is an answer, so no failure may have it. GRPO_TRACEBACK=1 shows the 
 import errno
 import os
 import sys
-import tempfile
-import traceback
+import threading
 from contextlib import suppress
 from typing import NoReturn
 
-from flows.prefect_server import leave
 from flows.printing import complain
 from pipeline.errors import GrpoError
 
@@ -35,10 +33,25 @@ ADVICE = {
 UNREADABLE = ("polars", "pyarrow", "duckdb", "pyo3_runtime", "safetensors_rust", "json", "jinja2", "zipfile")
 """Libraries whose errors say that data, or a template, cannot be read; the first parts of their modules' names."""
 
+server_is_lost = threading.Event()
+"""Prefect still has something to tell a server that does not answer: its exit handlers would wait for hours."""
+
+
+def leave(code: int) -> None:
+    """Exit with this code, without Prefect's exit handlers when its server is lost."""
+    if server_is_lost.is_set():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
 
 def fail(error: BaseException) -> NoReturn:
     """Print what went wrong, and exit."""
     if os.environ.get(TRACEBACK):
+        import traceback
+
         traceback.print_exception(error, file=sys.stderr)
     with suppress(OSError, ValueError):  # nobody may be there to read it
         complain(f"error: {describe(error)}")
@@ -118,6 +131,9 @@ def _words(error: BaseException) -> str:
 
 def _kept(error: BaseException) -> str:
     """Return where the traceback was written."""
+    import tempfile
+    import traceback
+
     try:
         descriptor, path = tempfile.mkstemp(prefix="grpo-traceback-", suffix=".txt")
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:

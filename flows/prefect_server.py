@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
+from flows.crash import leave, server_is_lost
 from flows.printing import complain
 from pipeline.errors import ServerError
 from pipeline.processes import end, has_exited, kill_group, log_tail, start_python, when_parent_ends
@@ -36,18 +37,6 @@ INTERRUPTING = signal.SIGUSR2
 
 computed = threading.Event()
 """Set when a flow has nothing more to compute, and only Prefect has still to tell its server so."""
-_lost = threading.Event()
-"""Prefect still has something to tell a server that does not answer: its exit handlers would wait for hours."""
-
-
-def leave(code: int) -> None:
-    """Exit with this code, without Prefect's exit handlers when its server is lost."""
-    if _lost.is_set():
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 @contextmanager
@@ -112,7 +101,7 @@ def _farewell() -> bool:
     found = EventsWorker.drain_all(timeout=FAREWELL_SECONDS)
     assert isinstance(found, tuple), "called outside of an event loop"
     if found[1]:
-        _lost.set()
+        server_is_lost.set()
     return not found[1]
 
 
@@ -159,7 +148,8 @@ def temporary_server(program: str) -> Iterator[tuple[str, Callable[[], None]]]:
         )
     is_over = threading.Event()
     before = signal.signal(INTERRUPTING, _interrupt)
-    threading.Thread(target=_watch, args=(process, log, is_over), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(process, log, is_over), daemon=True)
+    watcher.start()
     try:
         yield url, partial(_wait, url, process, log)
     except BaseException as error:
@@ -167,9 +157,11 @@ def temporary_server(program: str) -> Iterator[tuple[str, Callable[[], None]]]:
             raise ServerError(_died(log)) from error
         raise
     finally:
+        signal.signal(INTERRUPTING, signal.SIG_IGN)  # the server may just have died, and the watcher be about to say so
         is_over.set()
-        signal.signal(INTERRUPTING, before)
         end(process)
+        watcher.join()
+        signal.signal(INTERRUPTING, before)
         log.unlink(missing_ok=True)
 
 
@@ -229,7 +221,7 @@ def _watch(process: "subprocess.Popen[bytes]", log: Path, is_over: threading.Eve
     if is_over.is_set():
         return
     message = _died(log)
-    _lost.set()
+    server_is_lost.set()
     signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPTING)
     if not is_over.wait(FAREWELL_SECONDS):  # Prefect repeats its requests for minutes
         log.unlink(missing_ok=True)
@@ -238,7 +230,7 @@ def _watch(process: "subprocess.Popen[bytes]", log: Path, is_over: threading.Eve
 
 def _give_up(message: str) -> None:
     """End this process from any thread. Its children end with it, and artifacts are whole at any time."""
-    _lost.set()
+    server_is_lost.set()
     with suppress(OSError, ValueError):
         complain(f"error: {message}")
     leave(2)

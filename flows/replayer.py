@@ -17,6 +17,7 @@ from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, When
 from pipeline.errors import UsageError
 from pipeline.manifest import canonical_json, is_finished, recipe_differences
+from pipeline.reading import shorten
 from pipeline.run_dir import RunDir
 from pipeline.stage import run_stage
 from stages.config import RunConfig, recorded_config
@@ -29,6 +30,7 @@ from stages.wiring import FUNCTIONS, Call, Wiring
 DATASET_OF = {step.name: step.writes[-1] for step in CHAIN if step.when is not When.late}
 """Step -> its main dataset. A late step is compared with the step that it belongs to."""
 STAGES = tuple(DATASET_OF)
+NOT_COMPUTED = "not computed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +183,7 @@ def _difference(odd: Deviation) -> str:
     if odd.a is None and odd.b is None and odd.row is None:
         of = "" if odd.relative is None else " of its largest magnitude"
         return f"{odd.name} differs by {_relative(odd)}{of}"
-    return f"{odd.name} stored {_shortened(odd.a)}, computed {_shortened(odd.b)}"
-
-
-def _shortened(value: Any) -> str:
-    text = str(value).replace("\n", "\\n")
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{odd.name} stored {shorten(odd.a)}, computed {shorten(odd.b)}"
 
 
 def _relative(odd: Deviation) -> str:
@@ -195,7 +192,7 @@ def _relative(odd: Deviation) -> str:
 
 def not_computed(iteration: int, stage: str, error: str) -> Replayed:
     """Return the result for an artifact that could not be computed."""
-    return Replayed(iteration, stage, DATASET_OF[stage], "not computed", "", None, error, 0.0)
+    return Replayed(iteration, stage, DATASET_OF[stage], NOT_COMPUTED, "", None, error, 0.0)
 
 
 def wanted_stages(run: RunDir, iteration: int, stage: str | None) -> list[str]:

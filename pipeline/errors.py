@@ -15,7 +15,7 @@ GrpoError
   PolicyError           a checkpoint cannot be used as a policy
   EngineError           the inference engine cannot start, or died
   ServerError           Prefect's server cannot start, or died
-  UntrustedFunction     only a recorded config names a function from outside of the library
+  UntrustedFunction     only a recorded config names a function from outside of the library, or an address
   OutOfSpace            the device is full
 
 Messages have three parts: what was found, what was expected, what to do. Each class also inherits the nearest
@@ -84,7 +84,7 @@ class ServerError(GrpoError, RuntimeError):
 
 
 class UntrustedFunction(GrpoError, ValueError):
-    """Only a config that a run has recorded names a function from outside of the library."""
+    """Only a config that a run has recorded names a function from outside of the library, or an address."""
 
 
 class OutOfSpace(GrpoError, OSError):

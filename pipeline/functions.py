@@ -1,7 +1,7 @@
 """Functions that a config names as ``module:function``: which may be imported, and where they are looked for.
 
 A config that its user wrote may name any function. One that a run has recorded may be a stranger's: the command line
-imports of it only rewards of the library, unless the user trusts the run or names the function himself.
+imports of it only rewards of the library, and asks no address, unless the user trusts the run or names them himself.
 """
 
 import importlib
@@ -19,7 +19,8 @@ LIBRARY = tuple(f"stages.rewards.{family}." for family in ("answers", "text", "m
 """Beginnings of the names of modules whose rewards any config may name."""
 
 _permitted: set[str] | None = None
-"""Functions outside of the library that may be imported; None = all. Of the whole process, background tasks too."""
+"""Functions outside of the library, and addresses, that are permitted; None = all. Of the whole process, background
+tasks too."""
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def permitting_only(names: Iterable[str] = ()) -> Iterator[None]:
 
 
 def permit(names: Iterable[str] | None) -> None:
-    """Permit functions that the user has named, or with None all: the config is the user's, or the run is trusted."""
+    """Permit what the user has named, or with None all: the config is the user's, or the run is trusted."""
     global _permitted
     if names is None:
         _permitted = None
@@ -43,7 +44,7 @@ def permit(names: Iterable[str] | None) -> None:
 
 
 def texts_in(tables: Any) -> set[str]:
-    """Return every text in the tables that a user has written; those that name functions may be permitted."""
+    """Return every text in the tables that a user has written; those that name functions or addresses count."""
     found: set[str] = set()
     waiting = [tables]
     while waiting:
@@ -56,16 +57,16 @@ def texts_in(tables: Any) -> set[str]:
 
 
 def check_permitted(name: str, found: str) -> None:
-    """Check that a function may do what a stranger must not have done for him.
+    """Check that a function, or an address, may be used for what a stranger must not have done for him.
 
     Raises:
-        UntrustedFunction: saying what was found, unless the user has named the function or trusts the run.
+        UntrustedFunction: saying what was found, unless the user has named it or trusts the run.
     """
     if _permitted is not None and name not in _permitted:
         raise UntrustedFunction(
-            f"the run's own config names {name}, which {found}: expected a reward of this library, for what a run "
-            "brings along is not executed unasked; read that function, then give --trust, or name it in a config of "
-            "your own"
+            f"the run's own config names {name}, which {found}: expected a reward of this library, or a file of this "
+            "machine, for nothing else that a run names is executed or asked for unasked; look at it, then give "
+            "--trust, or name it in a config of your own"
         )
 
 

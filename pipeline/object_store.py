@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import GrpoError, StoreError, UsageError
 from pipeline.files import atomic_write, locked, sha256_text, user_path, write_text
+from pipeline.functions import check_permitted
 from pipeline.reading import is_plain, read_json, resolved
 
 WORK_VARIABLE = "GRPO_WORK"
@@ -26,6 +27,7 @@ PACKAGES = {
 """Protocol -> the package that fsspec needs for it."""
 ORIGIN = ".origin.json"
 """Next to downloaded files: the fingerprint of each when it was downloaded."""
+OTHER_MACHINE = "lies on another machine"
 
 
 def local_path(where: str | Path) -> Path | None:
@@ -188,7 +190,9 @@ def download_file(url: str) -> Path:
 
     Raises:
         StoreError: when it does not exist or cannot be read.
+        UntrustedFunction: when only a recorded config names it.
     """
+    check_permitted(url, OTHER_MACHINE)
     return _download_file(url, work_directory())
 
 
@@ -197,7 +201,9 @@ def download_folder(url: str, suffixes: Collection[str]) -> Path:
 
     Raises:
         StoreError: when there are none, or they cannot be read.
+        UntrustedFunction: when only a recorded config names it.
     """
+    check_permitted(url, OTHER_MACHINE)
     return _download_folder(url, tuple(suffixes), work_directory())
 
 

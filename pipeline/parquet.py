@@ -11,7 +11,6 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.conformance import check_types
@@ -110,6 +109,8 @@ def _most_decoded(metadata: pq.FileMetaData) -> dict[str, int]:
 
 def _text_bytes(path: Path, column: str, most: int) -> int:
     """Return the size of all texts of a column, whose dictionary alone is decoded; it stops beyond ``most``."""
+    import pyarrow.compute as pc  # few files come so far, and it is slow to import
+
     taken = 0
     with pq.ParquetFile(path, read_dictionary=[column]) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[column]):

@@ -13,7 +13,7 @@ from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, Us
 from pipeline.files import write_text
 from pipeline.manifest import is_finished
 from pipeline.object_store import url_of, working_copy_of
-from pipeline.reading import read_json, shorten
+from pipeline.reading import read_json, resolved, shorten
 
 if TYPE_CHECKING:
     import polars as pl
@@ -210,7 +210,7 @@ class RunDir:
         Only a run that the user named by URL asks the network. For a local one the working copy must be there already.
         """
         url = noted if "://" in noted else None
-        target = Path(os.path.normpath(reference.parent / noted)) if url is None else working_copy_of(url)
+        target = working_copy_of(url) if url else Path(os.path.normpath(resolved(reference.parent) / noted))
         if is_finished(target):
             return target
         url = url or url_of(target)

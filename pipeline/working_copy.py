@@ -26,6 +26,8 @@ from pipeline.writer import remove_artifact
 SYNC_LOCK = ".sync.lock"
 SEEN = ".seen.json"
 """Fingerprints of downloaded objects, so that they are not downloaded again; may be deleted."""
+MOST_BYTES = 64 << 20
+"""Of a manifest or a record that is downloaded, and of `SEEN`, which has that size after 80,000 iterations."""
 
 
 @dataclass(slots=True)
@@ -99,12 +101,17 @@ class WorkingCopy:
 
     def _sync(self, listed: dict[str, Listed]) -> None:
         note = self.root / SEEN
-        seen = read_json(note, "delete it") if note.is_file() else {}
+        seen = read_json(note, "delete it", most_bytes=MOST_BYTES) if note.is_file() else {}
         known = [n for n in listed if PurePosixPath(n).name == MANIFEST or self.is_record(n)]
         if odd := [n for n in known if not is_plain(n)]:
             raise StoreError(
                 f"{self.store.url} has the object {odd[0]!r}, expected plain paths: remove it, or do not trust who "
                 "wrote there"
+            )
+        if large := [n for n in known if listed[n].size > MOST_BYTES]:
+            raise StoreError(
+                f"{self.store.url}/{large[0]} has {listed[large[0]].size:,} bytes, expected at most {MOST_BYTES:,}: "
+                "remove it, or do not trust who wrote there"
             )
         new = [n for n in known if seen.get(n) != listed[n].fingerprint or not (self.root / n).is_file()]
         for name, data in self.store.read(new).items():

@@ -15,8 +15,9 @@ from grpo.settings import ForwardConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import STEPS, WRITER, From, Step, load_stage
 from pipeline.errors import RecipeMismatch
+from pipeline.functions import check_permitted
 from pipeline.manifest import is_finished, recipe_differences
-from pipeline.object_store import url_of
+from pipeline.object_store import OTHER_MACHINE, local_path, url_of
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 from pipeline.stage import StageCall
@@ -165,6 +166,8 @@ class Wiring:
         """
         stored = self.config.stored(iteration)
         assert stored is not None
+        if local_path(stored[0]) is None:
+            check_permitted(stored[0], OTHER_MACHINE)
         source = open_run(stored[0])
         if is_finished(source.initial_policy):
             ours = open_artifact(self.run.initial_policy)

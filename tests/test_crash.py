@@ -137,16 +137,23 @@ def test_python_without_docstrings_is_refused(tmp_path: Path) -> None:
     expect_one_line(done, "PYTHONOPTIMIZE=2", "use -O or 1")
 
 
-def test_a_missing_package_is_one_message(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("raise ImportError('broken')")
+@pytest.mark.parametrize("error", ["ImportError", "SyntaxError", "MemoryError"])
+def test_a_program_that_cannot_be_loaded_is_one_message(tmp_path: Path, error: str) -> None:
+    (tmp_path / "typer.py").write_text(f"raise {error}('broken')")
     done = grpo(tmp_path.parent, "schema", variables={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    expect_one_line(done, "broken", "install it anew")
+    expect_one_line(done, f"{error}: broken", "install it anew")
+
+
+def test_an_interrupt_while_the_program_is_loaded_leaves_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = grpo(tmp_path.parent, "schema", variables={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 READ_ONLY = """
 mount --bind "$RUN" "$RUN"
 mount -o remount,ro,bind "$RUN"
-for command in "report $RUN" "fork $RUN $OTHER --at 0 --run $RUN/fork" "prune $RUN --keep-policies 1"; do
+for command in "report $RUN" "rescore $RUN $OTHER --run $RUN/new" "prune $RUN --keep-policies 1"; do
     "$PYTHON" -m flows.cli $command >> "$SAID" 2>&1; echo "exit $?" >> "$SAID"
 done
 """

@@ -55,7 +55,7 @@ def test_every_column_of_every_dataset_is_documented() -> None:
 
 def test_the_commands_import_nothing_heavy_before_they_are_called() -> None:
     code = "import sys; from flows.app import COMMANDS, build_app; build_app(COMMANDS)(standalone_mode=False); "
-    code += f"print([m for m in {(*HEAVY, 'polars', 'pydantic', 'rich')} if m in sys.modules])"
+    code += f"print([m for m in {(*HEAVY, 'polars', 'pydantic', 'rich', 'urllib.request')} if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )

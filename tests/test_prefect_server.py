@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from flows.prefect_server import INTERRUPTING, temporary_server
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120
@@ -105,6 +108,13 @@ def test_the_server_ends_with_the_command() -> None:
     output, errors = command.communicate(timeout=PATIENCE)
     assert (command.returncode, output, errors) == (0, "done\n", "")
     wait_until_gone(server)
+
+
+def test_nothing_that_could_still_interrupt_is_left_behind() -> None:
+    before = signal.getsignal(INTERRUPTING), threading.enumerate()
+    with temporary_server("import time; time.sleep(600)"):
+        pass
+    assert (signal.getsignal(INTERRUPTING), threading.enumerate()) == before
 
 
 NAMED = """

@@ -10,7 +10,7 @@ import pytest
 from flows.commands.replay import print_replay
 from flows.printing import Format
 from flows.replayer import STAGES
-from pipeline.errors import UsageError
+from pipeline.errors import ArtifactError, UsageError
 from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
 from stages.engines.base import Request
@@ -64,7 +64,8 @@ def test_an_artifact_that_cannot_be_computed_does_not_lose_the_others(
             prunable(run, 1, []),
         )
     )
-    assert not print_replay(run.root, [1], "update", Format.jsonl)
+    with pytest.raises(ArtifactError, match="1 of 1 artifacts could not be computed again, which is no proof"):
+        print_replay(run.root, [1], "update", Format.jsonl)
     (row,) = rows_of(capsys)
     assert row["result"] == "not computed"
     assert "was dropped by `grpo prune`" in str(row["found"])

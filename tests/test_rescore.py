@@ -155,6 +155,15 @@ def test_an_iteration_that_has_completions_takes_no_others_for_them(run: Path, t
     assert contents(new.root) == before
 
 
+def test_a_run_that_is_a_link_to_another_disk_finds_what_it_refers_to(run: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk" / "of" / "mine"
+    disk.mkdir(parents=True)
+    (run.parent / "new").symlink_to(disk)
+    new = rescored(run, REWARDS, run.parent / "new")
+    assert new.open(0, "completions").digest == RunDir(run).open(0, "completions").digest
+    assert print_verification(new.root, 20, Format.table)
+
+
 def test_rescoring_starts_neither_torch_nor_vllm_nor_prefect(run: Path, tmp_path: Path) -> None:
     path = config(run, REWARDS)
     code = (

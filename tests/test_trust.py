@@ -166,8 +166,15 @@ NAMES: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "a scale": lambda c, f: c["normalize"].update(scale="payload:f"),
     "a loss": lambda c, f: c["update"].update(loss={"name": "payload:f", "arguments": {}}),
     "an engine": lambda c, f: c["generate"].update(engine="payload:f"),
+    "an address": lambda c, f: c["prompts"].update(source="http://127.0.0.1:9/evil.jsonl"),
 }
-STAGE_OF = {"a baseline": "normalize", "a scale": "normalize", "a loss": "update", "an engine": "generate"}
+STAGE_OF = {
+    "a baseline": "normalize",
+    "a scale": "normalize",
+    "a loss": "update",
+    "an engine": "generate",
+    "an address": "prompts",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,8 +189,8 @@ def test_what_only_the_runs_own_config_names_is_not_executed(
     stage = STAGE_OF.get(name, "score")
     # what is stored is replayed, what is missing is made
     whole = shutil.copytree(run, tmp_path / "whole")
-    made = {"generate": "completions", "score": "rewards", "normalize": "advantages", "update": "policy"}[stage]
-    shutil.rmtree(run / "iterations" / "000000" / made)
+    made = {"generate": "completions", "score": "rewards", "normalize": "advantages", "update": "policy"}
+    shutil.rmtree(run / "iterations" / "000000" / made.get(stage, stage))
     before = sorted(tmp_path.rglob("*"))
     grpo(tmp_path, "replay", str(whole), "-i", "0", "--stage", stage)
     grpo(tmp_path, "verify", str(whole))
@@ -199,6 +206,18 @@ def test_what_only_the_runs_own_config_names_is_not_executed(
     assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.name != ".lock"] == []
 
 
+def test_a_run_at_an_address_that_only_the_config_names_is_not_asked_for(
+    run: Path, tmp_path: Path, grpo: Callable[..., tuple[int, str]]
+) -> None:
+    config = json.loads((run / "config.resolved.json").read_text())
+    config["offline"] = [{"run": "http://127.0.0.1:9/evil", "iterations": [0]}]
+    (run / "config.resolved.json").write_text(json.dumps(config))
+    shutil.rmtree(run / "iterations" / "000000" / "completions")
+    code, printed = grpo(tmp_path, "stage", "generate", str(run), "-i", "0")
+    assert code == 2
+    assert "http://127.0.0.1:9/evil, which lies on another machine" in printed
+
+
 def test_a_function_that_the_run_names_is_executed_when_its_user_trusts_the_run(
     tiny_policy: Path, tmp_path: Path, grpo: Callable[..., tuple[int, str]]
 ) -> None:
@@ -206,7 +225,7 @@ def test_a_function_that_the_run_names_is_executed_when_its_user_trusts_the_run(
     folder.mkdir()
     run = make_small_run(folder, tiny_policy, function="tests.rewards:has_seven")
     code, printed = grpo(tmp_path, "replay", str(run), "-i", "0", "--stage", "score")
-    assert code == 1
+    assert code == 2  # no answer
     assert "not computed" in printed
     assert "tests.rewards:has_seven, which lies outside of the library" in printed
     assert grpo(tmp_path, "replay", str(run), "-i", "0", "--stage", "score", "--trust")[0] == 0

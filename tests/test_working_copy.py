@@ -240,16 +240,20 @@ def test_a_run_on_a_store_is_verified_with_its_files(base: str, local: RunDir) -
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("../../../outside/manifest.json", "expected plain paths"), ("a/../../config.toml", "expected plain paths")],
+    ("name", "size", "message"),
+    [
+        ("../../../outside/manifest.json", 1, "expected plain paths"),
+        ("a/../../config.toml", 1, "expected plain paths"),
+        ("initial_policy/manifest.json", 10**12, "has 1,000,000,000,000 bytes, expected at most 67,108,864"),
+    ],
 )
-def test_an_object_whose_name_leads_out_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+def test_an_object_whose_name_leads_out_or_that_fills_the_memory_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int, message: str
 ) -> None:
     new_machine(tmp_path / "work", monkeypatch)
     store = open_store("memory://bucket/odd/demo")
     store.write("config.resolved.json", b"{}")
-    listed = {**store.listing(), name: Listed(1, "x")}
+    listed = {**store.listing(), name: Listed(size, "x")}
     monkeypatch.setattr(Store, "listing", lambda _: listed)
     with pytest.raises(StoreError, match=message):
         run_at(store.url)

@@ -9,6 +9,7 @@ from flows.commands.options import Config, NewRun, Overrides, Run, Trust, named_
 from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactMissing, ConfigError, UsageError
 from pipeline.files import write_text
+from pipeline.functions import permit
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run, run_at
@@ -47,6 +48,7 @@ def fork(
     source, place = open_run(run), run_at(new or named_after(run, f"{config.stem}-{at}"))
     is_begun = is_finished(place.initial_policy)
     tables = fork_tables(source, at, own, offline, overrides or [], is_begun=is_begun)
+    permit([source.name, source.shown(source.policy_before(at))])  # the user has named that run
     toml = fork_toml(source, at, tables)
     prepared = check(validate(config_class(), tables, str(config)), place, toml)
     place.root.mkdir(parents=True, exist_ok=True)

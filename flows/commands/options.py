@@ -24,9 +24,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: update.learning_rate=2e-6.")
 ]
 Iteration = Annotated[int | None, typer.Option("--iteration", "-i", help="Which iteration; default: the last one.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Execute what the run's own config names from outside of the library.")
-]
+Trust = Annotated[bool, typer.Option("--trust", help="Execute, and ask for, what only the run's own config names.")]
 Output = Annotated[Format, typer.Option("--format", "-f", help="How to print.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="Rows at most; 0 = all.")]
 
@@ -67,7 +65,7 @@ def named_after(run: str, suffix: object) -> str:
 
 
 def permit_named(tables: Mapping[str, Any], overrides: list[str] | None, *, is_trusted: bool) -> None:
-    """Permit the functions that a config of the user's names, beside a config that a run has recorded."""
+    """Permit what a config of the user's names, beside a config that a run has recorded."""
     if is_trusted:
         permit(None)
     else:

@@ -11,7 +11,7 @@ import typer
 from flows.commands.options import Iteration, Output, Run, Trust, answer, last_iteration, start_working
 from flows.printing import Format, print_rows, say
 from pipeline.chain import INITIAL
-from pipeline.errors import GrpoError, UsageError
+from pipeline.errors import ArtifactError, GrpoError, UsageError
 from pipeline.files import user_path
 from pipeline.functions import permit
 from pipeline.runs import open_run
@@ -43,6 +43,8 @@ def replay(
     format_: Output = Format.table,
 ) -> None:
     """Compute stored artifacts again: equal to the bit, close, or different (exit code 1)? The run is only read.
+
+    Exit code 2 when nothing differs, but something could not be computed.
 
     Example: grpo replay runs/demo --iteration 3
     """
@@ -77,8 +79,11 @@ def print_replay(
         scratch: folder that keeps what is computed; None = a temporary one.
         engine: a running engine; None = one with the run's settings is started when it is needed.
         tolerance: largest difference of floats, relative to the largest in their tensor or column; None = TOLERANCE.
+
+    Raises:
+        ArtifactError: when nothing differs, but something could not be computed: that is no answer.
     """
-    from flows.replayer import Replayer, not_computed, wanted_stages
+    from flows.replayer import NOT_COMPUTED, Replayer, not_computed, wanted_stages
     from stages.inspect.artifact_diff import TOLERANCE
 
     tolerance = TOLERANCE if tolerance is None else tolerance
@@ -104,7 +109,13 @@ def print_replay(
             f"{run.name} has no stored results of {stage or 'any stage'} in the iterations asked for: see `grpo ls`"
         )
     _print(rows, format_, tolerance)
-    return all(row.is_fine for row in rows)
+    bad = [row.result for row in rows if not row.is_fine]
+    if bad and set(bad) == {NOT_COMPUTED}:
+        raise ArtifactError(
+            f"{len(bad)} of {len(rows)} artifacts could not be computed again, which is no proof against them: see why "
+            "above, and replay them again"
+        )
+    return not bad
 
 
 def _print(rows: "Sequence[Replayed]", format_: Format, tolerance: float) -> None:

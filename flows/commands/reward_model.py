@@ -8,6 +8,7 @@ import typer
 from flows.commands.options import Config, Overrides, start_working
 from flows.printing import say
 from pipeline.files import user_path
+from pipeline.functions import permit
 
 WRITES = True
 
@@ -33,6 +34,7 @@ def reward_model(
     from stages.reward_model.reward_model import load_reward_model_config, train_reward_model
     from stages.trainers.local import resolve_device
 
+    permit(None)  # the config is the user's
     settings = load_reward_model_config(config, overrides)
     start_working()
     reporter = TerminalReporter()

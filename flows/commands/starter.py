@@ -9,6 +9,7 @@ from flows.commands.options import Config, Overrides, start_working
 from flows.printing import say
 from pipeline.errors import UsageError
 from pipeline.files import user_path
+from pipeline.functions import permit
 
 WRITES = True
 
@@ -30,6 +31,7 @@ def starter(
     from pipeline.run_dir import RunDir
     from stages.config import load_config
 
+    permit(None)  # the config is the user's
     settings = load_config(config, overrides)
     if settings.starter is None:
         raise UsageError(f"{config} has no [starter] table: add one, see configs/demo.toml")
