@@ -6,6 +6,7 @@ neither waits for a pipe nor fills the memory.
 
 import gc
 import json
+import math
 import os
 import re
 import stat
@@ -79,12 +80,12 @@ def read_limited(path: Path, most_bytes: int = JSON_BYTES) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """Return what JSON holds: at most `JSON_DEPTH` deep, with texts that UTF-8 can hold.
+    """Return what JSON holds: at most `JSON_DEPTH` deep, with texts that UTF-8 can hold and numbers that are finite.
 
     Raises:
         ValueError: when it is anything else.
     """
-    found = loads(data)
+    found = loads(data, is_strict=True)
     level, depth = [found], 0
     while level:
         if depth > JSON_DEPTH:
@@ -102,8 +103,8 @@ def parse_json(data: bytes) -> Any:
     return found
 
 
-def loads(data: bytes) -> Any:
-    """Return what JSON holds, whatever its depth.
+def loads(data: bytes, *, is_strict: bool = False) -> Any:
+    """Return what JSON holds, whatever its depth; ``is_strict`` refuses NaN, Infinity and what rounds to it.
 
     Raises:
         ValueError: when it is none, or Python cannot hold it.
@@ -111,12 +112,19 @@ def loads(data: bytes) -> Any:
     was_enabled = gc.isenabled()
     gc.disable()  # it would go through millions of new lists again and again
     try:
-        return json.loads(data)
+        number = _finite if is_strict else None
+        return json.loads(data, parse_constant=number, parse_float=number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it holds {text:.20}, expected a finite number")
+    return number
 
 
 def read_json(path: Path, remedy: str, *, kind: type = dict, most_bytes: int = JSON_BYTES) -> Any:

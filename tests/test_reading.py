@@ -74,6 +74,9 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
     [
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
         (b"[" * 100 + b"]" * 100, "nested deeper than 64"),
+        (b'{"x": [NaN]}', "it holds NaN, expected a finite number"),
+        (b"-Infinity", "it holds -Infinity"),
+        (b"1e999", "it holds 1e999"),
         (b'{"\\ud800": 1}', "surrogates"),
         (b'["\\ud800"]', "surrogates"),
         (b"1" * 10_000, "4300 digits"),
