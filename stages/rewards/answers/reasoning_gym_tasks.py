@@ -28,7 +28,7 @@ string_manipulation string_splitting string_synthesis sudoku survo syllogism tim
 word_ladder word_sequence_reversal word_sorting zebra_puzzles
 """
 READ_TASKS = frozenset(_READ.split())
-"""Tasks whose verifiers evaluate neither the answer nor anything of the row: read one by one, and run under an audit hook."""
+"""Tasks whose verifiers evaluate neither the answer nor the row: read one by one, and run under an audit hook."""
 
 
 def import_reasoning_gym() -> Any:
