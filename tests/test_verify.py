@@ -272,6 +272,14 @@ def test_a_setting_at_its_default_that_no_hash_covers_is_derived(run: RunDir) ->
     assert "eps is 0.5, which nobody has chosen: the default is 0.0001" in found
 
 
+def test_a_setting_that_no_stage_has_is_found(run: RunDir) -> None:
+    place = run.place(0, "advantages")
+    manifest = manifest_of(place)
+    manifest["config"]["ep3"] = manifest["config"].pop("eps")
+    (place / MANIFEST).write_text(json.dumps(manifest))
+    assert "'ep3' is no setting of stage normalize 4" in {problem.found for problem in problems_of(run, "config")}
+
+
 def test_an_input_of_another_iteration_is_found_with_every_hash_fixed(run: RunDir) -> None:
     place = run.place(1, "advantages")
     manifest = manifest_of(place)

@@ -185,7 +185,9 @@ def _check_defaults(ledger: Ledger, item: Located) -> None:
         return
     fields = stage.config.model_fields
     for name in manifest.config:
-        if name in fields and name not in manifest.chosen and name not in DECIDE_NOTHING:
+        if name not in fields and name not in manifest.chosen:
+            ledger.wrong("config", item.where, f"{shorten(name)} is no setting of stage {stage.name} {stage.version}")
+        elif name not in manifest.chosen and name not in DECIDE_NOTHING:
             default = "nothing: it is required" if fields[name].is_required() else default_of(stage.config, name)
             ledger.checked("config")
             if canonical_json(manifest.config[name]) != canonical_json(default):
