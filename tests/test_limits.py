@@ -12,14 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 from pipeline import clock, wire
 from stages.rewards import pool
-from stages.rewards.functions import RewardConfig, find_reward
 from stages.rewards.scorer import Scorer
-from tests.builders import completion_rows, prompt_rows
+from tests.test_reward_workers import score
 
 LATE = "no reward within {} s (time_limit)"
 
@@ -29,11 +27,6 @@ def scorer() -> Iterator[Scorer]:
     scorer = Scorer(num_workers=2)
     yield scorer
     scorer.close()
-
-
-def score(scorer: Scorer, function: str, texts: list[str], **config: Any) -> pl.DataFrame:
-    reward = find_reward(RewardConfig(name="r", function=f"tests.rewards:{function}", **config))
-    return scorer.score(completion_rows(*({"completion": text} for text in texts)), prompt_rows({}), [reward])
 
 
 @pytest.mark.parametrize(
@@ -74,6 +67,7 @@ import polars as pl
 from stages.rewards.functions import RewardConfig, find_reward
 from stages.rewards.scorer import open_scorer
 from tests.builders import completion_rows, prompt_rows
+from tests.test_reward_workers import score
 
 program = "import time\\nends = float(input())\\nwhile time.process_time() < ends: pass\\nprint(1)"
 metadata = '{"tests": [{"input": "0.3", "output": "1"}]}'
