@@ -1,8 +1,6 @@
 """Ways to attack a sandbox, for its tests."""
 
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,15 +46,6 @@ def processes_with(marker: str) -> list[int]:
         except OSError:  # it has ended
             continue
     return found
-
-
-def until(condition: Callable[[], object], seconds: float = 120) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def reachable_python() -> str:

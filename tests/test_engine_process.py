@@ -19,6 +19,7 @@ from stages.engines.base import MAX_SEED, Engine, EngineSettings, Generated, Req
 from stages.engines.child import child_environment
 from stages.engines.process import EngineProcess
 from stages.engines.scripted import ScriptedEngine
+from tests.processes import is_alive, survivors
 
 SETTINGS = EngineSettings(engine="vllm", dtype="float32", max_model_len=64, max_num_seqs=8, num_threads=1)
 SAMPLING = Sampling(temperature=1.0, max_tokens=8, stop_token_ids=(1,))
@@ -83,22 +84,6 @@ def make_policy(path: Path, *, hidden_size: int = 8, written_by: str = "5.19.0")
 def ask(engine: Engine, *first_tokens: int) -> list[list[int]]:
     rows = engine.generate([Request([token], seed=0) for token in first_tokens], SAMPLING, None)
     return [row.token_ids for row in rows]
-
-
-def is_alive(pid: int) -> bool:
-    """A zombie is dead; ``os.kill(pid, 0)`` would say otherwise."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_dead(*pids: int, seconds: float = 60.0) -> list[int]:
-    """Return those that are still alive after so long."""
-    deadline = time.monotonic() + seconds
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return [pid for pid in pids if is_alive(pid)]
 
 
 @pytest.fixture
@@ -199,7 +184,7 @@ def test_child_that_dies_takes_its_children_with_it(misbehaving: EngineProcess) 
     ((_, grandchild, _),) = ask(misbehaving, 13)
     with pytest.raises(EngineError):
         ask(misbehaving, 11)
-    assert wait_until_dead(grandchild) == []
+    assert survivors(grandchild) == []
 
 
 def test_child_outlives_the_thread_that_started_it(policy: Path, log_path: Path) -> None:
@@ -232,14 +217,14 @@ def test_interrupt_of_the_caller_ends_the_child_and_its_children(misbehaving: En
 
     with pytest.raises(KeyboardInterrupt):
         misbehaving.generate([Request([20], seed=0), Request([14], seed=0)], SAMPLING, interrupt)
-    assert wait_until_dead(child, grandchild) == []
+    assert survivors(child, grandchild) == []
 
 
 def test_close_ends_and_reaps_a_busy_child_and_its_children(misbehaving: EngineProcess) -> None:
     ((child, grandchild, _),) = ask(misbehaving, 13)
     misbehaving.close()
     misbehaving.close()
-    assert wait_until_dead(child, grandchild) == []
+    assert survivors(child, grandchild) == []
     with pytest.raises(ChildProcessError):
         os.waitpid(child, os.WNOHANG)  # nothing is left to reap
 
@@ -275,7 +260,7 @@ def test_kill_of_the_parent_leaves_no_child_alive(policy: Path, log_path: Path) 
         scratch = temporary_directory(child)
         assert scratch.is_dir()
         parent.kill()
-    assert wait_until_dead(child, grandchild) == []
+    assert survivors(child, grandchild) == []
     assert not scratch.exists()
 
 
@@ -298,7 +283,7 @@ def test_end_of_a_program_that_never_closes_leaves_no_child_alive(policy: Path, 
     parent, child, grandchild = start_parent(policy, log_path, "leave")
     with parent:
         assert parent.wait(timeout=600) == 0
-    assert wait_until_dead(child, grandchild) == []
+    assert survivors(child, grandchild) == []
 
 
 def test_output_of_the_child_goes_to_the_log_only(

@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from flows.prefect_server import INTERRUPTING, temporary_server
+from tests.processes import survivors
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120
@@ -67,25 +67,12 @@ def start(program: str, does: str) -> tuple["subprocess.Popen[str]", int]:
     return command, pid
 
 
-def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
-                return
-        except OSError:
-            return
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    raise AssertionError("the server outlived the command")
-
-
 @pytest.mark.parametrize("program", [STAND_IN, "from flows.prefect_server import serve; serve({descriptor}, {parent})"])
 def test_a_command_that_is_killed_while_its_server_starts_leaves_none(program: str) -> None:
     command, server = start(program, "unwind" if program == STAND_IN else "wait")
     command.kill()
     command.communicate()
-    wait_until_gone(server)
+    assert survivors(server) == []
 
 
 @pytest.mark.parametrize("does", ["wait", "unwind"])
@@ -107,7 +94,7 @@ def test_the_server_ends_with_the_command() -> None:
     command, server = start(STAND_IN, "wait")
     output, errors = command.communicate(timeout=PATIENCE)
     assert (command.returncode, output, errors) == (0, "done\n", "")
-    wait_until_gone(server)
+    assert survivors(server) == []
 
 
 def test_nothing_that_could_still_interrupt_is_left_behind() -> None:

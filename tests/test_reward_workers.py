@@ -19,6 +19,7 @@ from stages.rewards.functions import RewardConfig, find_reward
 from stages.rewards.scorer import Scorer
 from stages.rewards.worker import NOTE, take_note
 from tests.builders import completion_rows, prompt_rows
+from tests.processes import descendants, survivors, until
 
 WRONG = {
     "hang": "no reward within 0.5 s (time_limit)",
@@ -126,7 +127,7 @@ def test_workers_go_on_to_the_next_rows_after_a_death(scorer: Scorer) -> None:
 def test_a_process_that_a_function_left_behind_ends_with_its_worker(scorer: Scorer, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     score(scorer, "leave_a_process", [str(note)])
-    assert _ends(int(note.read_text()))
+    assert survivors(int(note.read_text())) == []
 
 
 def test_closing_ends_all_processes(tmp_path: Path) -> None:
@@ -135,14 +136,14 @@ def test_closing_ends_all_processes(tmp_path: Path) -> None:
     pids = [slot.supervisor.pid for pool in scorer._pools.values() for slot in pool.slots]
     assert len(pids) == 2
     children: list[int] = []
-    for _ in range(1200):  # the second worker may still be starting
-        children = [int(pid) for supervisor in pids for pid in _children(supervisor)]
-        if len(children) == 2:
-            break
-        time.sleep(0.1)
+
+    def all_work() -> bool:  # the second worker may still be starting
+        children[:] = [pid for supervisor in pids for pid in descendants(supervisor)]
+        return len(children) == 2
+
+    assert until(all_work)
     scorer.close()
-    assert len(children) == 2
-    assert all(_ends(pid) for pid in [*pids, *children])
+    assert survivors(*pids, *children) == []
 
 
 def test_workers_end_when_the_process_of_their_pool_is_killed() -> None:
@@ -165,12 +166,12 @@ def test_workers_end_when_the_process_of_their_pool_is_killed() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     supervisors = [int(pid) for pid in process.stdout.readline().split()]  # printed once both score
-    workers = [int(pid) for supervisor in supervisors for pid in _children(supervisor)]
+    workers = [pid for supervisor in supervisors for pid in descendants(supervisor)]
     assert len(workers) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert all(_ends(pid) for pid in [*supervisors, *workers])
+    assert survivors(*supervisors, *workers) == []
 
 
 def test_a_note_is_never_seen_half_written() -> None:
@@ -243,20 +244,3 @@ def test_an_expression_that_fails_leaves_every_row_null(scorer: Scorer) -> None:
 def test_a_worker_without_memory_for_its_module_is_one_clear_error(scorer: Scorer) -> None:
     with pytest.raises(RewardError, match="is its memory_limit_gib enough"):
         score(scorer, "length_in_frame", ["a"], memory_limit_gib=0.02)
-
-
-def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-def _ends(pid: int) -> bool:
-    """Wait for the end of a process; one that nobody has reaped yet has ended too."""
-    for _ in range(1200):
-        try:
-            os.kill(pid, 0)
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (ProcessLookupError, FileNotFoundError):
-            return True
-        time.sleep(0.1)
-    return False

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.errors import RewardError
 from stages.rewards.code.sandbox import PROJECT, Isolation, Limits, Sandbox, python
-from tests.sandboxes import attack, processes_with, reachable_python, until
+from tests.processes import until
+from tests.sandboxes import attack, processes_with, reachable_python
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.artifact import open_artifact
 from pipeline.run_dir import RunDir
+from tests.processes import descendants, survivors
 
 pytestmark = pytest.mark.vllm
 
@@ -162,7 +163,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
         assert process.returncode == 130
-        assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+        assert survivors(*children) == []
     shutil.rmtree(run / "iterations" / "000000" / "optimizer", ignore_errors=True)
     finish(start(folder, server, name))
     assert digests(run) == digests(undisturbed)
@@ -227,21 +228,3 @@ def test_a_finished_run_is_found_and_not_run_again(folder: Path, server: str, fo
 def written(run: Path, name: str) -> dict[Path, int]:
     """Return when each file of a name was written."""
     return {p: p.stat().st_mtime_ns for p in run.rglob(name)}
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the ids of all processes below one."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, queue = [], [pid]
-    while queue:
-        children = parents.get(queue.pop(), [])
-        found += children
-        queue += children
-    return found
