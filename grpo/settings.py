@@ -64,6 +64,9 @@ class UpdateConfig(AdamWConfig, ForwardConfig):
     """The policy that the clip compares with. update: the one that the iteration begins with. phase: the same, but over
     consecutive offline iterations the one that the first of them begins with, so that the clip bounds what all of them
     do with the stored rows. sampler: the one that wrote the tokens; nothing is left to correct then."""
+    offline_kl_coef: float = Field(0.4, ge=0)
+    """Weight of the KL to the proximal policy in the loss of offline iterations under "phase". The clip bounds the
+    tokens that were sampled; this bounds the rest of each distribution, which drifts while rows are used again."""
     gradient_checkpointing: bool = False
     """Trade a second forward for memory."""
     record_tokens: bool = False

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from grpo.collate import MicroBatch, collate
 from grpo.correction import correct
-from grpo.kl import kl_to_sampler
+from grpo.kl import kl_to_sampler, weighted_k3
 from grpo.losses.base import LossInputs, weigh_tokens
 from grpo.losses.chosen import token_losses
 from grpo.optimizer import Optimizer, learning_rate_at
@@ -53,7 +53,8 @@ def train_on_batches(
     ``loss_denominator``, so the cut into microbatches changes only rounding.
 
     Where rows bring no proximal_logprobs, those of the first optimizer step are the current ones, detached: no forward
-    is spent on them. Later steps get theirs from a forward before the first step.
+    is spent on them. Later steps get theirs from a forward before the first step. Where rows bring some under
+    ``proximal = "phase"``, the loss of a token also has ``offline_kl_coef`` times its KL(current || proximal).
     ``on_microbatch(optimizer_step, microbatch)`` is called after each microbatch.
 
     Raises:
@@ -105,7 +106,12 @@ def _accumulate_gradient(
     inputs = LossInputs(trainer_N, proximal_N, sampling_N, advantage_N, batch.row_N, len(batch.advantage_B))
     weights = correct(inputs, config.correction)
     token = token_losses(inputs, config.loss)
-    loss_N = weigh_tokens(token.loss_N, weights.weight_N, batch.loss_denominator_B, batch.row_N)
+    token_loss_N = token.loss_N
+    if config.proximal == "phase":
+        is_stored_N = batch.proximal_logprobs_N.isfinite()
+        kl_N = weighted_k3(trainer_N, proximal_N, proximal_N)  # the correction's weight leads from there to the sampler
+        token_loss_N = token_loss_N + config.offline_kl_coef * kl_N * is_stored_N
+    loss_N = weigh_tokens(token_loss_N, weights.weight_N, batch.loss_denominator_B, batch.row_N)
     torch.autograd.backward(loss_N.sum())
     return TokenFacts(
         trainer_logprobs=trainer_N.detach(),

@@ -28,7 +28,7 @@ from stages.config import RunConfig
 from stages.inspect.metrics import append_metrics, iteration_metrics, rising_kl
 from tests.finished import forge
 from tests.small_run import make_small_run
-from tests.test_optimize import batch_rows, sha256_of_weights, tiny_policy
+from tests.test_optimize import batch_rows, gradients, sha256_of_weights, tiny_policy
 
 STEPS = ("score", "normalize", "batch", "logprobs", "update", "optimizer")
 ROWS_AGAIN = 3
@@ -42,7 +42,7 @@ def with_step(frame: pl.DataFrame, step: int) -> pl.DataFrame:
 @pytest.mark.parametrize("proximal", ["phase", "sampler"])
 def test_two_calls_with_one_proximal_policy_are_two_steps_of_one_call(proximal: Any) -> None:
     """A second epoch as an iteration of its own has the ratios, the clip and the weights of one in the same."""
-    rows, config = batch_rows(), UpdateConfig(learning_rate=0.01, proximal=proximal)
+    rows, config = batch_rows(), UpdateConfig(learning_rate=0.01, proximal=proximal, offline_kl_coef=0)
     once, twice = tiny_policy(), tiny_policy()
     logprobs = frame_logprobs(once, rows, config).rename({"logprobs": "proximal_logprobs"})
     optimizer = make_optimizer(twice, config)
@@ -56,6 +56,36 @@ def test_two_calls_with_one_proximal_policy_are_two_steps_of_one_call(proximal: 
     assert sha256_of_weights(twice) == sha256_of_weights(once)
     assert found["importance_ratio_max"].to_list() == expected["importance_ratio_max"].to_list()[8:]
     assert found["clipped_high_tokens"].sum() + found["clipped_low_tokens"].sum() > 0
+
+
+def stored_rows(ratio: float, advantage: float) -> pl.DataFrame:
+    """Return rows of one proximal policy, under which each token is less probable than now by this ratio."""
+    rows = batch_rows().with_columns(advantage=pl.lit(advantage))
+    now = frame_logprobs(tiny_policy(), rows, UpdateConfig())
+    proximal = pl.col("logprobs").list.eval(pl.element() - math.log(ratio))
+    return rows.join(now.select("completion_id", proximal_logprobs=proximal), on="completion_id", maintain_order="left")
+
+
+NO_CLIP = {"name": "ppo_clip", "clip_low": None, "clip_high": None, "dual_clip": None}
+
+
+@pytest.mark.parametrize("ratio", [0.5, 3.0])
+def test_the_kl_to_the_proximal_policy_pulls_back_what_stored_rows_have_moved(ratio: float) -> None:
+    """Its gradient, coefficient x ratio x log ratio per token, is that of an advantage -coefficient x log ratio."""
+    held = UpdateConfig(learning_rate=1e-12, offline_kl_coef=0.3)
+    free = UpdateConfig(learning_rate=1e-12, offline_kl_coef=0, loss=NO_CLIP)
+    loss, found = gradients(stored_rows(ratio, 0.0), held)
+    _, expected = gradients(stored_rows(ratio, -0.3 * math.log(ratio)), free)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    assert loss > 0  # a divergence
+
+
+@pytest.mark.parametrize("proximal", ["update", "sampler"])
+def test_the_kl_to_the_proximal_policy_is_a_matter_of_phases(proximal: Any) -> None:
+    held = UpdateConfig(learning_rate=1e-12, offline_kl_coef=0.3, proximal=proximal)
+    assert gradients(stored_rows(3.0, 0.0), held)[0] == 0
+    assert gradients(batch_rows().with_columns(advantage=pl.lit(0.0)), UpdateConfig(learning_rate=1e-12))[0] == 0
 
 
 def test_the_sampler_as_the_proximal_policy_leaves_nothing_to_correct() -> None:
