@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grpo.weight_files import WEIGHTS_INDEX, shards
+from grpo.weight_files import WEIGHTS_INDEX, check_description, shards
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file, sha256_text
 from pipeline.manifest import MANIFEST
@@ -70,9 +70,11 @@ def _directory_sha256(path: Path) -> str:
     if not deciding:
         raise RewardError(f"the model directory {path} holds no file: expected a saved model; correct the path")
     for name in names:
-        if name.name == WEIGHTS_INDEX:  # a file that it names elsewhere would stand in no identity
-            try:
+        try:
+            if name.name == WEIGHTS_INDEX:  # a file that it names elsewhere would stand in no identity
                 shards(path / name)
-            except ValueError as error:
-                raise RewardError(str(error)) from error
+            elif name.name.endswith("config.json"):  # sentence-transformers has one for each of its modules
+                check_description(path / name)
+        except ValueError as error:
+            raise RewardError(str(error)) from error
     return sha256_text("\n".join(f"{name.as_posix()} {sha256_file(path / name)}" for name in deciding))
