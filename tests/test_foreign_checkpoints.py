@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from stages.engines.base import EngineSettings
 from stages.engines.vllm_engine import VllmEngine
 from stages.generate import GenerateConfig, check_room
 from stages.preflight import preflight
+from stages.probe import check_template
 from stages.rewards.models.classifier import load_classifier
 from stages.rewards.models.model_identity import model_identity
 from stages.score import ScoreConfig
@@ -305,6 +307,14 @@ def test_a_chat_template_is_tried_before_anything_starts(
         (policy / "chat_template.jinja").write_text(template)
     with pytest.raises(GrpoError, match=message):
         preflight(run_config(str(policy), source, **settings), RunDir(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("template", ["{{ ('x' * 700000000) | upper | length }}", "{{ 'x' * 20000000 }}"])
+def test_a_template_is_not_calculated_outside_of_its_limits(template: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PolicyError, match=r"GiB of memory|writes 20,000,000 characters"):
+        check_template(template, {}, {}, [{"role": "user", "content": "hi"}])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB: 256 MiB
 
 
 def test_variables_that_the_template_reads_are_taken(policy: Path, source: Path, tmp_path: Path) -> None:
