@@ -1,11 +1,12 @@
 """The policy: a causal language model that is read from a checkpoint, trained, and written as the next checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from grpo.logprobs import check_supported
-from grpo.weight_files import WEIGHTS_FILE, weight_files
+from grpo.weight_files import WEIGHTS_FILE, check_implementations, weight_files
 
 POLICY_FILES = ("config.json", "generation_config.json", WEIGHTS_FILE)
 """What ``save_policy`` writes. The tokenizer is not part of a policy here: rows hold token ids."""
@@ -50,10 +51,10 @@ def load_policy(
     """
     source = str(path_or_name)
     is_local = _is_local(path_or_name)
-    _check_checkpoint(source, is_local, revision)
-    if is_local:
-        weight_files(Path(source))
+    config = _check_checkpoint(source, is_local, revision)
+    names = weight_files(Path(source)) if is_local else ()
     try:
+        _check_layers(config, [Path(source) / name for name in names if name.endswith(".safetensors")])
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -120,8 +121,8 @@ def _is_local(path_or_name: str | Path) -> bool:
     return looks_like_path or Path(text).exists()
 
 
-def _check_checkpoint(source: str, is_local: bool, revision: str | None) -> None:
-    """Raise unless the source holds the configuration of a causal language model."""
+def _check_checkpoint(source: str, is_local: bool, revision: str | None) -> Any:
+    """Return the source's configuration, which is that of a causal language model, or raise."""
     if is_local and not (Path(source) / "config.json").is_file():
         found = "has no config.json" if Path(source).is_dir() else "is not a directory"
         raise ValueError(
@@ -137,12 +138,25 @@ def _check_checkpoint(source: str, is_local: bool, revision: str | None) -> None
             f"{source} has no usable configuration ({_first_line(error)}): expected a model that transformers "
             "knows; correct the name or the revision, or give a local path"
         ) from error
+    check_implementations(vars(config), source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is quantized: expected weights in floats, which can be trained; use its original")
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
             f"{source} is a {config.model_type} model: expected a causal language model; use a decoder-only checkpoint"
         )
+    return config
+
+
+def _check_layers(config: Any, files: Sequence[Path]) -> None:
+    """Raise if local weights cannot fill the layers of a configuration; building those would take any time."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    held = 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            held += len(opened.keys())
+    if files and isinstance(layers, int) and layers > held:
+        raise ValueError(f"config.json says {layers:,} layers, and there are {held:,} weights")
 
 
 def _checkpoint_gradients(model: PreTrainedModel) -> None:

@@ -1,12 +1,23 @@
-"""Which files of a checkpoint's directory transformers loads weights from. Only the standard library is needed."""
+"""Which files of a checkpoint's directory transformers loads weights from. Only the standard library is needed.
+
+What its config.json asks for besides is refused here too: a kernel is code, which transformers would fetch and run.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS_FILE}.index.json"
 """Says which file holds which weight, where there are several."""
 ADAPTER_CONFIG = "adapter_config.json"
+MOST_BYTES = 64 << 20
+"""Of config.json and of an index; that of a model of 100,000 weights takes 10 MB."""
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+"""Settings of config.json, with an underscore before them too, that choose the code which computes a layer."""
+OF_TRANSFORMERS = (None, "eager", "sdpa")
+"""What they may say. Any other could be fetched from the hub: the name of a kernel, and flash_attention_2 where the
+package of that name is missing."""
 
 
 def weight_files(directory: Path) -> tuple[str, ...]:
@@ -22,7 +33,9 @@ def weight_files(directory: Path) -> tuple[str, ...]:
             f"{directory} holds {ADAPTER_CONFIG}, so its weights are a change of another model's: expected a whole "
             "model; merge the adapter into its base, and save that"
         )
-    if _config_of(directory).get("transformers_weights") is not None:
+    config = _table_in(directory / "config.json")
+    check_implementations(config, str(directory))
+    if config.get("transformers_weights") is not None:
         raise ValueError(
             f"config.json of {directory} names the file of its weights (transformers_weights): expected "
             f"{WEIGHTS_FILE}; load the model and save it again"
@@ -37,6 +50,37 @@ def weight_files(directory: Path) -> tuple[str, ...]:
     )
 
 
+def check_description(file: Path) -> None:
+    """Check that a JSON file of a model asks for no code from elsewhere. Read-only.
+
+    Raises:
+        ValueError: when it does, or cannot be read.
+    """
+    check_implementations(_table_in(file), str(file))
+
+
+def check_implementations(config: Mapping[str, object], source: str) -> None:
+    """Check that a model's configuration, and those inside of it, name no implementation that would be fetched.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    waiting: list[Mapping[str, object]] = [config]
+    while waiting:
+        table = waiting.pop()
+        waiting += [value for value in table.values() if isinstance(value, dict)]
+        waiting += [vars(value) for value in table.values() if hasattr(value, "to_dict")]  # a config of transformers
+        for name in IMPLEMENTATIONS:
+            for key in (name, f"_{name}", f"_{name}_internal"):
+                named = table.get(key)
+                values = named.values() if isinstance(named, dict) else [named]
+                if not all(value in OF_TRANSFORMERS for value in values):
+                    raise ValueError(
+                        f"the configuration of {source} has {key} = {named!r:.100}, which could be code from "
+                        "elsewhere: expected eager, sdpa or nothing; remove that line"
+                    )
+
+
 def shards(index: Path) -> list[str]:
     """Return the files of weights that an index names, all of them beside it. Read-only.
 
@@ -44,7 +88,7 @@ def shards(index: Path) -> list[str]:
         ValueError: when it is no index, or names a file elsewhere, of another format, or one that is not there.
     """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(_read(index))["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of weights ({error}): copy the checkpoint again") from error
     for name in names:
@@ -56,10 +100,15 @@ def shards(index: Path) -> list[str]:
     return names
 
 
-def _config_of(directory: Path) -> dict[str, object]:
-    path = directory / "config.json"
+def _read(path: Path) -> str:
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def _table_in(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(_read(path)) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): restore the checkpoint") from error
     return found if isinstance(found, dict) else {}

@@ -18,6 +18,9 @@ from pipeline.files import sha256_text
 LIBRARY = tuple(f"stages.rewards.{family}." for family in ("answers", "text", "models", "judge", "code"))
 """Beginnings of the names of modules whose rewards any config may name."""
 
+ON_THE_HUB = "would be asked for on the hub"
+"""What is found of a model or a dataset that is no place on this machine, see `check_permitted`."""
+
 _permitted: set[str] | None = None
 """Functions outside of the library, and addresses, that are permitted; None = all. Of the whole process, background
 tasks too."""
@@ -57,7 +60,7 @@ def texts_in(tables: Any) -> set[str]:
 
 
 def check_permitted(name: str, found: str) -> None:
-    """Check that a function, or an address, may be used for what a stranger must not have done for him.
+    """Check that a function, an address or a hub name may be used for what a stranger must not have done for him.
 
     Raises:
         UntrustedFunction: saying what was found, unless the user has named it or trusts the run.

@@ -28,6 +28,8 @@ PACKAGES = {
 ORIGIN = ".origin.json"
 """Next to downloaded files: the fingerprint of each when it was downloaded."""
 OTHER_MACHINE = "lies on another machine"
+RECORD_BYTES = 64 << 20
+"""Of a manifest or a record that is downloaded."""
 
 
 def local_path(where: str | Path) -> Path | None:
@@ -118,8 +120,15 @@ class Store:
         return dict(zip(names, map(bytes, found), strict=True))
 
     def read_one(self, name: str) -> bytes | None:
-        """Return the bytes of an object, None when there is none. Read-only."""
+        """Return the bytes of a manifest or a record, None when there is none. Read-only.
+
+        Raises:
+            StoreError: when it cannot be read, or has more than `RECORD_BYTES`.
+        """
         with _explained(f"{self.url}/{name}", "read"), suppress(FileNotFoundError):
+            size = self.fs.info(self._path(name))["size"] or 0  # some stores do not say
+            if size > RECORD_BYTES:
+                raise StoreError(too_large(f"{self.url}/{name}", size))
             return bytes(self.fs.cat_file(self._path(name)))
         return None
 
@@ -158,6 +167,11 @@ class Store:
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+
+def too_large(url: str, size: int) -> str:
+    """Return the message for a manifest or a record that is not downloaded."""
+    return f"{url} has {size:,} bytes, expected at most {RECORD_BYTES:,}: remove it, or do not trust who wrote there"
 
 
 def open_store(url: str) -> Store:

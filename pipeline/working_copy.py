@@ -18,7 +18,7 @@ from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError
 from pipeline.files import WRITER_LOCK, atomic_write, is_locked, locked, remove_tree, sha256_file, write_text
 from pipeline.manifest import MANIFEST, STORE_NOTE, is_finished
-from pipeline.object_store import Listed, Store, open_store, url_of
+from pipeline.object_store import RECORD_BYTES, Listed, Store, open_store, too_large, url_of
 from pipeline.reading import inside, is_plain, parse_json, read_json, read_limited
 from pipeline.store_lock import hold, owner_of
 from pipeline.writer import remove_artifact
@@ -26,8 +26,8 @@ from pipeline.writer import remove_artifact
 SYNC_LOCK = ".sync.lock"
 SEEN = ".seen.json"
 """Fingerprints of downloaded objects, so that they are not downloaded again; may be deleted."""
-MOST_BYTES = 64 << 20
-"""Of a manifest or a record that is downloaded, and of `SEEN`, which has that size after 80,000 iterations."""
+SEEN_BYTES = 64 << 20
+"""Of `SEEN`, which has that size after 80,000 iterations."""
 
 
 @dataclass(slots=True)
@@ -101,18 +101,15 @@ class WorkingCopy:
 
     def _sync(self, listed: dict[str, Listed]) -> None:
         note = self.root / SEEN
-        seen = read_json(note, "delete it", most_bytes=MOST_BYTES) if note.is_file() else {}
+        seen = read_json(note, "delete it", most_bytes=SEEN_BYTES) if note.is_file() else {}
         known = [n for n in listed if PurePosixPath(n).name == MANIFEST or self.is_record(n)]
         if odd := [n for n in known if not is_plain(n)]:
             raise StoreError(
                 f"{self.store.url} has the object {odd[0]!r}, expected plain paths: remove it, or do not trust who "
                 "wrote there"
             )
-        if large := [n for n in known if listed[n].size > MOST_BYTES]:
-            raise StoreError(
-                f"{self.store.url}/{large[0]} has {listed[large[0]].size:,} bytes, expected at most {MOST_BYTES:,}: "
-                "remove it, or do not trust who wrote there"
-            )
+        if large := [n for n in known if listed[n].size > RECORD_BYTES]:
+            raise StoreError(too_large(f"{self.store.url}/{large[0]}", listed[large[0]].size))
         new = [n for n in known if seen.get(n) != listed[n].fingerprint or not (self.root / n).is_file()]
         for name, data in self.store.read(new).items():
             path = inside(self.root, name)
@@ -153,7 +150,7 @@ def bring(url: str) -> Path:
 
 def adopt(place: Path, url: str, manifest: bytes) -> None:
     """Replace the artifact here by the one whose manifest is on the store; an equal one keeps its files."""
-    ours = _digest(read_limited(place / MANIFEST)) if is_finished(place) else None
+    ours = _digest(read_limited(place / MANIFEST, RECORD_BYTES)) if is_finished(place) else None
     theirs = _digest(manifest)
     if ours is not None and theirs is None:
         return  # whole here and damaged there

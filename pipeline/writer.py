@@ -87,7 +87,10 @@ class ArtifactWriter:
         """Return whether the hidden directory holds parts of this recipe, and is no link to another one."""
         if self.directory.is_symlink() or note.is_symlink() or not note.is_file():
             return False
-        return read_limited(note, len(self.recipe) + 1) == self.recipe.encode()
+        try:
+            return read_limited(note, len(self.recipe)) == self.recipe.encode()
+        except (OSError, ValueError):
+            return False
 
     def drop_unfinished(self) -> None:
         """Remove everything that no later process can use: all but finished parts."""

@@ -15,6 +15,7 @@ from grpo.weight_files import weight_files
 from pipeline.artifact import WEIGHTS
 from pipeline.errors import PolicyError
 from pipeline.files import sha256_file, sha256_text
+from pipeline.functions import ON_THE_HUB, check_permitted
 from pipeline.object_store import download_folder, local_path
 from pipeline.reading import loads, open_regular, read_limited
 
@@ -206,7 +207,9 @@ def hub_config(model: str, revision: str | None) -> dict[str, Any]:
 
     Raises:
         PolicyError: when it cannot be reached or is no causal language model.
+        UntrustedFunction: when only a recorded config names it.
     """
+    check_permitted(model, ON_THE_HUB)
     from transformers import AutoConfig
 
     try:
@@ -225,7 +228,9 @@ def hub_tokenizer(model: str, revision: str | None) -> "PreTrainedTokenizerBase"
 
     Raises:
         PolicyError: when it cannot be loaded.
+        UntrustedFunction: when only a recorded config names it.
     """
+    check_permitted(model, ON_THE_HUB)
     from transformers import AutoTokenizer
 
     try:

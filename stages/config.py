@@ -103,6 +103,8 @@ class RunConfig(StrictModel):
 
     def _sampler_differs(self) -> list[str]:
         """Return what makes any sampling logprob another one than the trainer's under the proximal policy."""
+        if self.update.proximal == "sampler":
+            return []  # they are the same, wherever the answers come from
         late = 1 << 30
         others = [m.policy for m in self.generate.plan() if member_updates(m, late) != late]
         causes = [f"generate.members has {policy}" for policy in others]

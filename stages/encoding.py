@@ -70,12 +70,13 @@ def encode_texts(
     """Return the ids of each text; with ``add_special_tokens`` those that the tokenizer puts around one."""
     if not texts:
         return []
-    pattern = _any_of(_control_tokens(tokenizer))
-    found = [
-        list(ids) for ids in tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False).input_ids
-    ]
+    control = _control_tokens(tokenizer)
+    pattern = _any_of(control)
+    nothing, *found = (
+        list(ids) for ids in tokenizer(["", *texts], add_special_tokens=add_special_tokens, verbose=False).input_ids
+    )
     for index, text in enumerate(texts):
-        if pattern.search(text):
+        if pattern.search(text) or _holds_more(found[index], "", pattern, control, tokenizer, nothing):
             copy = _renaming_copy(tokenizer, _unused(text))
             found[index] = copy.encode(text, add_special_tokens=add_special_tokens).ids
     return found
@@ -83,9 +84,13 @@ def encode_texts(
 
 def encode_pair(first: str, second: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
     """Return the model's inputs for a pair of texts, as the tokenizer joins them; nothing is cut."""
-    if not _any_of(_control_tokens(tokenizer)).search(first + "\n" + second):
-        encoded = tokenizer([(first, second)], truncation=False, verbose=False)  # alone, an empty text makes no pair
-        return {name: ids[0] for name, ids in encoded.items()}
+    control = _control_tokens(tokenizer)
+    pattern = _any_of(control)
+    # alone, an empty text makes no pair
+    encoded = tokenizer([(first, second), ("", "")], truncation=False, verbose=False)
+    ids, nothing = encoded["input_ids"]
+    if not pattern.search(first + "\n" + second) and not _holds_more(ids, "", pattern, control, tokenizer, nothing):
+        return {name: values[0] for name, values in encoded.items()}
     encoding = _renaming_copy(tokenizer, _unused(first + second)).encode(first, second)
     inputs = {
         "input_ids": encoding.ids,
@@ -178,11 +183,16 @@ def _holds_more(
     pattern: re.Pattern[str],
     control: Mapping[str, int],
     tokenizer: "PreTrainedTokenizerBase",
+    added: Sequence[int] = (),
 ) -> bool:
-    """Return whether there are more control tokens than texts of them: a normalizer has made some of other text."""
+    """Return whether there are more control tokens than texts of them, and than the tokenizer has ``added``.
+
+    Then a normalizer has made some of other text.
+    """
     unknown: int | None = tokenizer.unk_token_id  # stands for any character that the tokenizer lacks
     known = set(control.values()) - {unknown}
-    return sum(i in known for i in ids) > sum(control[found] != unknown for found in pattern.findall(text))
+    expected = sum(control[found] != unknown for found in pattern.findall(text)) + sum(i in known for i in added)
+    return sum(i in known for i in ids) > expected
 
 
 _copies: "dict[tuple[int, str], tuple[PreTrainedTokenizerBase, Tokenizer]]" = {}

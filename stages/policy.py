@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pipeline.config import Place, StrictModel
 from pipeline.errors import PolicyError
+from pipeline.functions import ON_THE_HUB, check_permitted
 from pipeline.stage import Stage, StageTask
 from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, check_stop_tokens, copy_tokenizer
 
@@ -37,6 +38,8 @@ def compute(task: StageTask[PolicyConfig, Path | None]) -> None:
     if "policy" in task.inputs and task.config.keep_optimizer and state.is_file():
         (target / OPTIMIZER_FILE).parent.mkdir(exist_ok=True)
         shutil.copyfile(state, target / OPTIMIZER_FILE)
+    if not Path(source).is_dir():
+        check_permitted(str(source), ON_THE_HUB)
     try:
         save_policy(load_policy(str(source), revision=revision), target)
         if Path(source).is_dir():

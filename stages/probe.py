@@ -22,7 +22,10 @@ from pipeline.errors import ConfigError, PolicyError, SourceError
 
 CPU_SECONDS = 10
 """Processor time of what is tried; imports come on top."""
-MEMORY_BYTES = 4 << 30
+MEMORY_BYTES = {"task": 4 << 30, "template": 1 << 30}
+"""A template takes as much again in the process that asks; a task imports large packages."""
+MOST_CHARACTERS = 1 << 24
+"""Of what a template writes."""
 WALL_SECONDS = 600
 """Only for a machine that stands still."""
 ROOT = Path(__file__).parents[1]
@@ -44,7 +47,7 @@ def try_task(config: str) -> None:
         SourceError: when it does not, within the limits.
     """
     source = json.loads(config)
-    if source["options"] and (problem := _try("task", config)):
+    if source["options"] and (problem := _try("task", config).get("problem")):
         raise SourceError(
             f"{source['source']} gives no row with the options {source['options']!s:.300}: {problem}; correct "
             "prompts.options"
@@ -66,19 +69,9 @@ def check_template(
         ConfigError: when a variable is none of the template's.
         PolicyError: when the template writes no conversation within the limits.
     """
-    from jinja2.meta import find_undeclared_variables
-
     known: set[str] = set()
     if template is not None:
-        # first, since looking for its variables calculates its constants
-        _try_template(json.dumps([template, dict(variables), dict(special), list(messages)], default=str))
-        try:
-            known = find_undeclared_variables(_environment().parse(GENERATION.sub("", template)))
-        except Exception as error:  # a template nested too deep ends in a RecursionError
-            raise PolicyError(
-                f"the model's chat template is no template ({type(error).__name__}: {error!s:.300}): expected one of "
-                "jinja; save the tokenizer again with a right one"
-            ) from error
+        known |= _try_template(json.dumps([template, dict(variables), dict(special), list(messages)], default=str))
     known -= {*RESERVED, *special, "raise_exception", "strftime_now"}
     if unknown := sorted(set(variables) - known):
         raise ConfigError(
@@ -88,18 +81,27 @@ def check_template(
 
 
 @lru_cache(maxsize=16)
-def _try_template(what: str) -> None:
-    if problem := _try("template", what):
+def _try_template(what: str) -> frozenset[str]:
+    """Return the variables that the template reads."""
+    found = _try("template", what)
+    if "no_template" in found:
         raise PolicyError(
-            f"the model's chat template writes no conversation: {problem}; expected one that ends, take another model "
-            "or correct the template"
+            f"the model's chat template is no template ({found['no_template']}): expected one of jinja; save the "
+            "tokenizer again with a right one"
         )
+    if "problem" in found:
+        raise PolicyError(
+            f"the model's chat template writes no conversation: {found['problem']}; expected one that ends, take "
+            "another model or correct the template"
+        )
+    return frozenset(found["variables"])
 
 
-def _try(kind: str, what: str) -> str:
-    """Return what is wrong with what a child process tried; empty when nothing is."""
+def _try(kind: str, what: str) -> dict[str, Any]:
+    """Return what a child process found; under "problem" what is wrong with what it tried."""
     path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
-    limits = [str(CPU_SECONDS), str(MEMORY_BYTES)]
+    memory = MEMORY_BYTES[kind]
+    limits = [str(CPU_SECONDS), str(memory)]
     found = subprocess.run(
         [sys.executable, "-P", "-m", "stages.probe", kind, *limits],
         input=what,
@@ -111,37 +113,60 @@ def _try(kind: str, what: str) -> str:
         check=False,
     )
     if found.returncode == 0:
-        return found.stdout.strip()
+        answer: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+        return answer
     if found.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"it did not end within {CPU_SECONDS} s of processor time and {MEMORY_BYTES >> 30} GiB of memory"
-    last = (found.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-    return f"its process ended with status {found.returncode} ({last:.200})"
+        problem = f"it did not end within {CPU_SECONDS} s of processor time and {memory >> 30} GiB of memory"
+    else:
+        last = (found.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        problem = f"its process ended with status {found.returncode} ({last:.200})"
+    return {"problem": problem}
 
 
 def main(kind: str, cpu_seconds: str, memory_bytes: str) -> None:
-    """Try what stands on standard input, and print what is wrong with it."""
+    """Try what stands on standard input, and print what was found as a line of JSON."""
     what = json.load(sys.stdin)
+    try:
+        found = _try_here(kind, what, int(cpu_seconds), int(memory_bytes))
+    except MemoryError:
+        found = {"problem": f"it needs more than {int(memory_bytes) >> 30} GiB of memory"}
+    print(json.dumps(found))
+
+
+def _try_here(kind: str, what: Any, cpu_seconds: int, memory_bytes: int) -> dict[str, Any]:
     if kind == "task":
         from stages.rewards.answers.reasoning_gym_tasks import import_reasoning_gym
         from stages.sources import SourceConfig, generated_rows
 
         import_reasoning_gym()
-        _limit(int(cpu_seconds), int(memory_bytes))
+        _limit(cpu_seconds, memory_bytes)
         try:
             next(generated_rows(SourceConfig.model_validate(what), seed=0))
         except SourceError as error:
-            print(error)
-        return
+            return {"problem": str(error)}
+        return {}
+    from jinja2.meta import find_undeclared_variables
+
     template, variables, special, messages = what
-    environment = _environment()
-    _limit(int(cpu_seconds), int(memory_bytes))
+    environment, text = _environment(), GENERATION.sub("", template)
+    _limit(cpu_seconds, memory_bytes)
     try:
-        compiled = environment.from_string(GENERATION.sub("", template))
-        compiled.render(messages=messages, add_generation_prompt=True, **{**special, **variables})
+        read = find_undeclared_variables(environment.parse(text))  # which calculates the template's constants
     except MemoryError:
-        print(f"it needs more than {int(memory_bytes) >> 30} GiB of memory")
-    except Exception as error:  # the caller renders it again, and tells what transformers says
-        print(error, file=sys.stderr)
+        raise
+    except Exception as error:  # a template nested too deep ends in a RecursionError
+        return {"no_template": f"{type(error).__name__}: {error!s:.300}"}
+    try:
+        written = environment.from_string(text).render(
+            messages=messages, add_generation_prompt=True, **{**special, **variables}
+        )
+    except MemoryError:
+        raise
+    except Exception:  # the caller renders it again, and tells what transformers says
+        written = ""
+    if len(written) > MOST_CHARACTERS:
+        return {"problem": f"it writes {len(written):,} characters for one, at most {MOST_CHARACTERS:,} are read"}
+    return {"variables": sorted(read)}
 
 
 def _limit(cpu_seconds: int, memory_bytes: int) -> None:

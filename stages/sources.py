@@ -17,6 +17,7 @@ from grpo.strict import TextOrNone
 from pipeline.config import Place, StrictModel
 from pipeline.errors import GrpoError, SourceError
 from pipeline.files import identity, sha256_file, sha256_text
+from pipeline.functions import ON_THE_HUB, check_permitted
 from pipeline.object_store import download_file, local_path
 from stages.rewards.answers.reasoning_gym_tasks import import_reasoning_gym
 from stages.source_rows import ANSWER, QUESTION, SourceRow, is_held_out, read_row
@@ -209,6 +210,7 @@ def _files(config: SourceConfig) -> list[Path] | None:
 
     Raises:
         SourceError: when the source looks like a file, but there is none, or none of a known kind.
+        UntrustedFunction: when only a recorded config names an address, or a dataset of the hub.
     """
     if config.source.startswith(REASONING_GYM):
         return None
@@ -221,6 +223,7 @@ def _files(config: SourceConfig) -> list[Path] | None:
         return [path]
     if path.suffix in FILE_SUFFIXES or config.source.startswith((".", "/", "~")):
         raise SourceError(f"{path} does not exist: prompts.source names a file that is not there")
+    check_permitted(config.source, ON_THE_HUB)
     return None
 
 

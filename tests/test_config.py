@@ -120,6 +120,8 @@ def test_going_without_correction_is_refused_when_any_answer_needs_one(
 def test_going_without_correction_is_allowed_where_the_sampler_is_the_policy(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL, NO_CORRECTION).update.correction.kind == "none"
     load(tmp_path, MINIMAL + MEMBERS.replace("age:20", "age:0"), NO_CORRECTION)
+    stored = '[[offline]]\nrun = "x"\niterations = [0]\n'
+    load(tmp_path, MINIMAL + stored, NO_CORRECTION, "update.proximal=sampler", "generate.dtype=bfloat16")
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:

@@ -183,6 +183,18 @@ def test_characters_that_a_normalizer_turns_into_a_control_token_are_text() -> N
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in loose(wide)["input_ids"]
     found = encode_conversations([[{"role": "user", "content": f"x{wide}"}]], loose, add_generation_prompt=False)[0]
     assert [i for i in found if i in (1, 2)] == [1, 2]
+    begin = [("<|im_start|>", 1)]
+    for added in ([], [1]):
+        loose = fast(Tokenizer.from_str(described), unk_token="<unk>")
+        if added:
+            loose.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                single="<|im_start|> $A", pair="<|im_start|> $A $B:1", special_tokens=begin
+            )
+        for texts in ([wide], ["x", wide]):
+            assert [i for ids in encode_texts(texts, loose) for i in ids if i in (1, 2)] == []
+            whole = encode_texts(texts, loose, add_special_tokens=True)
+            assert [i for ids in whole for i in ids if i in (1, 2)] == added * len(texts)
+        assert [i for i in encode_pair("x", wide, loose)["input_ids"] if i in (1, 2)] == added
 
 
 def test_tokens_that_are_no_control_tokens_stay_what_the_tokenizer_makes_of_them() -> None:

@@ -56,6 +56,24 @@ FORGED = {
 }
 
 
+@pytest.mark.parametrize(("vocab_size", "known"), [(100, 99), (None, 2**31 - 1)])
+@pytest.mark.parametrize("below", [False, True])
+def test_a_token_that_the_policy_does_not_know_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int | None, known: int, below: bool
+) -> None:
+    policy = make_policy(tmp_path / "policy")
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps({**config, "vocab_size": vocab_size}))
+    odd = -1 if below else known + 1
+    rows = [Generated([known, odd], [-1.0, -1.0], "length", None, None)]
+    (tmp_path / "said").write_bytes(json.dumps(encoded(rows)).encode() + b"\n")
+    monkeypatch.setenv("SAYS", str(tmp_path / "said"))
+    with EngineProcess(SETTINGS, tmp_path / "engine.log", forging_engine) as engine:
+        engine.load(policy)
+        with pytest.raises(EngineError, match=f"sent the token id {odd}, where the policy knows 0 to {known}"):
+            engine.generate([Request([5], seed=0)], SAMPLING, None)
+
+
 @pytest.mark.parametrize(("sent", "found"), FORGED.values(), ids=FORGED.keys())
 def test_what_is_no_answer_ends_the_child_with_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes | None, found: str

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo.policy import load_policy, save_policy
-from grpo.weight_files import WEIGHTS_INDEX
+from grpo.weight_files import MOST_BYTES, WEIGHTS_INDEX, weight_files
 from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError, EngineError, GrpoError, PolicyError, RewardError
 from pipeline.run_dir import RunDir
@@ -26,6 +27,8 @@ from stages.engines.base import EngineSettings
 from stages.engines.vllm_engine import VllmEngine
 from stages.generate import GenerateConfig, check_room
 from stages.preflight import preflight
+from stages.probe import check_template
+from stages.rewards.models.classifier import load_classifier
 from stages.rewards.models.model_identity import model_identity
 from stages.score import ScoreConfig
 
@@ -151,6 +154,11 @@ def test_an_index_that_leads_elsewhere_is_refused(policy: Path, name: Any) -> No
         ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "is quantized .*expected weights in floats"),
         ("config.json", {"transformers_weights": "decoy.safetensors"}, "names the file of its weights"),
         ("adapter_config.json", {"base_model_name_or_path": "x/y"}, "merge the adapter"),
+        ("config.json", {"attn_implementation": "evil/kernel"}, "could be code from elsewhere"),
+        ("config.json", {"_attn_implementation": "evil/kernel"}, "could be code from elsewhere"),
+        ("config.json", {"attn_implementation": "flash_attention_2"}, "could be code from elsewhere"),
+        ("config.json", {"text_config": {"attn_implementation": {"": "evil/kernel"}}}, "could be code from elsewhere"),
+        ("config.json", {"experts_implementation": "evil/kernel"}, "could be code from elsewhere"),
         ("config.json", {"architectures": 7}, "model of unknown architecture"),
         ("config.json", {"architectures": None}, "model of unknown architecture"),
         (
@@ -170,6 +178,34 @@ def test_a_checkpoint_that_cannot_be_a_policy_is_refused_beforehand(
         check_policy(str(policy))
 
 
+@pytest.mark.parametrize("setting", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_no_kernel_is_fetched_for_a_checkpoint(policy: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda name, **_: asked.append(name))
+    change(policy / "config.json", **{setting: "evil/kernel"})
+    with pytest.raises(ValueError, match="could be code from elsewhere"):
+        load_policy(policy)
+    with pytest.raises(ValueError, match="could be code from elsewhere"):
+        load_classifier(str(policy), is_local=True, new_head_seed=0)
+    with pytest.raises(RewardError, match="could be code from elsewhere"):
+        model_identity(str(policy))
+    assert asked == []
+
+
+def test_an_implementation_of_transformers_may_be_named(policy: Path) -> None:
+    change(policy / "config.json", attn_implementation="eager")
+    assert load_policy(policy).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("file", ["config.json", WEIGHTS_INDEX])
+def test_a_description_without_end_is_not_read(policy: Path, file: str) -> None:
+    (policy / "model.safetensors").unlink()
+    with (policy / file).open("ab") as opened:
+        opened.truncate(MOST_BYTES + 1)
+    with pytest.raises(ValueError, match=r"more than [\d,]+ bytes"):
+        weight_files(policy)
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "\ud83d"], ids=["cut", "deep", "bytes"])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_a_broken_description_is_one_message(policy: Path, file: str, text: str) -> None:
@@ -182,6 +218,13 @@ def test_a_broken_description_is_one_message(policy: Path, file: str, text: str)
 def test_a_description_that_builds_no_model_is_one_message(policy: Path, values: dict[str, Any]) -> None:
     change(policy / "config.json", **values)
     with pytest.raises(ValueError, match="expected"):
+        load_policy(policy)
+
+
+def test_layers_that_no_weight_could_fill_are_not_built(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo.policy.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("was built"))
+    change(policy / "config.json", num_hidden_layers=1_000_000, layer_types=None)
+    with pytest.raises(ValueError, match=r"says 1,000,000 layers, and there are \d+ weights"):
         load_policy(policy)
 
 
@@ -264,6 +307,14 @@ def test_a_chat_template_is_tried_before_anything_starts(
         (policy / "chat_template.jinja").write_text(template)
     with pytest.raises(GrpoError, match=message):
         preflight(run_config(str(policy), source, **settings), RunDir(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("template", ["{{ ('x' * 700000000) | upper | length }}", "{{ 'x' * 20000000 }}"])
+def test_a_template_is_not_calculated_outside_of_its_limits(template: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PolicyError, match=r"GiB of memory|writes 20,000,000 characters"):
+        check_template(template, {}, {}, [{"role": "user", "content": "hi"}])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB: 256 MiB
 
 
 def test_variables_that_the_template_reads_are_taken(policy: Path, source: Path, tmp_path: Path) -> None:

@@ -310,6 +310,14 @@ def test_a_link_in_the_place_of_unfinished_work_is_replaced(run: RunDir) -> None
     assert not (run.iteration(0) / ".toys.partial").is_symlink()
 
 
+def test_a_recipe_without_end_is_not_that_of_unfinished_work(run: RunDir) -> None:
+    partial = run.iteration(0) / ".toys.partial"
+    partial.mkdir()
+    (partial / "recipe").write_text("a" * 1000)
+    ArtifactWriter(run.iteration(0) / "toys", "rewards", "a" * 64).open()
+    assert (partial / "recipe").read_text() == "a" * 64
+
+
 def rename_stages(run: RunDir, names: dict[str, tuple[str, int]]) -> None:
     """Say that other stages, or other versions, have made the artifacts, and fit every hash."""
     order = [found.path for found in run.artifacts()]

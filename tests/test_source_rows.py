@@ -208,6 +208,6 @@ def test_options_with_which_a_task_does_not_end_are_refused(
     from stages import probe
 
     monkeypatch.setattr(probe, "CPU_SECONDS", 1)
-    monkeypatch.setattr(probe, "MEMORY_BYTES", 2 << 30)
+    monkeypatch.setitem(probe.MEMORY_BYTES, "task", 2 << 30)
     with pytest.raises(SourceError, match=reason):
         probe.try_task(SourceConfig(source="reasoning_gym:chain_sum", options=options).model_dump_json())

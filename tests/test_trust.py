@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from flows.cli import main
+from pipeline.errors import UntrustedFunction
 from pipeline.functions import LIBRARY, import_function, permit, permitting_only
 from pipeline.run_dir import RunDir
+from stages.checkpoints import hub_config, hub_tokenizer
 from tests.small_run import make_small_run
 
 ROOT = Path(__file__).parent.parent
@@ -162,11 +164,19 @@ NAMES: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "less isolation": lambda c, f: c["score"]["rewards"][0].update(
         function="stages.rewards.code.code:code", arguments={"isolation": "process"}
     ),
+    "files to read": lambda c, f: c["score"]["rewards"][0].update(
+        function="stages.rewards.code.code:code", arguments={"readable": ["/root"]}
+    ),
+    "a hub model": lambda c, f: c["score"]["rewards"][0].update(
+        function="stages.rewards.models.perplexity:perplexity",
+        arguments={"model": "evil/model", "revision": "0" * 40},
+    ),
     "a baseline": lambda c, f: c["normalize"].update(baseline="payload:f"),
     "a scale": lambda c, f: c["normalize"].update(scale="payload:f"),
     "a loss": lambda c, f: c["update"].update(loss={"name": "payload:f", "arguments": {}}),
     "an engine": lambda c, f: c["generate"].update(engine="payload:f"),
     "an address": lambda c, f: c["prompts"].update(source="http://127.0.0.1:9/evil.jsonl"),
+    "a hub dataset": lambda c, f: c["prompts"].update(source="evil/rows", revision="0" * 40),
 }
 STAGE_OF = {
     "a baseline": "normalize",
@@ -174,6 +184,7 @@ STAGE_OF = {
     "a loss": "update",
     "an engine": "generate",
     "an address": "prompts",
+    "a hub dataset": "prompts",
 }
 
 
@@ -216,6 +227,19 @@ def test_a_run_at_an_address_that_only_the_config_names_is_not_asked_for(
     code, printed = grpo(tmp_path, "stage", "generate", str(run), "-i", "0")
     assert code == 2
     assert "http://127.0.0.1:9/evil, which lies on another machine" in printed
+
+
+def test_a_hub_model_that_only_the_config_names_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("was asked"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("was asked"))
+    for look in (hub_config, hub_tokenizer):
+        with (
+            permitting_only(),
+            pytest.raises(UntrustedFunction, match="evil/model, which would be asked for on the hub"),
+        ):
+            look("evil/model", None)
+    with permitting_only(["evil/model"]), pytest.raises(pytest.fail.Exception, match="was asked"):
+        hub_tokenizer("evil/model", None)
 
 
 def test_a_function_that_the_run_names_is_executed_when_its_user_trusts_the_run(

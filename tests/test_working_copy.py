@@ -16,8 +16,10 @@ from pipeline.artifact import store_url
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError, UsageError
 from pipeline.manifest import is_finished
 from pipeline.object_store import Listed, Store, open_store
+from pipeline.reading import JSON_BYTES
 from pipeline.run_dir import RunDir
 from pipeline.runs import beside, lock, open_run, run_at, share
+from pipeline.working_copy import bring
 from stages.config import RunConfig
 from stages.inspect.verify.verify import verify_run
 from tests.builders import reward_rows, write_artifact
@@ -258,6 +260,29 @@ def test_an_object_whose_name_leads_out_or_that_fills_the_memory_is_not_read(
     with pytest.raises(StoreError, match=message):
         run_at(store.url)
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_manifest_that_is_asked_for_by_itself_has_the_same_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_machine(tmp_path / "work", monkeypatch)
+    store = open_store("memory://bucket/odd/large")
+    store.write("manifest.json", b"x" * 101)
+    monkeypatch.setattr("pipeline.object_store.RECORD_BYTES", 100)
+    with pytest.raises(StoreError, match=r"odd/large/manifest\.json has 101 bytes, expected at most 100"):
+        bring(store.url)
+
+
+def test_a_manifest_that_is_larger_than_any_of_ours_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_machine(tmp_path / "work", monkeypatch)
+    store = open_store("memory://bucket/odd/long")
+    store.write("manifest.json", b"x" * (JSON_BYTES + 1))
+    place = bring(store.url)
+    store.write("manifest.json", b'{"digest": "d"}')
+    assert (bring(store.url) / "manifest.json").read_bytes() == b'{"digest": "d"}'
+    assert place == store.work
 
 
 def test_a_note_of_a_store_counts_in_its_working_copy_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ class Child:
     def __init__(self, settings: EngineSettings, log_path: Path, layout: dict[str, Any]) -> None:
         self.layout = layout
         self.policy: Path | None = None
+        self.vocabulary_size: int | None = None
         self.is_loading = False
         self.info: EngineInfo | None = None
         self.log_path = log_path

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Self
 
 from pipeline.errors import EngineError, GrpoError
-from stages.checkpoints import read_layout
+from stages.checkpoints import read_layout, vocabulary_size
 from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, OnProgress, Request, Sampling, not_loaded
 from stages.engines.child import Child
 from stages.engines.replies import Failed, Progress, Reply
 from stages.engines.worker import Generate, Load, build_engine
 
+MOST_TOKENS = 2**31
+"""Of a vocabulary whose size its configuration does not say: what the datasets can hold."""
 Factory = Callable[[EngineSettings], Engine]
 
 
@@ -99,6 +101,10 @@ class EngineProcess:
         generated = self._receive(child, "generate", on_progress)
         if not isinstance(generated, list) or len(generated) != len(requests):
             raise self._nonsense(child, "other than a completion for each request")
+        size = MOST_TOKENS if child.vocabulary_size is None else child.vocabulary_size
+        odd = next((i for row in generated for i in row.token_ids if not 0 <= i < size), None)
+        if odd is not None:
+            raise self._nonsense(child, f"the token id {odd}, where the policy knows 0 to {size - 1}")
         return generated
 
     def close(self) -> None:
@@ -120,7 +126,7 @@ class EngineProcess:
         return child
 
     def _begin_load(self, child: Child, policy: Path) -> None:
-        child.policy, child.is_loading = policy, True
+        child.policy, child.is_loading, child.vocabulary_size = policy, True, vocabulary_size(policy)
         self._send(child, Load(policy))
 
     def _send(self, child: Child, message: object) -> None:

@@ -152,8 +152,11 @@ def _reaches_out(config: RewardConfig) -> str | None:
     """Return what a reward of the library does that its user must have asked for; None for most of them."""
     if config.function.startswith(f"{LIBRARY}.judge."):
         return f"sends texts, and a key from the environment, to {config.arguments.get('base_url')}"
-    isolation = config.arguments.get("isolation", "full")
-    return None if isolation == "full" else f"runs programs with isolation = {isolation!r}"
+    if (isolation := config.arguments.get("isolation", "full")) != "full":
+        return f"runs programs with isolation = {isolation!r}"
+    if readable := config.arguments.get("readable"):
+        return f"shows programs {readable!r:.100} of this machine"
+    return None
 
 
 def _expression(reward: RewardFunction) -> Any:
@@ -215,6 +218,8 @@ def _recipe(name: str, function: str, call: Callable[..., Any], arguments: dict[
     if callable(identity):
         try:
             decided_by = identity(**arguments)
+        except UntrustedFunction:
+            raise
         except Exception as error:  # a user's function may raise anything
             text = str(error) if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}"
             raise RewardError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from grpo.weight_files import weight_files
+from grpo.weight_files import check_implementations, weight_files
 
 Encoding = Mapping[str, list[int]]
 """One row as a tokenizer gives it: input_ids, and attention_mask and token_type_ids where the model wants them."""
@@ -47,6 +47,7 @@ def load_classifier(
             config: Any = AutoConfig.from_pretrained(
                 source, revision=revision, local_files_only=is_local, trust_remote_code=False, **labels
             )
+            check_implementations(vars(config), source)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 source,
                 config=config,

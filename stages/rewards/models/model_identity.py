@@ -5,9 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grpo.weight_files import WEIGHTS_INDEX, shards
+from grpo.weight_files import WEIGHTS_INDEX, check_description, shards
 from pipeline.errors import RewardError
 from pipeline.files import sha256_file, sha256_text
+from pipeline.functions import ON_THE_HUB, check_permitted
 from pipeline.manifest import MANIFEST
 from stages.checkpoints import looks_local
 from stages.rewards.base import deciding_arguments
@@ -24,6 +25,7 @@ def model_identity(model: str, revision: str | None = None) -> dict[str, str]:
 
     Raises:
         RewardError: when the directory does not exist or is empty, or a hub name comes without a revision.
+        UntrustedFunction: when only a recorded config names a hub model.
     """
     if looks_local(model):
         return {"model_sha256": _directory_sha256(model_path(model))}
@@ -32,6 +34,7 @@ def model_identity(model: str, revision: str | None = None) -> dict[str, str]:
             f"the model {model!r} is no directory here, so it is taken for a hub name; those need revision (a commit), "
             "or the weights could change under the rewards: add it, or give the path of a local model"
         )
+    check_permitted(model, ON_THE_HUB)
     return {"model": model, "revision": revision}
 
 
@@ -70,9 +73,11 @@ def _directory_sha256(path: Path) -> str:
     if not deciding:
         raise RewardError(f"the model directory {path} holds no file: expected a saved model; correct the path")
     for name in names:
-        if name.name == WEIGHTS_INDEX:  # a file that it names elsewhere would stand in no identity
-            try:
+        try:
+            if name.name == WEIGHTS_INDEX:  # a file that it names elsewhere would stand in no identity
                 shards(path / name)
-            except ValueError as error:
-                raise RewardError(str(error)) from error
+            elif name.name.endswith("config.json"):  # sentence-transformers has one for each of its modules
+                check_description(path / name)
+        except ValueError as error:
+            raise RewardError(str(error)) from error
     return sha256_text("\n".join(f"{name.as_posix()} {sha256_file(path / name)}" for name in deciding))
