@@ -102,16 +102,19 @@ def _try(kind: str, what: str) -> dict[str, Any]:
     path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
     memory = MEMORY_BYTES[kind]
     limits = [str(CPU_SECONDS), str(memory)]
-    found = subprocess.run(
-        [sys.executable, "-P", "-m", "stages.probe", kind, *limits],
-        input=what,
-        capture_output=True,
-        text=True,
-        timeout=WALL_SECONDS,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-        check=False,
-    )
+    try:
+        found = subprocess.run(
+            [sys.executable, "-P", "-m", "stages.probe", kind, *limits],
+            input=what,
+            capture_output=True,
+            text=True,
+            timeout=WALL_SECONDS,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"problem": f"it did not end within {WALL_SECONDS} s"}
     if found.returncode == 0:
         answer: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
         return answer

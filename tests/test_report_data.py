@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from flows.report.figures import figure_specs
-from pipeline.errors import ArtifactMissing, UsageError
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from stages.inspect.report_data import collect, heat, measure, read_findings
@@ -164,6 +164,15 @@ def test_tokens_are_text_where_the_run_has_a_tokenizer_and_ids_where_not(tmp_pat
     run.initial_policy.mkdir(parents=True)
     tokenizer.save(str(run.initial_policy / "tokenizer.json"))
     assert TokenText(run).pieces([0, 1, 2]) == ["h", "", "ä"]
+
+
+def test_a_tokenizer_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path)
+    run.initial_policy.mkdir(parents=True, exist_ok=True)
+    (run.initial_policy / "tokenizer.json").write_text(" " * 99)
+    monkeypatch.setattr("stages.inspect.report_groups.TOKENIZER_BYTES", 98)
+    with pytest.raises(ArtifactDamaged, match="more than 98 bytes"):
+        TokenText(run)
 
 
 def test_the_groups_keep_to_their_bytes_spread_over_the_iterations(tmp_path: Path) -> None:

@@ -211,3 +211,11 @@ def test_options_with_which_a_task_does_not_end_are_refused(
     monkeypatch.setitem(probe.MEMORY_BYTES, "task", 2 << 30)
     with pytest.raises(SourceError, match=reason):
         probe.try_task(SourceConfig(source="reasoning_gym:chain_sum", options=options).model_dump_json())
+
+
+def test_a_machine_that_stands_still_is_told_from_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages import probe
+
+    monkeypatch.setattr(probe, "WALL_SECONDS", 0.01)
+    with pytest.raises(SourceError, match=r"it did not end within 0\.01 s"):
+        probe.try_task(SourceConfig(source="reasoning_gym:chain_sum", options={"max_terms": 7}).model_dump_json())

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from pipeline.errors import ArtifactDamaged
+from pipeline.reading import read_limited
 from pipeline.run_dir import RunDir
 from pipeline.text import json_text
+from stages.checkpoints import TOKENIZER_BYTES
 
 MOST_COMPLETIONS = 16
 """Most completions shown of a group: those that a finding names, then the best and the worst alternately."""
@@ -66,7 +68,7 @@ def _load(path: Path) -> Tokenizer | None:
     if not path.is_file():
         return None
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(read_limited(path, TOKENIZER_BYTES))
     except Exception as error:  # the library raises nothing more special
         raise ArtifactDamaged(
             f"{path} cannot be read as a tokenizer ({error}): restore it from a copy, see `grpo verify`"
