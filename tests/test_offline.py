@@ -28,7 +28,7 @@ from stages.config import RunConfig
 from stages.inspect.metrics import append_metrics, iteration_metrics, rising_kl
 from tests.finished import forge
 from tests.small_run import make_small_run
-from tests.test_optimize import batch_rows, sha256_of_weights, tiny_policy
+from tests.updates import batch_rows, sha256_of_weights, tiny_policy
 
 STEPS = ("score", "normalize", "batch", "logprobs", "update", "optimizer")
 ROWS_AGAIN = 3
