@@ -2,7 +2,7 @@
 
     python benchmarks/hostile_runs.py --runs 500 --checkpoints 200 --seed 0
 
-Makes one tiny finished run, changes a copy of it for each case as `tests/hostile.py` and `tests/hostile_checkpoints.py` say, and gives every looking
+Makes one tiny finished run, changes a copy of it for each case as `tests/hostile*.py` say, and gives every looking
 command to it, in workers with a limit of memory; a checkpoint becomes the initial policy of a run, and is copied,
 loaded and read. Prints a table and every offence, and exits with 1 when there is one. The same seed gives the same
 cases. Nothing here does harm: what the cases aim at lies in a folder of their own, next to the run.
