@@ -18,6 +18,8 @@ from stages.config import load_config
 from stages.engines.base import Engine, Request
 from stages.engines.scripted import ScriptedEngine
 from stages.inspect.metrics import append_metrics, iteration_metrics
+from stages.inspect.verify.ledger import Problem
+from stages.inspect.verify.verify import verify_run
 from stages.wiring import outside_members
 from tests.policies import EOS
 
@@ -212,3 +214,8 @@ def replace_value(column: str, row: int, value: Any) -> Callable[[pl.DataFrame],
         return frame.with_columns(pl.Series(column, values, dtype=frame[column].dtype))
 
     return change
+
+
+def problems_of(run: RunDir, check: str) -> list[Problem]:
+    """Return what one check of the audit finds."""
+    return [p for p in verify_run(run).problems if p.check == check]

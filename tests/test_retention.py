@@ -22,19 +22,6 @@ from tests.finished import answer, finished_run
 GOING = {"policy": "model.safetensors", "optimizer": "state.safetensors"}
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
-    """Return a finished run of two iterations, not to be changed."""
-    return finished_run(tmp_path_factory.mktemp("retention"), tiny_policy).root
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunDir:
-    """Return a copy of the finished run."""
-    shutil.copytree(original, tmp_path / "run")
-    return RunDir(tmp_path / "run")
-
-
 def files(run: RunDir) -> set[str]:
     return {p.relative_to(run.root).as_posix() for p in run.root.rglob("*") if p.is_file()}
 
