@@ -22,6 +22,7 @@ from stages.inspect.verify.ledger import Problem
 from stages.inspect.verify.verify import verify_run
 from stages.wiring import outside_members
 from tests.policies import EOS
+from tests.small_run import perform_iteration
 
 CONFIG = """
 iterations = 2
@@ -158,8 +159,7 @@ def _run(folder: Path, text: str, name: str, engine: Engine) -> RunDir:
         session.held_out_prompts()
         session.perform("evaluate", -1)
         for k in range(config.iterations):
-            for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
-                session.perform(stage, k)
+            perform_iteration(session, k)
             if (k + 1) % config.evaluate.every == 0:
                 session.perform("evaluate", k)
             append_metrics(run, iteration_metrics(run, k, pass_threshold=1.0))

@@ -18,6 +18,7 @@ from pipeline.runs import lock
 from stages.config import recorded_config
 from stages.engines.scripted import ScriptedEngine
 from tests.finished import answer, finished_run
+from tests.small_run import perform_iteration
 
 GOING = {"policy": "model.safetensors", "optimizer": "state.safetensors"}
 
@@ -134,8 +135,7 @@ def test_a_pruned_run_goes_on(tmp_path: Path, tiny_policy: Path) -> None:
     list(prune(prunable(run, 1, [])))
     with closing(Session(recorded_config(run), run, _engine=ScriptedEngine(answer))) as session:
         for k in range(3):
-            for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
-                session.perform(stage, k)
+            perform_iteration(session, k)
 
 
 def test_an_update_from_a_pruned_policy_is_refused(tmp_path: Path, tiny_policy: Path) -> None:
