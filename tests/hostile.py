@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pyarrow.parquet as pq
 from pipeline.chain import CHECKPOINTS, DATASETS
 from pipeline.conformance import conform
 from pipeline.files import sha256_file, sha256_text
-from pipeline.manifest import MANIFEST, STORE_NOTE, canonical_json
+from pipeline.manifest import MANIFEST, STORE_NOTE
+from tests.manifests import manifest_of, seal
 
 Change = Callable[[Path, random.Random], str]
 """Changes the run at a path, and says how. Next to the run lies `outside`, whose files nobody may touch."""
@@ -42,32 +44,16 @@ TEXTS = (
 )  # fmt: skip
 
 
-def read_manifest(place: Path) -> dict[str, Any]:
-    """Return the manifest of an artifact."""
-    found: dict[str, Any] = json.loads((place / MANIFEST).read_text())
-    return found
-
-
 def write_manifest(place: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest whose hashes fit what it says, as far as it can be hashed."""
-    try:
-        inputs = {name: facts["digest"] for name, facts in manifest["inputs"].items()}
-        parts = {
-            "stage": manifest["stage"], "version": manifest["stage_version"], "config": manifest["chosen"],
-            "inputs": inputs,
-        }  # fmt: skip
-        hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-        manifest["recipe"] = sha256_text(canonical_json(parts))
-        manifest["content"] = sha256_text(canonical_json([manifest["dataset"], hashes]))
-        manifest["digest"] = sha256_text(canonical_json([manifest["recipe"], manifest["content"]]))
-    except (TypeError, AttributeError, LookupError, ValueError):
-        pass
+    with suppress(TypeError, AttributeError, LookupError, ValueError):
+        seal(manifest)
     (place / MANIFEST).write_bytes(json.dumps(manifest).encode(errors="surrogatepass"))
 
 
 def reseal(place: Path) -> None:
     """Make the manifest fit the files that it lists, then every later manifest of the run fit this one."""
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     before = manifest["digest"]
     for name, facts in manifest["files"].items():
         path = place / name
@@ -80,7 +66,7 @@ def reseal(place: Path) -> None:
     counts = [facts["rows"] for facts in manifest["files"].values() if facts["rows"] is not None]
     manifest["rows"] = sum(counts) if counts else None
     write_manifest(place, manifest)
-    replace_digest(place.parent.parent.parent, before, read_manifest(place)["digest"])
+    replace_digest(place.parent.parent.parent, before, manifest_of(place)["digest"])
 
 
 def replace_digest(root: Path, before: str, after: str) -> None:
@@ -110,7 +96,7 @@ def is_plain_file(path: Path) -> bool:
 def name_of_a_file(root: Path, rng: random.Random) -> str:
     """A file of a manifest has a name that leads out, and a store that has it."""
     place, name = any_place(root, rng), rng.choice(NAMES)
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     manifest["files"][name] = {"rows": None, "bytes": 5, "sha256": sha256_text("prize")}
     write_manifest(place, manifest)
     (place / STORE_NOTE).write_text(json.dumps({"url": URL}))
@@ -120,7 +106,7 @@ def name_of_a_file(root: Path, rng: random.Random) -> str:
 def field_of_a_manifest(root: Path, rng: random.Random) -> str:
     """A field of a manifest, or of a table in it, has another kind."""
     place, value = any_place(root, rng), rng.choice(VALUES)
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     name = rng.choice(sorted(manifest))
     table = manifest[name]
     if isinstance(table, dict) and table and rng.random() < 0.7:
@@ -206,7 +192,7 @@ def link_of_a_folder(root: Path, rng: random.Random) -> str:
 def reference(root: Path, rng: random.Random) -> str:
     """An artifact is replaced by a reference that leads anywhere."""
     place = any_place(root, rng)
-    digest = read_manifest(place)["digest"]
+    digest = manifest_of(place)["digest"]
     paths: tuple[Any, ...] = (
         URL, "s3://bucket/x", "file:///etc", "http://127.0.0.1:9/../../x", "/etc", "../../../../outside", "", ".",
         "\x00", f"../{place.parent.name}/{place.name}", "x" * 5_000, *VALUES,
@@ -336,7 +322,7 @@ def write_bomb(place: Path, how: str, size: int = 1_000_000) -> None:
 def stage_name(root: Path, rng: random.Random) -> str:
     """An artifact says that another stage, or another version, has made it."""
     place = any_place(root, rng)
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     before = manifest["digest"]
     manifest["stage"] += rng.choice(("_x", "", " ", "\u200b"))
     manifest["stage_version"] = rng.choice((0, 1, 99, manifest["stage_version"]))

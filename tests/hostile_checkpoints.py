@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 
 from pipeline.files import sha256_file
-from tests.hostile import TEXTS, VALUES, read_manifest, replace_digest, special, write_manifest
+from tests.hostile import TEXTS, VALUES, replace_digest, special, write_manifest
+from tests.manifests import manifest_of
 
 
 def spoil_checkpoint(place: Path, rng: random.Random) -> str:
@@ -36,7 +37,7 @@ def spoil_checkpoint(place: Path, rng: random.Random) -> str:
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(bytes(data[: rng.choice((len(data), len(data) // 2))]))
         what = "bytes are changed"
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     before = manifest["digest"]
     for name, facts in manifest["files"].items():
         if (place / name).is_file() and (place / name).stat().st_size < 1 << 30 and not (place / name).is_symlink():

@@ -16,7 +16,8 @@ from pipeline.run_dir import RunDir
 from stages.inspect import artifact_diff
 from stages.inspect.artifact_diff import column_deviations, machine_changes, tensor_deviations
 from tests.builders import advantage_rows, completion_rows, fill, write_artifact
-from tests.finished import fix_chain, fix_hashes, forge, manifest_of, replace_value
+from tests.finished import forge, replace_value
+from tests.manifests import fix_chain, fix_hashes, manifest_of
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,7 +18,8 @@ from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.ledger import CHECKS
 from stages.inspect.verify.verify import verify_run
-from tests.finished import fix_hashes, forge, manifest_of, problems_of
+from tests.finished import forge, problems_of
+from tests.manifests import fix_hashes, manifest_of
 
 
 def found(run: RunDir) -> set[tuple[str, str]]:

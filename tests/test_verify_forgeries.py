@@ -11,7 +11,8 @@ from pipeline.conformance import conform
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.verify import verify_run
-from tests.finished import fix_chain, fix_hashes, forge, manifest_of, problems_of, replace_value
+from tests.finished import forge, problems_of, replace_value
+from tests.manifests import fix_chain, fix_hashes, manifest_of
 
 
 def test_rows_altered_with_their_own_hashes_fixed_are_named_by_the_next_artifact(run: RunDir) -> None:
