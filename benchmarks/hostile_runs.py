@@ -2,7 +2,7 @@
 
     python benchmarks/hostile_runs.py --runs 500 --checkpoints 200 --seed 0
 
-Makes one tiny finished run, changes a copy of it for each case as `tests/hostile.py` says, and gives every looking
+Makes one tiny finished run, changes a copy of it for each case as `tests/hostile*.py` say, and gives every looking
 command to it, in workers with a limit of memory; a checkpoint becomes the initial policy of a run, and is copied,
 loaded and read. Prints a table and every offence, and exits with 1 when there is one. The same seed gives the same
 cases. Nothing here does harm: what the cases aim at lies in a folder of their own, next to the run.
@@ -142,6 +142,7 @@ def completion_id(base: Path) -> str:
 def prepare(name: str, place: Path, base: Path, seed: int) -> Case:
     """Make the folder of a case: a changed run, an unchanged other one, and what nobody may touch."""
     from tests import hostile
+    from tests.hostile_checkpoints import spoil_checkpoint
 
     rng = random.Random(f"{seed} {name}")
     outside = place / hostile.OUTSIDE
@@ -152,7 +153,7 @@ def prepare(name: str, place: Path, base: Path, seed: int) -> Case:
     shutil.copytree(base / "runs" / "small", place / "other")
     if name.startswith("checkpoint"):
         policy = place / "run" / "initial_policy"
-        what = hostile.checkpoint(policy, rng)
+        what = spoil_checkpoint(policy, rng)
         shutil.copytree(policy, place / "checkpoint", symlinks=True, copy_function=_copy_any)
         (place / "checkpoint" / "manifest.json").unlink()
     else:

@@ -19,26 +19,19 @@ restart cheap; with `--prefect temporary` each run has its own, as users' runs h
 """
 
 import argparse
-import ctypes
 import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
+from disturbed_runs import Command, conduct, end_all, make_reference, reap, started
+from remains import State, compare, differences, look
 
-from pipeline.artifact import open_artifact
-from pipeline.errors import GrpoError
 from pipeline.manifest import MANIFEST, Manifest
 
 POLL_SECONDS = 0.0005
@@ -47,34 +40,11 @@ POLL_SECONDS = 0.0005
 ORPHAN_SECONDS = 5.0
 """What a killed main process started must be gone after this time."""
 
-PR_SET_CHILD_SUBREAPER = 36
-TIMES = ("seconds", "generate_tokens_per_second")
-"""Columns of the metrics that no two runs share."""
-
 MOMENTS = ("starting", "sealing", "half sealed", "removing", "between stages", "metrics")
 """Targets beside the stages. ``half sealed``: one of a stage's outputs is finished, another is not."""
 
 RARE = frozenset({"removing", "metrics"})
 """Moments of about a millisecond: aimed at, not insisted on."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """The command under test, the same for every run."""
-
-    config: Path
-    overrides: list[str]
-    environment: dict[str, str]
-    timeout: float
-
-    def start(self, directory: Path, log: Path) -> "subprocess.Popen[bytes]":
-        """Start ``grpo run`` into ``directory/run``; starters lie beside it, so no two directories share one."""
-        settings = [argument for override in self.overrides for argument in ("--set", override)]
-        program = [sys.executable, "-m", "flows.cli", "run", str(self.config), "--run", str(directory / "run")]
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                [*program, *settings], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.environment
-            )
 
 
 @dataclass
@@ -93,186 +63,9 @@ class Kill:
     """For ``main``: until the last process was gone."""
 
 
-@dataclass
-class State:
-    """What lies in the directory of a run at one moment."""
-
-    partial: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Path of the artifact that is being written -> inode and time of change of its hidden directory."""
-    doomed: set[str] = field(default_factory=set)
-    temporary: set[str] = field(default_factory=set)
-
-
-# what a run directory holds
-
-
-def look(directory: Path) -> State:
-    """Return what is unfinished at this moment; fast, as it is called every half millisecond. Read-only."""
-    state = State()
-    run = directory / "run"
-    folders = [run, run / "members", directory / "starters", *_children(run / "iterations")]
-    for folder in folders:
-        with suppress(FileNotFoundError), os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name
-                if not name.startswith("."):
-                    continue
-                stem, _, ending = name[1:].rpartition(".")
-                place = os.path.relpath(folder / stem, directory)
-                if ending == "partial":
-                    with suppress(FileNotFoundError):
-                        status = entry.stat()
-                        state.partial[place] = (status.st_ino, status.st_mtime_ns)
-                elif ending == "doomed":
-                    state.doomed.add(place)
-                elif ending == "tmp":
-                    state.temporary.add(stem.rpartition(".")[0])
-    return state
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return [folder / name for name in os.listdir(folder)]  # noqa: PTH208 (called every half millisecond)
-    except FileNotFoundError:
-        return []
-
-
-def finished_artifacts(directory: Path) -> dict[str, Manifest]:
-    """Return the manifests below a directory by relative path, after comparing every file with them. Read-only."""
-    found = {}
-    for manifest in sorted(directory.rglob(MANIFEST)):
-        if any(part.startswith(".") for part in manifest.relative_to(directory).parts):
-            continue
-        artifact = open_artifact(manifest.parent)
-        artifact.verify()
-        found[os.path.relpath(manifest.parent, directory)] = artifact.manifest
-    return found
-
-
-def differences(reference: dict[str, Manifest], directory: Path) -> list[str]:
-    """Return how the finished artifacts below ``directory`` contradict the reference. Read-only."""
-    try:
-        found = finished_artifacts(directory)
-    except GrpoError as error:
-        return [str(error)]
-    problems = [f"{path} is not in the reference" for path in found if path not in reference]
-    for path, manifest in found.items():
-        if path in reference and manifest.digest != reference[path].digest:
-            same = "same" if manifest.recipe == reference[path].recipe else "other"
-            problems.append(f"{path} has another digest ({same} recipe)")
-    return problems
-
-
-def leftovers(directory: Path) -> list[str]:
-    """Return hidden files that a finished run must not have. Read-only."""
-    endings = (".partial", ".tmp", ".doomed")
-    return [os.path.relpath(p, directory) for p in directory.rglob(".*") if p.name.endswith(endings)]
-
-
-def metrics_differences(reference: Path, run: Path) -> list[str]:
-    """Return in which figures, times apart, the metrics of two runs differ. Read-only."""
-    tables = [pl.read_parquet(path / "metrics.parquet").drop(TIMES) for path in (reference, run)]
-    if tables[0].shape != tables[1].shape:
-        return [f"metrics.parquet has the shape {tables[1].shape}, the reference's {tables[0].shape}"]
-    return [f"metrics.parquet differs in {c}" for c in tables[0].columns if not tables[0][c].equals(tables[1][c])]
-
-
-# processes
-
-
-def adopt_orphans() -> None:
-    """Make this process the parent of whatever a killed descendant leaves, so that nothing can hide from us."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def descendants(spared: int | None = None) -> dict[int, str]:
-    """Return the living processes below this one with their command lines, less ``spared`` and all below it."""
-    parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):  # noqa: PTH208
-        if entry.isdigit():
-            with suppress(OSError):
-                fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-                if fields[0] not in "ZX":
-                    parents[int(entry)] = int(fields[1])
-    below = {os.getpid()}
-    while fresh := {p for p, parent in parents.items() if parent in below and p != spared} - below:
-        below |= fresh
-    return {pid: _command_line(pid) for pid in below - {os.getpid()}}
-
-
-def _command_line(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    return ""
-
-
-def end_all(spared: int | None) -> None:
-    """Kill everything that this process started, until nothing is left."""
-    while pids := descendants(spared):
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        reap(spared)
-        time.sleep(0.002)
-
-
-def reap(spared: int | None) -> None:
-    """Collect dead children, those that we inherited too."""
-    with suppress(ChildProcessError):
-        while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid != spared:
-            os.waitpid(dead.si_pid, 0)
-
-
 def engine_pid(pids: dict[int, str]) -> int | None:
     """Return the engine's process, known by the program that it runs."""
     return next((pid for pid, line in pids.items() if "stages.engines.worker" in line), None)
-
-
-@contextmanager
-def shared_server(home: Path, environment: dict[str, str]) -> Iterator[int]:
-    """Run a Prefect server on a free port, whose address goes into ``environment``; yield its process id."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    program = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
-    with (home / "server.log").open("ab") as log:
-        server = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-    try:
-        deadline = time.monotonic() + 180
-        while not _answers(f"{url}/health"):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the Prefect server did not start: see {home / 'server.log'}")
-            time.sleep(0.5)
-        environment["PREFECT_API_URL"] = url
-        yield server.pid
-    finally:
-        server.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(10)
-        end_all(None)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except OSError:
-        return False
-
-
-# kills
 
 
 class Hunter:
@@ -375,7 +168,7 @@ class Hunter:
 
     def _kill(self, process: "subprocess.Popen[bytes]", way: str, number: int, log: Path) -> tuple[str, float | None]:
         """Kill; return the way that was possible, and for ``main`` the seconds until the last process was gone."""
-        if way == "engine" and (engine := engine_pid(descendants(self.spared))) is not None:
+        if way == "engine" and (engine := engine_pid(started(self.spared))) is not None:
             os.kill(engine, signal.SIGKILL)
             try:
                 code = process.wait(self.command.timeout)
@@ -385,7 +178,7 @@ class Hunter:
             if code not in (0, 2):
                 self.problems.append(f"kill {number}: exit code {code} after the engine was killed (see {log})")
             self._check_log(f"kill {number}", log)
-            survivors = descendants(self.spared)
+            survivors = started(self.spared)
             self.problems += [f"kill {number}: {line!r} outlives the run" for line in survivors.values()]
             end_all(self.spared)
             return "engine", None
@@ -396,7 +189,7 @@ class Hunter:
             process.wait()
             return "tree", None
         process.wait()
-        while (alive := descendants(self.spared)) and time.monotonic() - died < ORPHAN_SECONDS:
+        while (alive := started(self.spared)) and time.monotonic() - died < ORPHAN_SECONDS:
             reap(self.spared)
             time.sleep(0.02)
         seconds = time.monotonic() - died
@@ -451,7 +244,7 @@ class Hunter:
         if code:
             self.problems.append(f"{what}: exit code {code} (see {log})")
         self._check_log(what, log)
-        self.problems += [f"{what}: {line!r} outlives the run" for line in descendants(self.spared).values()]
+        self.problems += [f"{what}: {line!r} outlives the run" for line in started(self.spared).values()]
         end_all(self.spared)
 
     def _check_log(self, what: str, log: Path) -> None:
@@ -475,20 +268,6 @@ def _half_sealed(directory: Path, reference: dict[str, Manifest], active: set[st
             if any((directory / p / MANIFEST).is_file() for p in siblings):
                 return True
     return False
-
-
-# the command line
-
-
-def make_reference(command: Command, reference: Path, log: Path) -> dict[str, Manifest]:
-    """Run the command undisturbed, and return what it made."""
-    print(f"reference run: {os.path.relpath(reference)}", flush=True)
-    began = time.monotonic()
-    if command.start(reference, log).wait(command.timeout):
-        raise SystemExit(f"the reference run failed: see {log}")
-    manifests = finished_artifacts(reference)
-    print(f"{len(manifests)} artifacts in {time.monotonic() - began:.0f} s", flush=True)
-    return manifests
 
 
 def run_all(command: Command, root: Path, num_kills: int, seed: int, spared: int | None) -> int:
@@ -520,51 +299,6 @@ def run_all(command: Command, root: Path, num_kills: int, seed: int, spared: int
         f"compared with the reference, {len(problems)} problems, {time.monotonic() - began:.0f} s"
     )
     return 1 if problems else 0
-
-
-def compare(manifests: dict[str, Manifest], reference: Path, directory: Path) -> list[str]:
-    """Return how a finished run differs from the reference. Read-only."""
-    name = directory.name
-    missing = [f"{path} is missing" for path in manifests if not (directory / path / MANIFEST).is_file()]
-    problems = [*missing, *differences(manifests, directory)]
-    problems += [f"{path} is left behind" for path in leftovers(directory)]
-    if not missing:
-        problems += metrics_differences(reference / "run", directory / "run")
-    return [f"{name}: {text}" for text in problems]
-
-
-def conduct(
-    parser: argparse.ArgumentParser, run: Callable[[Command, Path, argparse.Namespace, int | None], int]
-) -> int:
-    """Read the options, start what is wanted of Prefect, and call ``run`` with the command, a scratch directory, the
-    options and the server that is to be spared; whatever happens, leave no process behind.
-    """
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--runs", type=Path, default=Path("runs/disturbed"), help="scratch directory; must not exist")
-    parser.add_argument("--prefect", choices=("shared", "temporary"), default="shared", help="which Prefect server")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a run counts as hanging")
-    arguments = parser.parse_args()
-    root = arguments.runs.resolve()
-    if root.exists():
-        parser.error(f"{arguments.runs} exists: name a directory that does not, or delete it")
-    (root / "logs").mkdir(parents=True)
-    home = root / "prefect"
-    home.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
-    environment |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
-    command = Command(arguments.config.resolve(), arguments.overrides, environment, arguments.timeout)
-    adopt_orphans()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what we started ends with us
-    try:
-        if arguments.prefect == "temporary":
-            return run(command, root, arguments, None)
-        with shared_server(home, environment) as server:
-            return run(command, root, arguments, server)
-    finally:
-        end_all(None)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def main() -> int:

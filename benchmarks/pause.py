@@ -19,7 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from kill import Command, compare, conduct, descendants, end_all, look, make_reference, reap
+from disturbed_runs import Command, conduct, end_all, make_reference, reap, started
+from remains import compare, look
 
 STOPS_PER_RUN = 4
 
@@ -27,7 +28,7 @@ STOPS_PER_RUN = 4
 def stop_all(spared: int | None) -> list[int]:
     """Stop everything that this process started, what is just being started too; return the process ids."""
     stopped: list[int] = []
-    while fresh := descendants(spared).keys() - set(stopped):
+    while fresh := started(spared).keys() - set(stopped):
         signal_all(sorted(fresh), signal.SIGSTOP)
         stopped += sorted(fresh)
     return stopped
@@ -90,7 +91,7 @@ def run_all(command: Command, root: Path, options: argparse.Namespace, spared: i
             code = -1
         if code:
             problems.append(f"{directory.name}: exit code {code} (see {log})")
-        problems += [f"{directory.name}: {line!r} outlives the run" for line in descendants(spared).values()]
+        problems += [f"{directory.name}: {line!r} outlives the run" for line in started(spared).values()]
         end_all(spared)
         reap(spared)
         problems += compare(manifests, reference, directory)

@@ -10,6 +10,9 @@ from pydantic import Discriminator, Field, Tag
 
 from grpo.strict import StrictModel
 
+LowerBound = Annotated[float, Field(ge=0, le=1)]
+UpperBound = Annotated[float, Field(ge=1)]
+
 
 class Veto(StrictModel):
     """What stands beside every kind: rows that a single token removes, off by default (docs/decisions/0015)."""
@@ -30,7 +33,7 @@ class TokenTruncate(Veto):
     """Options of `grpo.correction.token_truncate`."""
 
     kind: Literal["token_truncate"] = "token_truncate"
-    high: float = Field(2.0, ge=1)
+    high: UpperBound = 2.0
     """Largest weight of a token."""
 
 
@@ -38,9 +41,9 @@ class TokenClip(Veto):
     """Options of `grpo.correction.token_clip`, with the bounds of OpenRLHF."""
 
     kind: Literal["token_clip"] = "token_clip"
-    low: float = Field(0.5, ge=0, le=1)
+    low: LowerBound = 0.5
     """Smallest weight of a token."""
-    high: float = Field(5.0, ge=1)
+    high: UpperBound = 5.0
     """Largest weight of a token."""
 
 
@@ -48,9 +51,9 @@ class TokenMask(Veto):
     """Options of `grpo.correction.token_mask`, with the bounds of IcePop (arXiv:2510.18855)."""
 
     kind: Literal["token_mask"] = "token_mask"
-    low: float = Field(0.5, ge=0, le=1)
+    low: LowerBound = 0.5
     """A token of a smaller w gets weight 0."""
-    high: float = Field(5.0, ge=1)
+    high: UpperBound = 5.0
     """A token of a larger w gets weight 0."""
 
 
@@ -58,7 +61,7 @@ class SequenceTruncate(Veto):
     """Options of `grpo.correction.sequence_truncate`."""
 
     kind: Literal["sequence_truncate"] = "sequence_truncate"
-    high: float = Field(2.0, ge=1)
+    high: UpperBound = 2.0
     """Largest product of w over a row."""
 
 
@@ -66,9 +69,9 @@ class SequenceMask(Veto):
     """Options of `grpo.correction.sequence_mask`, with the bounds of TRL."""
 
     kind: Literal["sequence_mask"] = "sequence_mask"
-    low: float = Field(0.0, ge=0, le=1)
+    low: LowerBound = 0.0
     """A row with a smaller product of w gets weight 0."""
-    high: float = Field(3.0, ge=1)
+    high: UpperBound = 3.0
     """A row with a larger product of w gets weight 0."""
 
 
@@ -76,11 +79,11 @@ class GeometricMask(Veto):
     """Options of `grpo.correction.geometric_mask`: made for the mismatch of two engines, too strict for stale rows."""
 
     kind: Literal["geometric_mask"] = "geometric_mask"
-    low: float = Field(0.99, ge=0, le=1)
+    low: LowerBound = 0.99
     """A row with a smaller geometric mean of w gets weight 0."""
-    high: float = Field(1.01, ge=1)
+    high: UpperBound = 1.01
     """A row with a larger geometric mean of w gets weight 0."""
-    token_cap: float = Field(2.0, ge=1)
+    token_cap: UpperBound = 2.0
     """Largest weight of a token in the rows that are kept."""
 
 
@@ -90,7 +93,7 @@ class K3Mask(Veto):
     kind: Literal["k3_mask"] = "k3_mask"
     high: float = Field(0.01, gt=0)
     """A row with a larger mean of w - 1 - log w, an estimate of KL(sampler || proximal) per token, gets weight 0."""
-    token_cap: float = Field(2.0, ge=1)
+    token_cap: UpperBound = 2.0
     """Largest weight of a token in the rows that are kept."""
 
 

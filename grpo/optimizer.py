@@ -55,6 +55,22 @@ def learning_rate_at(num_steps: int, config: AdamWConfig) -> float:
     return config.learning_rate * remaining
 
 
+def clip_gradient(model: PreTrainedModel, max_norm: float | None) -> float:
+    """Scale a larger gradient down to this norm, None = to none; return the norm that it had."""
+    limit = math.inf if max_norm is None else max_norm
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+
+def take_step(optimizer: Optimizer, config: AdamWConfig) -> float:
+    """Change the weights; return the learning rate of this step."""
+    learning_rate = learning_rate_at(optimizer.num_steps, config)
+    for group in optimizer.adamw.param_groups:
+        group["lr"] = learning_rate
+    optimizer.adamw.step()
+    optimizer.num_steps += 1
+    return learning_rate
+
+
 def save_optimizer(optimizer: Optimizer, model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Write the state by parameter name, as safetensors; the same state always gives the same bytes."""
     tensors = {}

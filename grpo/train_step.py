@@ -20,7 +20,7 @@ from grpo.correction import correct
 from grpo.kl import kl_to_sampler, weighted_k3
 from grpo.losses.base import LossInputs, weigh_tokens
 from grpo.losses.chosen import token_losses
-from grpo.optimizer import Optimizer, learning_rate_at
+from grpo.optimizer import Optimizer, clip_gradient, take_step
 from grpo.policy_logprobs import batch_logprobs
 from grpo.records import RECORD_SCHEMA, TOKEN_RECORD_SCHEMA, TokenFacts, completion_records
 from grpo.settings import UpdateConfig
@@ -143,19 +143,13 @@ def _take_step(
     model: PreTrainedModel, optimizer: Optimizer, config: UpdateConfig, rows: pl.DataFrame
 ) -> tuple[float, float]:
     """Change the weights; return the learning rate used and the gradient norm before clipping."""
-    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    grad_norm = clip_gradient(model, config.max_grad_norm)
     if not math.isfinite(grad_norm):
         raise ArithmeticError(
             f"the gradient of {_named(rows)} has norm {grad_norm}: expected a finite one; lower the learning rate, or "
             "bound the correction and dual_clip, and look at these completions"
         )
-    learning_rate = learning_rate_at(optimizer.num_steps, config)
-    for group in optimizer.adamw.param_groups:
-        group["lr"] = learning_rate
-    optimizer.adamw.step()
-    optimizer.num_steps += 1
-    return learning_rate, grad_norm
+    return take_step(optimizer, config), grad_norm
 
 
 def _check_finite_loss(record: pl.DataFrame) -> None:

@@ -83,7 +83,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             PROMPT_TOKEN_IDS,
             REFERENCE_ANSWER,
             column("task", pa.string(), "the source that the prompt comes from"),
-            column("metadata", pa.string(), "JSON: the rest of the source row, for the reward functions"),
+            column("metadata", pa.string(), "JSON: the whole source row, answer included, for the reward functions"),
             DROP_REASON,
         ],
     ),

@@ -10,6 +10,8 @@ import polars as pl
 from pipeline.errors import RewardError, SourceError
 
 FILE_SUFFIXES = (".jsonl", ".parquet", ".csv")
+UNREADABLE = (pl.exceptions.PolarsError, OSError, UnicodeDecodeError)
+"""What reading a file raises that is none of its kind."""
 
 
 def file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -22,12 +24,8 @@ def file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if path.suffix == ".jsonl":
             yield from _json_lines(path)
             return
-        table = (
-            pl.read_parquet(path, glob=False)
-            if path.suffix == ".parquet"
-            else pl.read_csv(path, glob=False, infer_schema=False, raise_if_empty=False)
-        )
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
+        table = _parquet_or_csv(path, may_be_empty=True)
+    except UNREADABLE as error:
         raise SourceError(f"{path} cannot be read as {path.suffix} ({error}): repair or convert it") from error
     for number, record in enumerate(table.iter_rows(named=True), start=1):
         yield f"row {number} of {path}", record
@@ -72,13 +70,18 @@ def read_table(path: Path) -> pl.DataFrame:
         if path.suffix == ".jsonl":
             with path.open("rb") as opened:  # a path would be read as a pattern
                 return pl.read_ndjson(opened, infer_schema_length=None)
-        if path.suffix == ".csv":
-            return pl.read_csv(path, glob=False, infer_schema=False)
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
+        if path.suffix in FILE_SUFFIXES:
+            return _parquet_or_csv(path, may_be_empty=False)
+    except UNREADABLE as error:
         raise RewardError(f"{path} cannot be read as {path.suffix} ({error}): correct the path, or the file") from error
     raise RewardError(f"{path} ends in {path.suffix!r}: expected .jsonl, .csv or .parquet; convert it")
+
+
+def _parquet_or_csv(path: Path, *, may_be_empty: bool) -> pl.DataFrame:
+    """Return the rows of a file of one of these kinds; a path is no pattern, and CSV cells stay text: 007 is not 7."""
+    if path.suffix == ".parquet":
+        return pl.read_parquet(path, glob=False)
+    return pl.read_csv(path, glob=False, infer_schema=False, raise_if_empty=not may_be_empty)
 
 
 def require_columns(rows: pl.DataFrame, path: Path, needed: Iterable[str]) -> None:

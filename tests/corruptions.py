@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from pipeline.conformance import conform
 from pipeline.files import sha256_file
-from pipeline.manifest import MANIFEST, Recipe, content_hash, digest_of, recipe_hash
+from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
 from stages import batch, normalize
 from stages.inspect.metrics import append_metrics, iteration_metrics
+from tests.manifests import manifest_of, seal
 
 UNHASHED = ("environment", "started_at", "seconds")
 """Fields of a manifest that no hash covers; ``seconds`` stands in the metrics as well."""
@@ -61,10 +62,6 @@ class Scratch:
         """Return whether every touched file reads as before: then nothing was corrupted."""
         return all(meaning(path) == meaning(self.pristine / path.relative_to(self.root)) for path in self.touched)
 
-    def manifest(self, artifact: Path) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
-        return found
-
     def write_manifest(self, artifact: Path, manifest: dict[str, Any]) -> None:
         self.touch(artifact / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
@@ -73,7 +70,7 @@ class Scratch:
 
     def fix_hashes(self, artifact: Path, manifest: dict[str, Any] | None = None) -> None:
         """Make a manifest fit its files, itself, and its inputs as they are now stated."""
-        manifest = manifest or self.manifest(artifact)
+        manifest = manifest or manifest_of(artifact)
         for name, facts in manifest["files"].items():
             path = artifact / name
             rows = pq.read_metadata(path).num_rows if name.endswith(".parquet") else None
@@ -85,20 +82,16 @@ class Scratch:
             if "drop_reason" in frame.collect_schema():
                 reasons = frame.select("drop_reason").drop_nulls().collect()["drop_reason"].value_counts()
                 manifest["drops"] = dict(sorted(reasons.iter_rows()))
-        inputs = {name: facts["digest"] for name, facts in manifest["inputs"].items()}
-        stated = (manifest[name] for name in ("stage", "stage_version", "chosen"))
-        manifest["recipe"] = recipe_hash(Recipe(*stated, inputs, manifest["config"]))
-        manifest["content"] = content_hash(manifest["dataset"], manifest["files"])
-        manifest["digest"] = digest_of(manifest["recipe"], manifest["content"])
+        seal(manifest)
         self.write_manifest(artifact, manifest)
 
     def fix_chain(self, artifacts: list[Path]) -> None:
         """Make every manifest state the digests that its inputs have now, in the order of making."""
         for artifact in artifacts:
-            manifest = self.manifest(artifact)
+            manifest = manifest_of(artifact)
             stale = False
             for facts in manifest["inputs"].values():
-                digest = self.manifest(artifact / facts["path"])["digest"]
+                digest = manifest_of(artifact / facts["path"])["digest"]
                 stale |= facts["digest"] != digest
                 facts["digest"] = digest
             if stale:
@@ -138,16 +131,16 @@ def any_file(scratch: Scratch) -> Path:
     artifact = scratch.rng.choice([*artifacts, None])
     if artifact is None:
         return scratch.root / "metrics.parquet"
-    return artifact / scratch.rng.choice([MANIFEST, *scratch.manifest(artifact)["files"]])
+    return artifact / scratch.rng.choice([MANIFEST, *manifest_of(artifact)["files"]])
 
 
 def swap(scratch: Scratch) -> Trial:
     """Swap a file, or all files, of two artifacts of the same kind."""
     by_kind: dict[str, list[Path]] = {}
     for artifact in scratch.artifacts():
-        by_kind.setdefault(scratch.manifest(artifact)["dataset"], []).append(artifact)
+        by_kind.setdefault(manifest_of(artifact)["dataset"], []).append(artifact)
     one, two = scratch.rng.sample(scratch.rng.choice([a for a in by_kind.values() if len(a) > 1]), 2)
-    names = sorted({*scratch.manifest(one)["files"]} & {*scratch.manifest(two)["files"]})
+    names = sorted({*manifest_of(one)["files"]} & {*manifest_of(two)["files"]})
     chosen = [MANIFEST, *names] if scratch.rng.random() < 0.5 else [scratch.rng.choice(names)]
     for name in chosen:
         first, second = scratch.touch(one / name), scratch.touch(two / name)
@@ -171,7 +164,7 @@ def edit_manifest_and_fix_its_hashes(scratch: Scratch) -> Trial:
     is_leaf = not any(
         (place / facts["path"]).resolve() == artifact.resolve()
         for place in scratch.artifacts()
-        for facts in scratch.manifest(place)["inputs"].values()
+        for facts in manifest_of(place)["inputs"].values()
     )
     scratch.fix_hashes(artifact, manifest)
     return Trial(artifact, what, is_findable=not (is_leaf and what == "stage_version"))
@@ -181,7 +174,7 @@ def edited(scratch: Scratch, fields: list[str]) -> tuple[Path, dict[str, Any], s
     """Return an artifact, its manifest with another value in one of the fields, and where that is."""
     rng = scratch.rng
     artifact = rng.choice(scratch.artifacts())
-    manifest = scratch.manifest(artifact)
+    manifest = manifest_of(artifact)
     name = rng.choice([f for f in fields if manifest[f]])
     table = manifest[name]
     if name == "inputs":
@@ -242,7 +235,7 @@ def changed(scratch: Scratch) -> tuple[Path, Trial]:
     """Change the rows of a part; return its artifact with what was done."""
     rng = scratch.rng
     artifact = rng.choice([a for a in scratch.artifacts() if list(a.glob("*.parquet"))])
-    dataset = scratch.manifest(artifact)["dataset"]
+    dataset = manifest_of(artifact)["dataset"]
     path = rng.choice(sorted(artifact.glob("*.parquet")))
     frame = pl.read_parquet(path)
     how = rng.choice(["removed", "repeated", "moved", *["altered"] * 3] if len(frame) > 1 else ["altered"])
@@ -271,7 +264,7 @@ def changed(scratch: Scratch) -> tuple[Path, Trial]:
 def edit_note(scratch: Scratch) -> Trial:
     """Edit what no hash covers."""
     artifact = scratch.rng.choice(scratch.artifacts())
-    manifest = scratch.manifest(artifact)
+    manifest = manifest_of(artifact)
     name = scratch.rng.choice(["environment", "started_at"])
     manifest[name] = other(manifest[name], scratch.rng)
     scratch.write_manifest(artifact, manifest)
@@ -291,10 +284,10 @@ def recompute(scratch: Scratch) -> Trial:
     raised = pl.col("reward") + pl.when(pl.col("completion_id") == chosen).then(0.01).otherwise(0.0)
     rewards = rewards.with_columns(raised)
     scratch.write_part(places["rewards"] / "part-00000.parquet", "rewards", rewards)
-    settings = scratch.manifest(places["advantages"])["config"]
+    settings = manifest_of(places["advantages"])["config"]
     advantages = normalize.normalize_rows(rewards.lazy(), normalize.NormalizeConfig(**settings))
     scratch.write_part(places["advantages"] / "part-00000.parquet", "advantages", advantages)
-    settings = dict(scratch.manifest(places["batches"])["config"])
+    settings = dict(manifest_of(places["batches"])["config"])
     seed, iteration = settings.pop("seed"), settings.pop("iteration")
     batches = batch.batch_rows(
         pl.read_parquet(places["completions"] / "*.parquet"),

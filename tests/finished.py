@@ -11,15 +11,17 @@ import pyarrow.parquet as pq
 
 from flows.session import Session
 from pipeline.conformance import conform
-from pipeline.files import sha256_file
-from pipeline.manifest import MANIFEST, Recipe, content_hash, digest_of, recipe_hash
 from pipeline.run_dir import RunDir
 from stages.config import load_config
 from stages.engines.base import Engine, Request
 from stages.engines.scripted import ScriptedEngine
 from stages.inspect.metrics import append_metrics, iteration_metrics
+from stages.inspect.verify.ledger import Problem
+from stages.inspect.verify.verify import verify_run
 from stages.wiring import outside_members
+from tests.manifests import fix_chain, fix_hashes, manifest_of
 from tests.policies import EOS
+from tests.small_run import perform_iteration
 
 CONFIG = """
 iterations = 2
@@ -156,33 +158,11 @@ def _run(folder: Path, text: str, name: str, engine: Engine) -> RunDir:
         session.held_out_prompts()
         session.perform("evaluate", -1)
         for k in range(config.iterations):
-            for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
-                session.perform(stage, k)
+            perform_iteration(session, k)
             if (k + 1) % config.evaluate.every == 0:
                 session.perform("evaluate", k)
             append_metrics(run, iteration_metrics(run, k, pass_threshold=1.0))
     return run
-
-
-def manifest_of(place: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((place / MANIFEST).read_text())
-    return found
-
-
-def fix_hashes(place: Path, manifest: dict[str, Any] | None = None) -> None:
-    """Make a manifest fit its files and itself, as a careful forger would."""
-    manifest = manifest or manifest_of(place)
-    for name, facts in manifest["files"].items():
-        rows = pq.read_metadata(place / name).num_rows if name.endswith(".parquet") else None
-        facts |= {"rows": rows, "bytes": (place / name).stat().st_size, "sha256": sha256_file(place / name)}
-    counts = [facts["rows"] for facts in manifest["files"].values() if facts["rows"] is not None]
-    manifest["rows"] = sum(counts) if counts else None
-    inputs = {name: facts["digest"] for name, facts in manifest["inputs"].items()}
-    recipe = Recipe(manifest["stage"], manifest["stage_version"], manifest["chosen"], inputs, manifest["config"])
-    manifest["recipe"] = recipe_hash(recipe)
-    manifest["content"] = content_hash(manifest["dataset"], manifest["files"])
-    manifest["digest"] = digest_of(manifest["recipe"], manifest["content"])
-    (place / MANIFEST).write_text(json.dumps(manifest))
 
 
 def forge(run: RunDir, place: Path, change: Callable[[pl.DataFrame], pl.DataFrame], *, part: int = 0) -> None:
@@ -194,15 +174,6 @@ def forge(run: RunDir, place: Path, change: Callable[[pl.DataFrame], pl.DataFram
     fix_chain(order)
 
 
-def fix_chain(order: list[Path]) -> None:
-    """Make every manifest name the digests that its inputs have now."""
-    for artifact in order:
-        manifest = manifest_of(artifact)
-        for facts in manifest["inputs"].values():
-            facts["digest"] = manifest_of(artifact / facts["path"])["digest"]
-        fix_hashes(artifact, manifest)
-
-
 def replace_value(column: str, row: int, value: Any) -> Callable[[pl.DataFrame], pl.DataFrame]:
     """Return a change of one value."""
 
@@ -212,3 +183,8 @@ def replace_value(column: str, row: int, value: Any) -> Callable[[pl.DataFrame],
         return frame.with_columns(pl.Series(column, values, dtype=frame[column].dtype))
 
     return change
+
+
+def problems_of(run: RunDir, check: str) -> list[Problem]:
+    """Return what one check of the audit finds."""
+    return [p for p in verify_run(run).problems if p.check == check]

@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pyarrow.parquet as pq
 from pipeline.chain import CHECKPOINTS, DATASETS
 from pipeline.conformance import conform
 from pipeline.files import sha256_file, sha256_text
-from pipeline.manifest import MANIFEST, STORE_NOTE, canonical_json
+from pipeline.manifest import MANIFEST, STORE_NOTE
+from tests.manifests import manifest_of, seal
 
 Change = Callable[[Path, random.Random], str]
 """Changes the run at a path, and says how. Next to the run lies `outside`, whose files nobody may touch."""
@@ -42,32 +44,16 @@ TEXTS = (
 )  # fmt: skip
 
 
-def read_manifest(place: Path) -> dict[str, Any]:
-    """Return the manifest of an artifact."""
-    found: dict[str, Any] = json.loads((place / MANIFEST).read_text())
-    return found
-
-
 def write_manifest(place: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest whose hashes fit what it says, as far as it can be hashed."""
-    try:
-        inputs = {name: facts["digest"] for name, facts in manifest["inputs"].items()}
-        parts = {
-            "stage": manifest["stage"], "version": manifest["stage_version"], "config": manifest["chosen"],
-            "inputs": inputs,
-        }  # fmt: skip
-        hashes = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-        manifest["recipe"] = sha256_text(canonical_json(parts))
-        manifest["content"] = sha256_text(canonical_json([manifest["dataset"], hashes]))
-        manifest["digest"] = sha256_text(canonical_json([manifest["recipe"], manifest["content"]]))
-    except (TypeError, AttributeError, LookupError, ValueError):
-        pass
+    with suppress(TypeError, AttributeError, LookupError, ValueError):
+        seal(manifest)
     (place / MANIFEST).write_bytes(json.dumps(manifest).encode(errors="surrogatepass"))
 
 
 def reseal(place: Path) -> None:
     """Make the manifest fit the files that it lists, then every later manifest of the run fit this one."""
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     before = manifest["digest"]
     for name, facts in manifest["files"].items():
         path = place / name
@@ -80,10 +66,10 @@ def reseal(place: Path) -> None:
     counts = [facts["rows"] for facts in manifest["files"].values() if facts["rows"] is not None]
     manifest["rows"] = sum(counts) if counts else None
     write_manifest(place, manifest)
-    _replace_digest(place.parent.parent.parent, before, read_manifest(place)["digest"])
+    replace_digest(place.parent.parent.parent, before, manifest_of(place)["digest"])
 
 
-def _replace_digest(root: Path, before: str, after: str) -> None:
+def replace_digest(root: Path, before: str, after: str) -> None:
     """Make the inputs of later artifacts name a new digest, and so on to the end of the chain."""
     for path in sorted(root.glob("iterations/*/*/manifest.json")):
         if is_plain_file(path) and before in path.read_text():
@@ -93,7 +79,7 @@ def _replace_digest(root: Path, before: str, after: str) -> None:
                 facts["digest"] = after if facts["digest"] == before else facts["digest"]
             write_manifest(path.parent, manifest)
             if manifest["digest"] != old:
-                _replace_digest(root, old, manifest["digest"])
+                replace_digest(root, old, manifest["digest"])
 
 
 def any_place(root: Path, rng: random.Random, datasets: tuple[str, ...] = DATASETS) -> Path:
@@ -110,7 +96,7 @@ def is_plain_file(path: Path) -> bool:
 def name_of_a_file(root: Path, rng: random.Random) -> str:
     """A file of a manifest has a name that leads out, and a store that has it."""
     place, name = any_place(root, rng), rng.choice(NAMES)
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     manifest["files"][name] = {"rows": None, "bytes": 5, "sha256": sha256_text("prize")}
     write_manifest(place, manifest)
     (place / STORE_NOTE).write_text(json.dumps({"url": URL}))
@@ -120,7 +106,7 @@ def name_of_a_file(root: Path, rng: random.Random) -> str:
 def field_of_a_manifest(root: Path, rng: random.Random) -> str:
     """A field of a manifest, or of a table in it, has another kind."""
     place, value = any_place(root, rng), rng.choice(VALUES)
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     name = rng.choice(sorted(manifest))
     table = manifest[name]
     if isinstance(table, dict) and table and rng.random() < 0.7:
@@ -206,7 +192,7 @@ def link_of_a_folder(root: Path, rng: random.Random) -> str:
 def reference(root: Path, rng: random.Random) -> str:
     """An artifact is replaced by a reference that leads anywhere."""
     place = any_place(root, rng)
-    digest = read_manifest(place)["digest"]
+    digest = manifest_of(place)["digest"]
     paths: tuple[Any, ...] = (
         URL, "s3://bucket/x", "file:///etc", "http://127.0.0.1:9/../../x", "/etc", "../../../../outside", "", ".",
         "\x00", f"../{place.parent.name}/{place.name}", "x" * 5_000, *VALUES,
@@ -336,12 +322,12 @@ def write_bomb(place: Path, how: str, size: int = 1_000_000) -> None:
 def stage_name(root: Path, rng: random.Random) -> str:
     """An artifact says that another stage, or another version, has made it."""
     place = any_place(root, rng)
-    manifest = read_manifest(place)
+    manifest = manifest_of(place)
     before = manifest["digest"]
     manifest["stage"] += rng.choice(("_x", "", " ", "\u200b"))
     manifest["stage_version"] = rng.choice((0, 1, 99, manifest["stage_version"]))
     write_manifest(place, manifest)
-    _replace_digest(root, before, manifest["digest"])
+    replace_digest(root, before, manifest["digest"])
     return f"{place.name} by {manifest['stage']!r} {manifest['stage_version']}"
 
 
@@ -349,69 +335,3 @@ KINDS: tuple[Change, ...] = (
     name_of_a_file, field_of_a_manifest, text_of_a_file, setting, kind_of_a_file, link_of_a_folder, reference,
     folder_names, bytes_of_a_part, rows_of_a_part, bomb, stage_name,
 )  # fmt: skip
-
-
-def checkpoint(place: Path, rng: random.Random) -> str:
-    """Spoil a checkpoint, and make its manifest fit."""
-    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "generation_config.json"]
-    path = place / rng.choice([name for name in names if (place / name).is_file()] + ["model.safetensors"])
-    how = rng.choice(("text", "field", "bytes", "special", "header"))
-    if path.suffix == ".safetensors" and how in ("text", "field"):
-        how = "header"
-    if how == "header":
-        path = place / "model.safetensors"
-        what = _spoil_header(path, rng)
-    elif how == "special":
-        what = special(path, rng.choice(("fifo", "zero", "folder", "loop", "outside", "dangling")))
-    elif how == "text":
-        text = rng.choice(TEXTS)
-        path.write_bytes(text)
-        what = f"begins with {text[:8]!r}, {len(text)} bytes"
-    elif how == "field":
-        table, value = json.loads(path.read_text()), rng.choice(VALUES)
-        key = rng.choice(sorted(table) or ["x"])
-        table[key] = value
-        path.write_bytes(json.dumps(table).encode(errors="surrogatepass"))
-        what = f"{key} is {value!r}"
-    else:
-        data = bytearray(path.read_bytes())
-        for _ in range(rng.choice((1, 16))):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        path.write_bytes(bytes(data[: rng.choice((len(data), len(data) // 2))]))
-        what = "bytes are changed"
-    manifest = read_manifest(place)
-    before = manifest["digest"]
-    for name, facts in manifest["files"].items():
-        if (place / name).is_file() and (place / name).stat().st_size < 1 << 30 and not (place / name).is_symlink():
-            facts |= {"bytes": (place / name).stat().st_size, "sha256": sha256_file(place / name)}
-    write_manifest(place, manifest)
-    _replace_digest(place.parent, before, manifest["digest"])
-    return f"{path.name}: {what}"[:200]
-
-
-def _spoil_header(path: Path, rng: random.Random) -> str:
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    tensors, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
-    name = rng.choice([name for name in tensors if name != "__metadata__"])
-    how = rng.choice(("length", "dtype", "shape", "offsets", "json", "metadata", "missing", "extra", "overlap"))
-    header = b""
-    if how == "length":
-        path.write_bytes(rng.choice((0, 2**63, len(data), size + 1)).to_bytes(8, "little") + data[8:])
-        return "length of the header"
-    if how == "json":
-        header = rng.choice(TEXTS[:10])
-    elif how == "metadata":
-        tensors["__metadata__"] = rng.choice(VALUES)
-    elif how == "missing":
-        del tensors[name]
-    elif how == "extra":
-        tensors["x"] = {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}
-    elif how == "overlap":
-        tensors["x"] = tensors[name]
-    else:
-        key = {"dtype": "dtype", "shape": "shape", "offsets": "data_offsets"}[how]
-        tensors[name][key] = rng.choice((*VALUES, [2**62, 2**62], [-1, 1], [0, 0], "F64", "I8"))
-    header = header or json.dumps(tensors).encode(errors="surrogatepass")
-    path.write_bytes(len(header).to_bytes(8, "little") + header + rest)
-    return f"{how} in the header"

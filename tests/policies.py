@@ -1,8 +1,23 @@
-"""Tiny policies for tests: random weights, a tokenizer of single characters."""
+"""Tiny policies for tests: random weights, and for one of them a tokenizer of single characters."""
 
 from pathlib import Path
+from typing import Any
 
 EOS = 1
+
+
+def save_random_qwen2(path: Path, *, seed: int, **config: Any) -> Path:
+    """Save a random model of two layers without a tokenizer; return the path.
+
+    With a large ``initializer_range`` its distributions are far from uniform.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    torch.manual_seed(seed)
+    sizes = Qwen2Config(num_hidden_layers=2, num_key_value_heads=2, eos_token_id=EOS, pad_token_id=0, **config)
+    AutoModelForCausalLM.from_config(sizes).save_pretrained(path)  # type: ignore[no-untyped-call]
+    return path
 
 
 def save_tiny_policy(path: Path, *, seed: int = 0, context: int = 128, hidden_size: int = 32) -> None:

@@ -30,16 +30,16 @@ def survivors(*pids: int, seconds: float = 120.0) -> list[int]:
     return [pid for pid in pids if is_alive(pid)]
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the ids of all processes below one."""
-    parents: dict[int, list[int]] = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        if (fields := _stat(int(place.name))) is not None:
-            parents.setdefault(int(fields[1]), []).append(int(place.name))
-    found = list(parents.get(pid, []))
-    for child in found:
-        found += parents.get(child, [])
-    return found
+def descendants(pid: int, spared: int | None = None) -> list[int]:
+    """Return the ids of all processes below one, less ``spared`` and all below it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        if (fields := _stat(int(entry.name))) is not None:
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found = [pid]
+    for parent in found:
+        found += [child for child in children.get(parent, []) if child != spared]
+    return found[1:]
 
 
 def _stat(pid: int) -> list[str] | None:

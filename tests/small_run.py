@@ -36,6 +36,12 @@ DIGIT_0 = 19
 EXACT = "stages.rewards.answers.matching:exact_match"
 
 
+def perform_iteration(session: Session, iteration: int) -> None:
+    """Perform every stage of an iteration but its evaluation."""
+    for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
+        session.perform(stage, iteration)
+
+
 def make_small_run(folder: Path, policy: Path, iterations: int = 1, function: str = EXACT) -> Path:
     """Return a run of two groups an iteration: one has one right answer of two, the other has none.
 
@@ -58,9 +64,6 @@ def make_small_run(folder: Path, policy: Path, iterations: int = 1, function: st
     with closing(Session(config, run_dir, _engine=ScriptedEngine(answer))) as session:
         session.initial_policy()
         for iteration in range(iterations):
-            for stage in ("prompts", "generate", "score", "normalize", "batch"):
-                session.perform(stage, iteration)
-            session.perform("update", iteration)
-            session.perform("optimizer", iteration)
+            perform_iteration(session, iteration)
             append_metrics(run_dir, iteration_metrics(run_dir, iteration, pass_threshold=1.0))
     return run_dir.root

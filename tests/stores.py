@@ -17,7 +17,7 @@ from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
 from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics
 from tests.policies import EOS
-from tests.small_run import CONFIG, DIGIT_0, EXACT
+from tests.small_run import CONFIG, DIGIT_0, EXACT, perform_iteration
 
 ROWS = '{"question": "1 + 1 =", "answer": "2"}\n{"question": "0 + 2 =", "answer": "2"}\n'
 COMPLETIONS = "iterations/000000/completions"
@@ -71,10 +71,7 @@ def start(
         run.record_config("", config.model_dump(mode="json"))
         session.initial_policy()
         for index in range(iterations):
-            for stage in ("prompts", "generate", "score", "normalize", "batch"):
-                session.perform(stage, index)
-            session.perform("update", index)
-            session.perform("optimizer", index)
+            perform_iteration(session, index)
             if recorded_metrics(run, index) is None:
                 append_metrics(run, iteration_metrics(run, index, pass_threshold=1.0))
     return run

@@ -214,17 +214,21 @@ def long_rows(*rows: tuple[str, str, float | None]) -> pl.DataFrame:
     )
 
 
-def test_combine_then_normalise_equals_the_golden_values() -> None:
-    golden = GOLDEN["multi_reward"]
-    rows = long_rows(
+def golden_rows() -> pl.DataFrame:
+    """Return the rewards of the golden values for several rewards: r0, r1, ... of each completion."""
+    return long_rows(
         *(
             (f"{group[1]}{member}", f"r{index}", reward)
-            for group, members in golden["rewards_member_by_component"].items()
+            for group, members in GOLDEN["multi_reward"]["rewards_member_by_component"].items()
             for member, rewards in enumerate(members)
             for index, reward in enumerate(rewards)
         )
     )
-    combined = combine(rows, {"r0": golden["weights"][0], "r1": golden["weights"][1]})
+
+
+def test_combine_then_normalise_equals_the_golden_values() -> None:
+    golden = GOLDEN["multi_reward"]
+    combined = combine(golden_rows(), {"r0": golden["weights"][0], "r1": golden["weights"][1]})
     result = by_group(advantages(combined, scale="group_std", ddof=1, eps=1e-4))
     expected = golden["sum_then_normalise_sample_std_eps1e-4"]
     assert result["1"] == pytest.approx(expected["g1"], rel=1e-10, abs=1e-12)
@@ -272,15 +276,7 @@ def test_the_same_rewards_give_the_same_bits_every_time() -> None:
 
 def test_rewards_normalized_one_by_one_equal_the_golden_values() -> None:
     golden = GOLDEN["multi_reward"]
-    rows = long_rows(
-        *(
-            (f"{group[1]}{member}", f"r{index}", reward)
-            for group, members in golden["rewards_member_by_component"].items()
-            for member, rewards in enumerate(members)
-            for index, reward in enumerate(rewards)
-        )
-    )
-    combined = normalize_each(rows, {"r0": golden["weights"][0], "r1": golden["weights"][1]}, ddof=1, eps=1e-4)
+    combined = normalize_each(golden_rows(), {"r0": golden["weights"][0], "r1": golden["weights"][1]}, ddof=1, eps=1e-4)
     assert combined["reward"].to_list() == pytest.approx([1.0, 0.25, 1.5, 0.1, 1.1])
     undivided = by_group(advantages(combined))
     whole = by_group(advantages(combined, scale="batch_std", ddof=1, eps=1e-4))

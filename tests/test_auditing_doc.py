@@ -23,7 +23,8 @@ from stages.config import recorded_config
 from stages.inspect.metrics import append_metrics, iteration_metrics
 from stages.inspect.verify.verify import verify_run
 from stages.normalize import normalize_rows
-from tests.finished import audited_run, fix_hashes, forge, manifest_of, replace_value
+from tests.finished import audited_run, forge, replace_value
+from tests.manifests import fix_hashes, manifest_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "auditing.md"

@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-BENCHMARKED = ("evaluated_answers", "fuzz_configs", "hostile_runs", "kill", "overhead", "pause", "report")
+BENCHMARKED = ("digests", "evaluated_answers", "fuzz_configs", "hostile_runs", "kill", "overhead", "pause", "report")
 
 
 @pytest.mark.parametrize("name", BENCHMARKED)
@@ -33,16 +33,16 @@ def test_help_shows_what_is_measured(name: str) -> None:
 
 
 def test_look_finds_what_a_killed_run_left(tmp_path: Path) -> None:
-    kill = load("kill")
+    remains = load("remains")
     iteration = tmp_path / "run" / "iterations" / "000000"
     for name in (".completions.partial", ".policy.doomed", "prompts"):
         (iteration / name).mkdir(parents=True)
     (tmp_path / "run" / ".metrics.parquet.0123456789abcdef.tmp").touch()
-    state = kill.look(tmp_path)
+    state = remains.look(tmp_path)
     assert list(state.partial) == ["run/iterations/000000/completions"]
     assert state.doomed == {"run/iterations/000000/policy"}
     assert state.temporary == {"metrics.parquet"}
-    assert len(kill.leftovers(tmp_path)) == 3
+    assert len(remains.leftovers(tmp_path)) == 3
 
 
 def test_clock_counts_inner_times_once() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from pipeline.run_dir import RunDir
 from stages.inspect import artifact_diff
 from stages.inspect.artifact_diff import column_deviations, machine_changes, tensor_deviations
 from tests.builders import advantage_rows, completion_rows, fill, write_artifact
-from tests.finished import finished_run, fix_chain, fix_hashes, forge, manifest_of, replace_value
+from tests.finished import forge, replace_value
+from tests.manifests import fix_chain, fix_hashes, manifest_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -155,19 +155,6 @@ def test_a_missing_tensor_and_another_step_count_are_told(tmp_path: Path) -> Non
     assert tensors(tmp_path, {"x": one, "y": one.clone()}, {"x": one}, num_steps="4") == [
         ("metadata", None, False), ("y", None, False),
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
-    """Return a finished run, not to be changed."""
-    return finished_run(tmp_path_factory.mktemp("closeness"), tiny_policy).root
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunDir:
-    """Return a copy of the finished run."""
-    shutil.copytree(original, tmp_path / "run")
-    return RunDir(tmp_path / "run")
 
 
 FILES = {"policy": "model.safetensors", "optimizer": "state.safetensors"}

@@ -10,24 +10,13 @@ from hypothesis import strategies as st
 
 from grpo.batching import cut_microbatches
 from grpo.collate import collate
-
-SCHEMA: dict[str, Any] = {
-    "completion_id": pl.String,
-    "prompt_token_ids": pl.List(pl.Int32),
-    "completion_token_ids": pl.List(pl.Int32),
-    "loss_mask": pl.List(pl.Boolean),
-    "sampling_logprobs": pl.List(pl.Float32),
-    "advantage": pl.Float64,
-    "temperature": pl.Float32,
-    "loss_denominator": pl.Float64,
-}
+from tests.builders import fill
 
 
 def batch_rows(*rows: dict[str, Any]) -> pl.DataFrame:
     """Return rows of the batches dataset with defaults for what a test does not say."""
-    default: dict[str, Any] = {"loss_mask": None, "sampling_logprobs": None, "advantage": 1.0, "temperature": 1.0}
-    default |= {"loss_denominator": 10.0, "prompt_token_ids": [1]}
-    return pl.DataFrame([{"completion_id": f"c{i}", **default, **row} for i, row in enumerate(rows)], schema=SCHEMA)
+    given = [{"completion_id": f"c{i}", **row} for i, row in enumerate(rows)]
+    return fill("batches", given, prompt_token_ids=[1], advantage=1.0, temperature=1.0, loss_denominator=10.0)
 
 
 def test_the_token_before_a_target_predicts_it() -> None:

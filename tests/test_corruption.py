@@ -1,6 +1,6 @@
 """The audit against chance: of many random corruptions of a run each is found and named by its artifact.
 
-`test_verify` corrupts by plan; here nobody has chosen what is hit.
+`test_verify` and `test_verify_forgeries` corrupt by plan; here nobody has chosen what is hit.
 """
 
 import random

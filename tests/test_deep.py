@@ -60,13 +60,6 @@ def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Pat
     ).root
 
 
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunDir:
-    """Return a copy of it."""
-    shutil.copytree(original, tmp_path / "run")
-    return RunDir(tmp_path / "run")
-
-
 def check(run: RunDir, settings: DeepSettings = ALL) -> tuple[list[Mismatch], Ledger]:
     findings = Ledger()
     return check_logprobs(run, findings, settings), findings

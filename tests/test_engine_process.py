@@ -1,4 +1,4 @@
-"""EngineProcess with scripted engines: no test here imports torch or starts vLLM. Also ScriptedEngine itself."""
+"""EngineProcess with scripted engines: no test here imports torch or starts vLLM."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError, EngineError, PolicyError
-from stages.engines.base import MAX_SEED, Engine, EngineSettings, Generated, Request, Sampling, check_requests
+from pipeline.errors import EngineError, PolicyError
+from stages.engines.base import Engine, EngineSettings, Generated, Request, Sampling
 from stages.engines.child import child_environment
 from stages.engines.process import EngineProcess
 from stages.engines.scripted import ScriptedEngine
@@ -355,69 +355,3 @@ def test_factory_must_be_importable_by_the_child(policy: Path, log_path: Path) -
     with pytest.raises((AttributeError, pickle.PicklingError), match="local_engine"):
         engine.start(policy)
     assert engine.pid is None
-
-
-# ScriptedEngine
-
-
-def scripted_rows(engine: ScriptedEngine, *prompts: list[int], sampling: Sampling = SAMPLING) -> list[Generated]:
-    engine.load(Path("policy"))
-    return engine.generate([Request(prompt, seed=i) for i, prompt in enumerate(prompts)], sampling, None)
-
-
-def test_script_gives_the_answers_of_a_prompt_by_turns_and_starts_over_in_the_next_call() -> None:
-    engine = ScriptedEngine({(5,): [[7, 1], [8, 1]], (6,): [[9, 1]]})
-    for _ in range(2):
-        rows = scripted_rows(engine, [5], [6], [5], [5])
-        assert [row.token_ids for row in rows] == [[7, 1], [9, 1], [8, 1], [7, 1]]
-
-
-def test_script_is_cut_where_a_model_would_stop() -> None:
-    sampling = Sampling(temperature=1.0, max_tokens=3, stop_token_ids=(1, 2))
-    rows = scripted_rows(ScriptedEngine({(5,): [[7, 2, 8], [7, 7, 7, 7], [7]]}), [5], [5], [5], sampling=sampling)
-    assert [(row.token_ids, row.finish_reason, row.stop_reason) for row in rows] == [
-        ([7, 2], "stop", "2"),
-        ([7, 7, 7], "length", None),
-        ([7, 1], "stop", "1"),
-    ]
-
-
-def test_script_without_an_answer_says_which_prompt() -> None:
-    with pytest.raises(EngineError, match=r"no answer to the prompt \[6\]"):
-        scripted_rows(ScriptedEngine({(5,): [[1]]}), [6])
-
-
-def test_script_records_what_it_was_asked() -> None:
-    engine = ScriptedEngine(lambda request: [1], logprob=-0.5)
-    (row,) = scripted_rows(engine, [5], sampling=Sampling(1.0, max_tokens=4, stop_token_ids=(1,), top_p=0.9))
-    assert (row.logprobs, row.kept_mass) == ([-0.5], [1.0])
-    assert engine.policies == [Path("policy")]
-    assert engine.requests == [Request([5], seed=0)]
-
-
-# Sampling and requests
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"temperature": -1.0}, {"temperature": 0.001}, {"max_tokens": 0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}],
-)
-def test_sampling_outside_its_range_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is"):
-        Sampling(**({"temperature": 1.0, "max_tokens": 8, "stop_token_ids": (1,)} | wrong))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (Request([], seed=0), "prompt 0 has 0 tokens: expected 1 to 7"),
-        (Request([2] * 8, seed=0), "prompt 0 has 8 tokens: expected 1 to 7"),
-        (Request([2, 100], seed=0), "expected 0 to 99"),
-        (Request([2, -1], seed=0), "expected 0 to 99"),
-        (Request([2], seed=-1), "seed -1"),
-        (Request([2], seed=MAX_SEED + 1), "seed"),
-    ],
-)
-def test_request_that_no_engine_can_answer_is_refused(request_: Request, message: str) -> None:
-    with pytest.raises(EngineError, match=message):
-        check_requests([request_], max_model_len=8, vocab_size=100)

@@ -6,35 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import EngineError, PolicyError
 from stages.engines.base import EngineSettings, Generated, Request, Sampling
 from stages.engines.transformers_engine import TransformersEngine, apply_filters, draw
+from tests.policies import EOS, save_random_qwen2
 
 VOCAB_SIZE = 83
-STOP = 1
-SAMPLING = Sampling(temperature=1.0, max_tokens=24, stop_token_ids=(STOP,))
+SAMPLING = Sampling(temperature=1.0, max_tokens=24, stop_token_ids=(EOS,))
 
 
 def make_policy(path: Path, *, seed: int, hidden_size: int = 32) -> Path:
-    """Save a random model; large initial weights make its distributions far from uniform."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden_size,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        eos_token_id=STOP,
-        pad_token_id=0,
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": hidden_size, "intermediate_size": 64, "num_attention_heads": 4}
+    return save_random_qwen2(
+        path, seed=seed, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3, **sizes
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)  # type: ignore[no-untyped-call]
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +120,7 @@ def test_token_of_probability_zero_is_never_drawn() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_equal_one_plain_forward(policy: Path, temperature: float) -> None:
-    sampling = Sampling(temperature=temperature, max_tokens=24, stop_token_ids=(STOP,))
+    sampling = Sampling(temperature=temperature, max_tokens=24, stop_token_ids=(EOS,))
     requests = make_requests()
     rows = make_engine(policy).generate(requests, sampling, None)
     for request, row in zip(requests, rows, strict=True):
@@ -142,7 +129,7 @@ def test_logprobs_equal_one_plain_forward(policy: Path, temperature: float) -> N
 
 
 def test_kept_mass_turns_truncated_logprobs_into_full_ones(policy: Path) -> None:
-    sampling = Sampling(temperature=0.8, max_tokens=24, stop_token_ids=(STOP,), top_p=0.7, top_k=20, min_p=0.01)
+    sampling = Sampling(temperature=0.8, max_tokens=24, stop_token_ids=(EOS,), top_p=0.7, top_k=20, min_p=0.01)
     requests = make_requests()
     rows = make_engine(policy).generate(requests, sampling, None)
     for request, row in zip(requests, rows, strict=True):
@@ -177,7 +164,7 @@ def test_row_depends_on_its_seed_and_not_on_its_batch(policy: Path) -> None:
 
 
 def test_rows_end_at_a_stop_token_at_max_tokens_or_at_the_context(policy: Path) -> None:
-    stops = (STOP, 7, 8, 9)
+    stops = (EOS, 7, 8, 9)
     engine = make_engine(policy, max_model_len=20)
     requests = make_requests(40)
     rows = engine.generate(requests, Sampling(1.0, max_tokens=15, stop_token_ids=stops), None)

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import EngineError
 from stages.engines.base import EngineSettings, Generated, Request, Sampling
 from stages.engines.process import EngineProcess
+from tests.policies import EOS, save_random_qwen2
 
 pytestmark = pytest.mark.vllm
 
 VOCAB_SIZE = 83
-STOP = 1
 SETTINGS = EngineSettings(
     engine="vllm",
     dtype="float32",
@@ -28,7 +28,7 @@ SETTINGS = EngineSettings(
     num_threads=1,
     kv_cache_gib=0.004,  # 32 blocks of 128 tokens for these models: room for 16 short rows, not for 16 long ones
 )
-SAMPLING = Sampling(temperature=1.0, max_tokens=16, stop_token_ids=(STOP,))
+SAMPLING = Sampling(temperature=1.0, max_tokens=16, stop_token_ids=(EOS,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +44,10 @@ class Engines:
 
 
 def make_policy(path: Path, *, seed: int, is_tied: bool) -> Path:
-    """Save a random model; large initial weights make its distributions far from uniform."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=is_tied,
-        initializer_range=0.1,
-        eos_token_id=STOP,
-        pad_token_id=0,
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    return save_random_qwen2(
+        path, seed=seed, max_position_embeddings=256, tie_word_embeddings=is_tied, initializer_range=0.1, **sizes
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)  # type: ignore[no-untyped-call]
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +107,7 @@ def test_processed_logprobs_include_the_temperature(engines: Engines) -> None:
     policy = engines.policies["tied-0"]
     engines.tied.load(policy)
     requests = make_requests()
-    rows = engines.tied.generate(requests, Sampling(0.6, max_tokens=16, stop_token_ids=(STOP,)), None)
+    rows = engines.tied.generate(requests, Sampling(0.6, max_tokens=16, stop_token_ids=(EOS,)), None)
     pairs = zip(forward_logprobs(policy, requests, rows, 0.6), flat_logprobs(rows), strict=True)
     ratios = [math.exp(trainer - sampler) for trainer, sampler in pairs]
     assert len(ratios) > 300
@@ -152,13 +139,13 @@ def test_rows_end_at_a_stop_token_or_at_max_tokens(engines: Engines) -> None:
         assert row.kept_mass is None
     assert {row.finish_reason for row in rows} == {"stop", "length"}
     # the model's own end-of-sequence token is a token like any other unless the caller names it
-    assert any(STOP in row.token_ids[:-1] for row in rows)
+    assert any(EOS in row.token_ids[:-1] for row in rows)
 
 
 def test_greedy_and_a_single_kept_token_agree(engines: Engines) -> None:
     requests = make_requests(12)
-    greedy = engines.tied_later.generate(requests, Sampling(0.0, 16, (STOP,)), None)
-    only_one = engines.tied_later.generate(requests, Sampling(1.0, 16, (STOP,), top_k=1), None)
+    greedy = engines.tied_later.generate(requests, Sampling(0.0, 16, (EOS,)), None)
+    only_one = engines.tied_later.generate(requests, Sampling(1.0, 16, (EOS,), top_k=1), None)
     assert [row.token_ids for row in greedy] == [row.token_ids for row in only_one]
     assert set(flat_logprobs(only_one)) == {0.0}
 
@@ -179,7 +166,7 @@ def test_progress_ends_with_all_rows_and_tokens(engines: Engines) -> None:
 def test_call_that_could_overflow_the_cache_is_refused_and_the_engine_goes_on(engines: Engines) -> None:
     long = [Request([5] * 100, seed=i) for i in range(16)]
     with pytest.raises(EngineError, match=r"can need 32: expected room for all; set resources\.kv_cache_gib to 0\.01"):
-        engines.tied_later.generate(long, Sampling(1.0, 100, (STOP,)), None)
+        engines.tied_later.generate(long, Sampling(1.0, 100, (EOS,)), None)
     with pytest.raises(EngineError, match=f"expected 0 to {VOCAB_SIZE - 1}"):
         engines.tied_later.generate([Request([VOCAB_SIZE], seed=0)], SAMPLING, None)
     assert len(engines.tied_later.generate(make_requests(3), SAMPLING, None)) == 3

@@ -18,7 +18,6 @@ from tests.hostile_answers import CALL, DRESSES, MARK, NOT_RUN, PAYLOADS, SUM, w
 from tests.judge_server import serve
 from tests.rewards_doc import read_cases, reward_functions
 from tests.test_reward_cases import SERVER, outcomes, scripted
-from tests.tiny_models import save_case_models
 
 LENGTH = 2_000
 NOTICED = 0.03
@@ -84,10 +83,12 @@ def seconds(function: Callable[[str], Any], text: str) -> float:
     return min(found)
 
 
-def test_a_hostile_answer_reaches_no_interpreter_in_any_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_answer_reaches_no_interpreter_in_any_reward(
+    case_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.chdir(tmp_path)  # where a payload that is executed leaves a file
-    known = {f"{{{name}}}": path for name, path in save_case_models(tmp_path / "models").items()}
+    known = {f"{{{name}}}": path for name, path in case_models.items()}
     decided_first = sorted(read_cases(), key=lambda case: case["reward"] is None)
     for name in [name for name, _ in reward_functions() if name not in NOT_RUN]:
         case = next(case for case in decided_first if case["function"] == name)

@@ -25,7 +25,8 @@ from stages.inspect.verify import files as verify_files
 from stages.inspect.verify import verify as verify_module
 from stages.inspect.verify.verify import verify_run
 from tests import hostile
-from tests.finished import finished_run, fix_chain, fix_hashes, forge, manifest_of, replace_value
+from tests.finished import finished_run, forge, replace_value
+from tests.manifests import fix_chain, fix_hashes, manifest_of
 
 COMPLETIONS = "iterations/000000/completions"
 POLICY = "iterations/000000/policy"
@@ -116,7 +117,7 @@ def asked() -> Iterator[tuple[str, list[str]]]:
 def list_prize(run: RunDir, name: str, url: str) -> None:
     """Make the completions list a file that only a store has, and name that store."""
     place = run.root / COMPLETIONS
-    manifest = hostile.read_manifest(place)
+    manifest = manifest_of(place)
     manifest["files"][name] = {"rows": None, "bytes": 5, "sha256": hashlib.sha256(b"prize").hexdigest()}
     hostile.write_manifest(place, manifest)
     (place / ".store.json").write_text(json.dumps({"url": url}))
@@ -147,7 +148,7 @@ def test_a_reference_to_a_url_is_not_followed_and_the_message_says_how_it_would_
     place = run.root / COMPLETIONS
     note = {
         "path": f"{url}/steal/runs/x/iterations/000000/completions",
-        "digest": hostile.read_manifest(place)["digest"],
+        "digest": manifest_of(place)["digest"],
     }
     shutil.rmtree(place)
     place.with_name("completions.reference.json").write_text(json.dumps(note))
@@ -261,7 +262,7 @@ def test_pruning_deletes_nothing_behind_a_name_or_a_link_that_leads_out(run: Run
     facts = {"rows": None, "bytes": 4, "sha256": hashlib.sha256(b"dear").hexdigest()}
     (place / "sub").symlink_to(dear.parent)
     for name in ("../../../../outside/model.safetensors", "sub/model.safetensors"):
-        manifest = hostile.read_manifest(place)
+        manifest = manifest_of(place)
         manifest["files"][name] = facts
         hostile.write_manifest(place, manifest)
         code, said = grpo("prune run --keep-policies 1")

@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,6 @@ from stages.rewards.scorer import Scorer
 from tests.test_reward_workers import score
 
 LATE = "no reward within {} s (time_limit)"
-
-
-@pytest.fixture
-def scorer() -> Iterator[Scorer]:
-    scorer = Scorer(num_workers=2)
-    yield scorer
-    scorer.close()
 
 
 @pytest.mark.parametrize(

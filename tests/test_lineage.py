@@ -15,7 +15,8 @@ from pipeline.conformance import conform
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, UsageError
 from pipeline.lineage import ancestry, trace, updates_of
 from pipeline.run_dir import RunDir
-from tests.finished import finished_run, fix_hashes, manifest_of
+from tests.finished import finished_run
+from tests.manifests import fix_hashes, manifest_of
 
 
 @pytest.fixture(scope="module")

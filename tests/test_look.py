@@ -23,7 +23,7 @@ from pipeline.errors import UsageError
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
 from stages.inspect.metrics import recorded_metrics
-from tests.finished import manifest_of
+from tests.manifests import manifest_of
 from tests.policies import EOS
 from tests.small_run import DIGIT_0, make_small_run
 

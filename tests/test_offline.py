@@ -28,7 +28,7 @@ from stages.config import RunConfig
 from stages.inspect.metrics import append_metrics, iteration_metrics, rising_kl
 from tests.finished import forge
 from tests.small_run import make_small_run
-from tests.test_optimize import batch_rows, gradients, sha256_of_weights, tiny_policy
+from tests.updates import batch_rows, frozen, gradients, sha256_of_weights, tiny_policy
 
 STEPS = ("score", "normalize", "batch", "logprobs", "update", "optimizer")
 ROWS_AGAIN = 3
@@ -72,8 +72,8 @@ NO_CLIP = {"name": "ppo_clip", "clip_low": None, "clip_high": None, "dual_clip":
 @pytest.mark.parametrize("ratio", [0.5, 3.0])
 def test_the_kl_to_the_proximal_policy_pulls_back_what_stored_rows_have_moved(ratio: float) -> None:
     """Its gradient, coefficient x ratio x log ratio per token, is that of an advantage -coefficient x log ratio."""
-    held = UpdateConfig(learning_rate=1e-12, offline_kl_coef=0.3)
-    free = UpdateConfig(learning_rate=1e-12, offline_kl_coef=0, loss=NO_CLIP)
+    held = frozen(offline_kl_coef=0.3)
+    free = frozen(offline_kl_coef=0, loss=NO_CLIP)
     loss, found = gradients(stored_rows(ratio, 0.0), held)
     _, expected = gradients(stored_rows(ratio, -0.3 * math.log(ratio)), free)
     for name, gradient in expected.items():
@@ -83,9 +83,9 @@ def test_the_kl_to_the_proximal_policy_pulls_back_what_stored_rows_have_moved(ra
 
 @pytest.mark.parametrize("proximal", ["update", "sampler"])
 def test_the_kl_to_the_proximal_policy_is_a_matter_of_phases(proximal: Any) -> None:
-    held = UpdateConfig(learning_rate=1e-12, offline_kl_coef=0.3, proximal=proximal)
+    held = frozen(offline_kl_coef=0.3, proximal=proximal)
     assert gradients(stored_rows(3.0, 0.0), held)[0] == 0
-    assert gradients(batch_rows().with_columns(advantage=pl.lit(0.0)), UpdateConfig(learning_rate=1e-12))[0] == 0
+    assert gradients(batch_rows().with_columns(advantage=pl.lit(0.0)), frozen())[0] == 0
 
 
 def test_the_sampler_as_the_proximal_policy_leaves_nothing_to_correct() -> None:

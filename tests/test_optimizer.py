@@ -13,7 +13,7 @@ from grpo.optimizer import learning_rate_at, load_optimizer, make_optimizer, sav
 from grpo.policy import load_policy, save_policy
 from grpo.settings import AdamWConfig, UpdateConfig
 from grpo.train_step import train_on_batches
-from tests.test_optimize import FROZEN, batch_rows, sha256_of_weights, tiny_policy
+from tests.updates import FROZEN, batch_rows, sha256_of_weights, tiny_policy
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

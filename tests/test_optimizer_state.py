@@ -31,7 +31,8 @@ from stages.policy import PolicyConfig
 from stages.preflight import preflight
 from stages.trainers.local import LocalTrainer
 from stages.trainers.resume import check_equal, resume
-from tests.finished import answer, finished_run, fix_hashes, manifest_of
+from tests.finished import answer, finished_run
+from tests.manifests import fix_hashes, manifest_of
 from tests.stores import new_machine, objects, start
 
 STATE = "state.safetensors"

@@ -21,7 +21,8 @@ from pipeline.parquet import check_parts
 from pipeline.reading import inside, is_plain, open_regular, parse_json, read_json
 from pipeline.schema import SCHEMAS
 from tests.builders import reward_rows, write_artifact
-from tests.hostile import NAMES, read_manifest, write_bomb, write_manifest
+from tests.hostile import NAMES, write_bomb, write_manifest
+from tests.manifests import manifest_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = ("part-00000.parquet", "1_Pooling/config.json", "..config", "ä b.json", "manifest.json", ".store.json")
@@ -131,7 +132,7 @@ FIELDS: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), FIELDS, ids=lambda item: repr(item)[:40])
 def test_every_field_of_a_manifest_is_of_its_kind(tmp_path: Path, name: str, value: Any) -> None:
     write_artifact(tmp_path / "rewards", "rewards", reward_rows(a=[1.0]))
-    manifest = read_manifest(tmp_path / "rewards")
+    manifest = manifest_of(tmp_path / "rewards")
     parse_manifest(dict(manifest))
     manifest[name] = value
     if name not in ("recipe", "content", "digest"):

@@ -1,7 +1,6 @@
 """Replay: what is stored is computed again and compared; the run is only read."""
 
 import json
-import shutil
 from pathlib import Path
 
 import polars as pl
@@ -15,21 +14,8 @@ from pipeline.prune import prunable, prune
 from pipeline.run_dir import RunDir
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
-from tests.finished import answer, finished_run, forge, replace_value
+from tests.finished import answer, forge, replace_value
 from tests.policies import EOS
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
-    """Return a finished run of two iterations, not to be changed."""
-    return finished_run(tmp_path_factory.mktemp("replay"), tiny_policy).root
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunDir:
-    """Return a copy of the finished run."""
-    shutil.copytree(original, tmp_path / "run")
-    return RunDir(tmp_path / "run")
 
 
 def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:

@@ -20,7 +20,7 @@ from pipeline.errors import ArtifactDamaged, ArtifactMissing, SchemaError, Usage
 from pipeline.text import STEERING, visible
 from stages.inspect.report_data import Report, heat
 from tests.builders import advantage_rows, completion_rows, fill, prompt_rows, reward_rows, write_artifact
-from tests.finished import fix_hashes
+from tests.manifests import fix_hashes
 from tests.report_runs import new_run, write_iteration
 
 HOSTILE = (

@@ -18,21 +18,9 @@ from pipeline.runs import lock
 from stages.config import recorded_config
 from stages.engines.scripted import ScriptedEngine
 from tests.finished import answer, finished_run
+from tests.small_run import perform_iteration
 
 GOING = {"policy": "model.safetensors", "optimizer": "state.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Path:
-    """Return a finished run of two iterations, not to be changed."""
-    return finished_run(tmp_path_factory.mktemp("retention"), tiny_policy).root
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunDir:
-    """Return a copy of the finished run."""
-    shutil.copytree(original, tmp_path / "run")
-    return RunDir(tmp_path / "run")
 
 
 def files(run: RunDir) -> set[str]:
@@ -147,8 +135,7 @@ def test_a_pruned_run_goes_on(tmp_path: Path, tiny_policy: Path) -> None:
     list(prune(prunable(run, 1, [])))
     with closing(Session(recorded_config(run), run, _engine=ScriptedEngine(answer))) as session:
         for k in range(3):
-            for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
-                session.perform(stage, k)
+            perform_iteration(session, k)
 
 
 def test_an_update_from_a_pruned_policy_is_refused(tmp_path: Path, tiny_policy: Path) -> None:

@@ -16,7 +16,6 @@ from pipeline.functions import import_function
 from stages.rewards.base import FACTS, Score
 from tests.judge_server import Reply, be_calm, fails, says, serve
 from tests.rewards_doc import MARK, PLACEHOLDERS, TARGET, read_cases, reward_functions, reward_table
-from tests.tiny_models import save_case_models
 
 KEYS = {"function", "case", "why", "row", "rows", "arguments", "judge_says", "reward", "detail", "error"}
 SERVER = "{judge_server}"
@@ -47,13 +46,6 @@ def facts(row: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
     metadata = {**row.get("metadata", {}), **{key: row[key] for key in row if key not in FACTS}}
     known = {key: row[key] for key in row if key in FACTS}
     return {"completion_id": f"c{index}", **UNSAID, **known, "metadata": metadata}
-
-
-@pytest.fixture(scope="session")
-def case_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the placeholder of each tiny model with its path."""
-    found = save_case_models(tmp_path_factory.mktemp("case_models"))
-    return {f"{{{name}}}": path for name, path in found.items()}
 
 
 def placeholders(case: Mapping[str, Any]) -> set[str]:
@@ -145,7 +137,8 @@ def test_a_reward_function_gives_what_was_worked_out_by_hand(
 ) -> None:
     assert set(case) <= KEYS, "a key is misspelt"
     named = placeholders(case)
-    known: dict[str, str] = request.getfixturevalue("case_models") if named - {SERVER} else {}
+    models: dict[str, str] = request.getfixturevalue("case_models") if named - {SERVER} else {}
+    known = {f"{{{name}}}": path for name, path in models.items()}
     with ExitStack() as stack:
         if SERVER in named:
             be_calm(monkeypatch, tmp_path)

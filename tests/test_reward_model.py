@@ -1,8 +1,7 @@
-"""Training a reward model: the loss, the data it may use, a refresh with replay, the same bits twice."""
+"""Training a reward model: the loss, what is trained on, a refresh with replay, the same bits twice."""
 
 import json
 import math
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from pipeline.errors import ConfigError, PolicyError, RewardError, SourceError
 from pipeline.run_dir import RunDir
 from pipeline.stage import StageResult
 from stages.reward_model.preference_loss import preference_accuracy, preference_loss
-from stages.reward_model.preferences import draw_replay, read_preferences, without_duplicates
 from stages.reward_model.reward_model import (
     RewardModelConfig,
     encode_pairs,
@@ -25,31 +23,10 @@ from stages.reward_model.reward_model import (
     train_reward_model,
 )
 from stages.rewards.models.preference_model import preference_score
-from tests.builders import completion_rows, prompt_rows, write_artifact
+from tests.preferences import jsonl, longer_is_better, store_run
 from tests.tiny_models import answer_rows, save_constant_classifier, save_last_word_reward_model, save_uniform_lm
 
-WORDS = ("red", "green", "blue", "sky", "is", "the")
 QUICK = {"batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 5, "num_threads": 1, "pairs_per_forward": 16}
-
-
-def longer_is_better(path: Path, count: int, seed: int) -> str:
-    """Write preferences of random words in which the longer answer is chosen; no question occurs twice."""
-    draw = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        short, long = sorted(draw.sample(range(1, 11), 2))
-        prompt, chosen, rejected = (" ".join(draw.choices(WORDS, k=k)) for k in (8, long, short))
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return jsonl(path, *rows)
-
-
-def jsonl(path: Path, *rows: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read(*files: str, runs: tuple[str, ...] = (), held_out_share: float = 0.0) -> list[dict[str, Any]]:
-    return read_preferences(files, runs, source="new", default_margin=0.5, held_out_share=held_out_share).rows
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +85,6 @@ def test_accuracy_counts_equal_rewards_as_half() -> None:
     assert preference_accuracy([], []) is None
 
 
-# what is trained on
-
-
 def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own() -> None:
     ids = [f"p{i}" for i in range(7)]
     batches = order_batches(ids, epochs=2, batch_size=3, seed=0)
@@ -120,94 +94,6 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own() -> None:
     assert first != second
     assert order_batches(ids[::-1], epochs=2, batch_size=3, seed=0) == batches
     assert order_batches(ids, epochs=2, batch_size=3, seed=1) != batches
-
-
-def test_texts_of_several_shapes_are_the_same_preference(tmp_path: Path) -> None:
-    question, yes, no = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "y"), ("assistant", "n")))
-    shapes = [
-        {"prompt": "q", "chosen": "y", "rejected": "n"},
-        {"prompt": [question], "chosen": [yes], "rejected": [no]},
-        {"messages": [question], "chosen": "y", "rejected": "n"},
-        {"chosen": [question, yes], "rejected": [question, no]},
-    ]
-    rows = [read(jsonl(tmp_path / f"{i}.jsonl", shape))[0] for i, shape in enumerate(shapes)]
-    assert {row["preference_id"] for row in rows} == {rows[0]["preference_id"]}
-    assert [row["messages"] for row in rows] == [[question]] * 4
-    assert [(row["chosen"], row["rejected"], row["margin"]) for row in rows] == [("y", "n", 0.5)] * 4
-
-
-def test_ids_are_joined_to_stored_completions(tmp_path: Path) -> None:
-    run = store_run(tmp_path / "run")
-    rows = jsonl(tmp_path / "p.jsonl", {"chosen_id": "c1", "rejected_id": "c0", "margin": 2, "rater": "ann"})
-    found = read_preferences([rows], [run], source="new", default_margin=0.0, held_out_share=0.0)
-    [row] = found.rows
-    assert (row["chosen"], row["rejected"], row["margin"], row["rater"]) == ("blue", "red", 2.0, "ann")
-    assert row["messages"] == [{"role": "user", "content": "the sky"}]
-    assert [name.partition(":")[0] for name in found.completions] == ["completions", "prompts"]
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ({"chosen_id": "c1", "rejected_id": "zz"}, r"names the completions \['zz'\]"),
-        ({"chosen_id": "c1", "rejected_id": "c2"}, "different questions"),
-        ({"better": "c1"}, "expected chosen_id and rejected_id"),
-        (
-            {"prompt": "q", "chosen": [{"role": "a"}], "rejected": "n"},
-            "in the column chosen: expected a list of objects with a role",
-        ),
-        ({"chosen": "y", "rejected": "n"}, "add a column prompt"),
-        ({"prompt": "q", "chosen": "y", "rejected": "n", "margin": "big"}, "the margin 'big'"),
-        ({"prompt": "q", "chosen": "y", "rejected": "n", "margin": [1]}, r"the margin \[1\]|the margin \[1.0\]"),
-        ({"prompt": "q", "chosen": "y", "rejected": "n", "rater": ["ann"]}, r"has \['ann'\] in the column rater"),
-        (
-            {"prompt": [{"role": "user", "content": "q", "tool_calls": ["f"]}], "chosen": "y", "rejected": "n"},
-            "a turn with tool_calls",
-        ),
-    ],
-)
-def test_a_row_that_says_nothing_clear_is_refused(tmp_path: Path, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(SourceError, match=said) as found:
-        read(jsonl(tmp_path / "p.jsonl", row), runs=(store_run(tmp_path / "run"),))
-    assert "row 1 of" in str(found.value)
-
-
-def test_rows_without_use_say_why(tmp_path: Path) -> None:
-    file = jsonl(
-        tmp_path / "p.jsonl",
-        {"prompt": "q", "chosen": "y", "rejected": "n", "is_tie": False},
-        {"prompt": "q", "chosen": "y", "rejected": "y", "is_tie": False},
-        {"prompt": "q", "chosen": "y", "rejected": "n", "is_tie": True},
-        {"prompt": "q", "chosen": "y", "rejected": "n", "is_tie": False},
-    )
-    assert [row["drop_reason"] for row in without_duplicates(read(file))] == [None, "equal", "tie", "duplicate"]
-
-
-def test_the_same_choice_of_two_raters_counts_twice(tmp_path: Path) -> None:
-    rows = ({"prompt": "q", "chosen": "y", "rejected": "n", "rater": rater} for rater in ("ann", "bob"))
-    assert [r["drop_reason"] for r in without_duplicates(read(jsonl(tmp_path / "p.jsonl", *rows)))] == [None, None]
-
-
-def test_a_question_is_held_out_with_all_its_preferences(tmp_path: Path) -> None:
-    rows = [{"prompt": f"q{i % 50}", "chosen": f"y{i}", "rejected": "n"} for i in range(200)]
-    found = pl.DataFrame(read(jsonl(tmp_path / "p.jsonl", *rows), held_out_share=0.3))
-    held = pl.col("drop_reason").eq_missing("held_out")
-    shares = found.group_by("messages").agg(held.mean())["drop_reason"].to_list()
-    assert set(shares) == {0.0, 1.0}
-    assert 0.1 < sum(shares) / 50 < 0.5
-
-
-def test_a_replay_draws_the_nearest_number_of_older_rows_whatever_their_order() -> None:
-    older = [
-        {"preference_id": f"p{i}", "source": "older", "drop_reason": "held_out" if i < 5 else None} for i in range(40)
-    ]
-    new = [{"preference_id": "n", "source": "new", "drop_reason": None}]
-    rows = draw_replay([*new, *older], share=0.1, seed=0)
-    drawn = {r["preference_id"] for r in rows if r["drop_reason"] is None}
-    assert len(drawn) == 1 + 4  # 3.5 of 35, rounded up
-    assert [r["drop_reason"] for r in rows].count("held_out") == 5
-    assert {r["preference_id"] for r in draw_replay(older[::-1] + new, 0.1, 0) if r["drop_reason"] is None} == drawn
-    assert {r["preference_id"] for r in draw_replay(older + new, 0.1, 1) if r["drop_reason"] is None} != drawn
 
 
 def test_pairs_over_the_limit_are_dropped_and_never_cut(base: Path) -> None:
@@ -393,26 +279,3 @@ def test_the_config_is_a_table_of_a_file(tmp_path: Path) -> None:
     assert (found.base, found.seed, found.replay_share) == ("org/model", 3, 0.1)
     with pytest.raises(ConfigError, match=r"reward_model\.epoch"):
         load_reward_model_config(tmp_path / "rm.toml", ["reward_model.epoch=3"])
-
-
-def store_run(root: Path) -> str:
-    """Store a run with the completions c0 red, c1 blue of one question, and c2 of another."""
-    run = RunDir(root)
-    run.record_config("", {})
-    user = {"role": "user", "content": "the sky"}
-    write_artifact(
-        run.place(0, "prompts"),
-        "prompts",
-        prompt_rows(
-            {"prompt_id": "p", "messages": [user]}, {"prompt_id": "q", "messages": [{**user, "content": "is"}]}
-        ),
-    )
-    answers = [{"completion": "red"}, {"completion": "blue"}, {"completion": "green", "prompt_id": "q"}]
-    write_artifact(run.place(0, "completions"), "completions", completion_rows(*answers))
-    return str(root)
-
-
-def test_a_margin_that_pandas_left_out_is_the_default(tmp_path: Path) -> None:
-    file = tmp_path / "p.parquet"
-    pl.DataFrame({"prompt": "q", "chosen": "y", "rejected": "n", "margin": [float("nan")]}).write_parquet(file)
-    assert [row["margin"] for row in read(str(file))] == [0.5]

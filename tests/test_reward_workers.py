@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,6 @@ WRONG = {
     "recursion": "RecursionError: maximum recursion depth exceeded",
     "detail": "the detail is not JSON",
 }
-
-
-@pytest.fixture
-def scorer() -> Iterator[Scorer]:
-    scorer = Scorer(num_workers=2)
-    yield scorer
-    scorer.close()
 
 
 def score(scorer: Scorer, function: str, texts: list[str], **config: Any) -> pl.DataFrame:

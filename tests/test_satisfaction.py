@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
@@ -16,16 +15,12 @@ from stages.rewards.answers.ratings import (
     rating,
     rating_identity,
 )
+from tests.preferences import jsonl
 
 
 def answers(*ids: str, **groups: str) -> pl.DataFrame:
     """Return answers of the group g, or of the given one."""
     return pl.DataFrame({"completion_id": ids, "group_id": [groups.get(i, "g") for i in ids]})
-
-
-def jsonl(path: Path, *rows: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def wins(path: Path, *pairs: tuple[str, str]) -> str:

@@ -26,7 +26,7 @@ from pipeline.conformance import conform
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
 from pipeline.text import STEERING, escaped, json_text, one_line, restored, visible
-from tests.finished import fix_chain
+from tests.manifests import fix_chain
 from tests.small_run import make_small_run
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from stages.inspect.verify.verify import verify_run
 from tests.finished import DIGIT_0, finished_run
 from tests.policies import EOS
 from tests.small_run import make_small_run
-from tests.test_optimize import batch_rows, sha256_of_weights
-from tests.test_optimize import tiny_policy as tiny_model
+from tests.updates import batch_rows, sha256_of_weights
+from tests.updates import tiny_policy as tiny_model
 
 NUMBERS = [name for name in RECORD_SCHEMA if name not in TOKEN_LISTS]
 LISTS = [*TOKEN_LISTS, "clip_reasons", "mask_reasons", "token_losses"]

@@ -1,6 +1,5 @@
 """The audit of recorded tokens: each way to forge a list is found."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ def original(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Pat
     """Return a finished run with recorded tokens and two optimizer steps, not to be changed."""
     folder = tmp_path_factory.mktemp("verify_tokens")
     return finished_run(folder, tiny_policy, update="record_tokens = true\n[batch]\noptimizer_steps = 2").root
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> RunDir:
-    """Return a copy of it."""
-    shutil.copytree(original, tmp_path / "run")
-    return RunDir(tmp_path / "run")
 
 
 def found(run: RunDir) -> list[str]:

@@ -1,11 +1,14 @@
 """Tiny models for tests whose outputs are known by construction."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 WORDS = ("<pad>", "<eos>", "<unk>", "<bos>", "red", "green", "blue", "sky", "is", "the", ".", "user", "assistant", ":")
+
+NLI = {0: "contradiction", 1: "entailment", 2: "neutral"}
 
 
 def save_word_tokenizer(path: Path, *, bos: bool = True, words: Sequence[str] = WORDS, chat: bool = False) -> None:
@@ -56,23 +59,13 @@ def save_constant_classifier(
 ) -> None:
     """Save a BERT classifier whose weights are 0 but for its last bias: it gives these logits to every input."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertForSequenceClassification
 
     from grpo.policy import save_policy
 
     names = dict(labels or {i: f"LABEL_{i}" for i in range(len(logits))})
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        max_position_embeddings=context,
-        pad_token_id=0,
-        id2label=names,
-        label2id={name: i for i, name in names.items()},
-    )
-    model: Any = BertForSequenceClassification(config)
+    indices = {name: i for i, name in names.items()}
+    model: Any = BertForSequenceClassification(_bert_config(context, id2label=names, label2id=indices))
     for parameter in model.parameters():
         parameter.data.zero_()
     model.classifier.bias.data = torch.tensor(list(logits))
@@ -153,36 +146,31 @@ def save_word_encoder(path: Path, vectors: Mapping[str, Sequence[float]], *, lon
 def save_random_encoder(path: Path, *, context: int) -> None:
     """Save a random BERT with its tokenizer; sentence-transformers takes the mean of its tokens."""
     import torch
-    from transformers import BertConfig, BertModel
+    from transformers import BertModel
 
     from grpo.policy import save_policy
 
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        max_position_embeddings=context,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
     path.mkdir(parents=True)
-    save_policy(BertModel(config), path)
+    save_policy(BertModel(_bert_config(context)), path)
     save_word_tokenizer(path)
 
 
 def save_case_models(folder: Path) -> dict[str, str]:
     """Save the models that worked cases of rewards name; return their paths. `rewards_doc` says what each does."""
-    nli = {0: "contradiction", 1: "entailment", 2: "neutral"}
     halves = {0: "entailment", 1: "not_entailment"}
     save_word_encoder(folder / "word_encoder", {"red": [1, 0], "green": [0, 1], "blue": [3.0, 4.0], "minus": [-1, 0]})
     save_uniform_lm(folder / "uniform_lm", chat=True)
     save_favourite_lm(folder / "favourite_lm", "red")
-    save_constant_classifier(folder / "constant_classifier", [0.0, math.log(2), 0.0], nli)
+    save_constant_classifier(folder / "constant_classifier", [0.0, math.log(2), 0.0], NLI)
     save_last_word_classifier(folder / "last_word_classifier", [{"red": math.log(3)}, {}], halves)
     save_last_word_reward_model(folder / "reward_model", chat=True, scores={"red": 1.5, "blue": -2.0})
     return {path.name: str(path) for path in folder.iterdir()}
+
+
+def detail(frame: Any, row: int = 0) -> Any:
+    """Return what a reward says it saw in a row."""
+    return json.loads(frame["detail"][row])
 
 
 def answer_rows(*rows: dict[str, Any]) -> Any:
@@ -213,6 +201,13 @@ def _say_nothing_between(model: Any) -> None:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     model.model.embed_tokens.weight.data = torch.eye(len(WORDS), 16)
+
+
+def _bert_config(context: int, **more: Any) -> Any:
+    from transformers import BertConfig
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return BertConfig(vocab_size=len(WORDS), max_position_embeddings=context, pad_token_id=0, **sizes, **more)
 
 
 def _shape() -> dict[str, Any]:

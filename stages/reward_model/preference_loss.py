@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from grpo.optimizer import learning_rate_at, make_optimizer
+from grpo.optimizer import clip_gradient, make_optimizer, take_step
 from grpo.settings import AdamWConfig
 from stages.rewards.models.classifier import Encoding, class_logits
 
@@ -84,20 +84,14 @@ def train_on_preferences(
             torch.autograd.backward(loss_P.sum())
             loss += loss_P.sum().item()
             right += (preference_accuracy(chosen_P.tolist(), rejected_P.tolist()) or 0.0) * len(pairs) / len(batch)
-        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+        grad_norm = clip_gradient(model, config.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise ArithmeticError(
                 f"the preferences {', '.join(p.preference_id for p in batch[:8])} (of {len(batch)} in a batch) gave "
                 f"the loss {loss} and a gradient of norm {grad_norm}: expected finite ones; lower the learning rate, "
                 "and look at their margins and at the base model's weights"
             )
-        learning_rate = learning_rate_at(optimizer.num_steps, config)
-        for group in optimizer.adamw.param_groups:
-            group["lr"] = learning_rate
-        optimizer.adamw.step()
-        optimizer.num_steps += 1
-        steps.append(PreferenceStep(loss, right, grad_norm, learning_rate))
+        steps.append(PreferenceStep(loss, right, grad_norm, take_step(optimizer, config)))
         if on_step is not None:
             on_step(len(steps), steps[-1])
     model.zero_grad()

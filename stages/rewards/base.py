@@ -46,7 +46,7 @@ FACTS = {
     "prompt": "the last user message",
     "reference": "the reference answer, or null",
     "messages": "the whole conversation: a list of role and content",
-    "metadata": "the rest of the source row; for shapes 2 and 3 as JSON text",
+    "metadata": "the whole source row, answer included; for shapes 2 and 3 as JSON text",
     "task": "the source of the prompt",
     "completion_id": "identity of the answer",
     "group_id": "identity of its group",

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import regex
 
+from stages.rewards.answers.units import COMPOUND
+
 BOX = regex.compile(r"\\f?box(?:ed)?\s*+(?=(?<brace>\{)|(?<single>\w)\b)")
 BRACE = regex.compile(r"\\.|[{}]", regex.DOTALL)
 DELIMITER = regex.compile(r"\\[()\[\]]|\$\$|\\\$|\$")
@@ -37,14 +39,6 @@ MATHEMATICAL = regex.compile(
 VARIABLE = regex.compile(r"[b-zB-HJ-Z]")
 """A letter that is no English word of its own."""
 TELLS_SOMETHING = regex.compile(r"\p{N}|\\[a-zA-Z]|[\u03c0\u221e]|\p{L}\s*[=^<>]")
-SMALL_UNIT = (
-    r"(?:feet|foot|ft|inch(?:es)?|yards?|miles?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?"
-    r"|pounds?|lbs?|ounces?|oz|dollars?|cents?)"
-)
-COMPOUND = regex.compile(
-    rf"(?<![\p{{L}}\p{{N}}.,])[0-9]++\s?{SMALL_UNIT}\b(?:,?\s(?:and\s)?[0-9]++\s?{SMALL_UNIT}\b){{1,3}}"
-)
-"""A length or a time in two units: "2 feet 3 inches"."""
 JOINS_NUMBERS = regex.compile(r"\s*(?:,\s*)?(?:and|or)\s+")
 JOINS_FORMULAS = regex.compile(r"\s*(?:,|;|(?:,\s*)?(?:and|or)\b)\s*")
 

@@ -32,6 +32,15 @@ SMALL_UNITS = {
     "ounce": "ounce", "yd": "yard", "yard": "yard", "mile": "mile", "day": "day", "week": "week", "month": "month",
     "year": "year", "dollar": "dollar", "cent": "cent", "degree": "degree",
 }  # fmt: skip
+UNIT_IN_PROSE = (
+    r"(?:feet|foot|ft|inch(?:es)?|yards?|miles?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?"
+    r"|pounds?|lbs?|ounces?|oz|dollars?|cents?)"
+)
+"""Those of SMALL_UNITS to look for in prose, where "in" and single letters are mostly something else."""
+COMPOUND = regex.compile(
+    rf"(?<![\p{{L}}\p{{N}}.,])[0-9]++\s?{UNIT_IN_PROSE}\b(?:,?\s(?:and\s)?[0-9]++\s?{UNIT_IN_PROSE}\b){{1,3}}"
+)
+"""A length or a time in two units: "2 feet 3 inches"."""
 PART = regex.compile(
     r"\s*(?:(?:,|\band\b|\\text\s*\{\s*,?\s*and\s*\})\s*)?(?<number>-?[0-9]++(?:\.[0-9]++)?)(?:\s|\\[,;: ]|~)*"
     r"(?:\\(?:text|mathrm|mbox)\s*\{\s*(?<unit>[A-Za-z]++)\.?[\s,]*(?:and)?\s*\}|(?<unit>[A-Za-z]++|''|['\"])\.?,?)\s*"

@@ -1,94 +1,22 @@
 """Tests of grpo.train_step: the gradient of an update, its records, and its state between calls."""
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo.losses.options import PpoClip
 from grpo.optimizer import deterministic, make_optimizer
 from grpo.records import RECORD_SCHEMA
 from grpo.settings import UpdateConfig
 from grpo.train_step import STEP_SCHEMA, train_on_batches
-
-torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
-
-SCHEMA: dict[str, Any] = {
-    "optimizer_step": pl.Int32,
-    "microbatch": pl.Int32,
-    "row": pl.Int32,
-    "completion_id": pl.String,
-    "group_id": pl.String,
-    "prompt_token_ids": pl.List(pl.Int32),
-    "completion_token_ids": pl.List(pl.Int32),
-    "loss_mask": pl.List(pl.Boolean),
-    "sampling_logprobs": pl.List(pl.Float32),
-    "advantage": pl.Float64,
-    "temperature": pl.Float32,
-    "loss_denominator": pl.Float64,
-}
-
-
-def frozen(**options: Any) -> UpdateConfig:
-    """Return a config that leaves the weights alone, so that the gradients of a call can be read afterwards."""
-    return UpdateConfig(**{"max_grad_norm": None, **options}).model_copy(update={"learning_rate": 0.0})
-
-
-FROZEN = frozen()
-
-
-def tiny_policy(**options: Any) -> PreTrainedModel:
-    """Return a small random Qwen2 in evaluation mode; the same arguments give the same weights."""
-    torch.manual_seed(7)
-    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    auto: Any = AutoModelForCausalLM
-    model: Any = auto.from_config(AutoConfig.for_model("qwen2", **sizes | layers | options))
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    policy: PreTrainedModel = model.eval()
-    return policy
-
-
-def batch_rows(num_rows: int = 8, num_steps: int = 1, microbatch_rows: int = 3, seed: int = 0) -> pl.DataFrame:
-    """Return random rows in training order, with a masked token here and there."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for index in range(num_rows * num_steps):
-        length = int(random.integers(1, 7))
-        rows.append(
-            {
-                "optimizer_step": index // num_rows,
-                "microbatch": index % num_rows // microbatch_rows,
-                "row": index % num_rows,
-                "completion_id": f"c{index}",
-                "group_id": f"g{index // 4}",
-                "prompt_token_ids": random.integers(1, 40, int(random.integers(1, 5))).tolist(),
-                "completion_token_ids": random.integers(1, 40, length).tolist(),
-                "loss_mask": None if index % 3 else (random.random(length) < 0.7).tolist(),
-                "sampling_logprobs": (-3.7 + random.normal(size=length)).tolist(),
-                "advantage": float(random.normal()),
-                "temperature": 1.0 if index % 2 else 0.7,
-                "loss_denominator": 25.0,
-            }
-        )
-    return pl.DataFrame(rows, schema=SCHEMA)
-
-
-def gradients(frame: pl.DataFrame, settings: UpdateConfig = FROZEN) -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients of one optimizer step of the tiny policy on these rows."""
-    model = tiny_policy()
-    _, steps = train_on_batches(model, make_optimizer(model, settings), frame, settings)
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return steps["loss"][0], {name: gradient for name, gradient in found.items() if gradient is not None}
+from tests.updates import FROZEN, SCHEMA, batch_rows, frozen, gradients, sha256_of_weights, tiny_policy
 
 
 def assert_same_update(found: pl.DataFrame, expected: pl.DataFrame) -> None:
@@ -99,11 +27,6 @@ def assert_same_update(found: pl.DataFrame, expected: pl.DataFrame) -> None:
     assert gradient.keys() == expected_gradient.keys()
     for name, value in expected_gradient.items():
         torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def sha256_of_weights(model: PreTrainedModel) -> str:
-    """Return a hash of all parameters."""
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 
 
 def reference_loss(model: PreTrainedModel, frame: pl.DataFrame) -> Tensor:
