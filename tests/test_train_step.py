@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from grpo.losses.options import PpoClip
 from grpo.optimizer import deterministic, make_optimizer
+from grpo.policy_logprobs import frame_logprobs
 from grpo.records import RECORD_SCHEMA
 from grpo.settings import UpdateConfig
 from grpo.train_step import STEP_SCHEMA, train_on_batches
@@ -314,6 +315,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "loss.dual_clip": {"loss": {"clip_low": 0.05, "clip_high": 0.1, "dual_clip": 1.5}},
     "correction": {"correction": {"high": 1.5}},
     "proximal": {"proximal": "sampler"},
+    "offline_kl_coef": {"offline_kl_coef": 1.0},
     "autocast_bf16": {"autocast_bf16": True},
 }
 BITS_ALONE = {"head_chunk_tokens", "gradient_checkpointing", "record_tokens", "num_threads"}
@@ -321,11 +323,14 @@ BITS_ALONE = {"head_chunk_tokens", "gradient_checkpointing", "record_tokens", "n
 
 
 def weights_after(settings: dict[str, Any]) -> Tensor:
-    """Return the weights after two calls of two steps each, the second one with the optimizer of the first."""
+    """Return the weights after two calls of two steps each, the second one with optimizer and proximal policy of
+    the first."""
     model, config = tiny_policy(), UpdateConfig.model_validate({**LARGE, **settings})
     optimizer = make_optimizer(model, config)
-    for seed in (1, 2):
-        train_on_batches(model, optimizer, batch_rows(num_steps=2, seed=seed), config)
+    rows = [batch_rows(num_steps=2, seed=seed) for seed in (1, 2)]
+    proximal = frame_logprobs(model, rows[1], config).rename({"logprobs": "proximal_logprobs"})
+    train_on_batches(model, optimizer, rows[0], config)
+    train_on_batches(model, optimizer, rows[1].join(proximal, on="completion_id", maintain_order="left"), config)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
