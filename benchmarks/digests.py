@@ -81,7 +81,7 @@ LOOKING = [
     "diff runs/main runs/fork -f jsonl",
     "whatif runs/main --set normalize.scale=none -f jsonl",
     "reward try digest_rewards:framed runs/main -i 0 --arg bonus=1 -f jsonl",
-    "prune runs/main --keep-policies 1 --dry-run -f jsonl",
+    "prune runs/main --keep-last 1 --dry-run -f jsonl",
     "replay runs/main -i 1 --stage update -f jsonl",
     "schema --markdown",
     "run main.toml --run runs/none --set update.lerning_rate=1",

@@ -32,7 +32,7 @@ SECONDS = 10.0
 COMMANDS = (
     "ls run", "ls .", "show run", "rows run completions", "groups run", "metrics run", "verify run", "audit run",
     "report run -o page.html", "diff run other", "whatif run --set normalize.scale=none", "lineage run -c {id}",
-    "tokens run -i 0 -c {id}", "lineage run/iterations/000001/policy", "prune run --keep-policies 1 --dry-run",
+    "tokens run -i 0 -c {id}", "lineage run/iterations/000001/policy", "prune run --keep-last 1 --dry-run",
     "replay run -i 0 --stage batch", "reward try stages.rewards.answers.matching:exact_match run",
 )  # fmt: skip
 CHECKPOINT_COMMANDS = ("copy checkpoint", "verify run", "show run", "tokens run -i 0 -c {id}", "audit run")

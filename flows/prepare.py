@@ -8,6 +8,7 @@ from pipeline.config import read_toml
 from pipeline.run_dir import RunDir
 from pipeline.runs import run_at
 from stages.config import RunConfig, check_unchanged, parse_config
+from stages.disk import disk_use
 from stages.preflight import preflight
 
 
@@ -22,6 +23,8 @@ class Prepared:
     reporter: Reporter = field(default_factory=SilentReporter)
     records_diff: bool = False
     """Keep this program's uncommitted changes in full, which may hold a secret, and not only their hash."""
+    remarks: tuple[str, ...] = ()
+    """What a user should know before the run begins."""
 
 
 def prepare(config: Path, run: str, overrides: list[str] | None = None) -> Prepared:
@@ -42,4 +45,6 @@ def check(settings: RunConfig, run: RunDir, toml: str) -> Prepared:
     """
     check_unchanged(run, settings)
     preflight(settings, run)
-    return Prepared(settings, run, toml)
+    disk = disk_use(settings, run)
+    disk.check(run, settings)
+    return Prepared(settings, run, toml, remarks=(disk.line(),))

@@ -142,6 +142,17 @@ def number(value: float | None, spec: str = ".4g") -> str:
     return "unknown" if value is None else format(value, spec)
 
 
+def spans(numbers: Iterable[int]) -> str:
+    """Return numbers as text, those in a row as one span: ``1-4, 7``."""
+    parts: list[list[int]] = []
+    for value in sorted(numbers):
+        if parts and parts[-1][-1] == value - 1:
+            parts[-1][1:] = [value]
+        else:
+            parts.append([value])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
 def path_below(artifact: Artifact, root: Path) -> str:
     """Return the path of an artifact relative to ``root``."""
     return Path(os.path.relpath(artifact.path.resolve(), root.resolve())).as_posix()

@@ -16,10 +16,13 @@ from typing import Any
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, When
 from pipeline.errors import UsageError
+from pipeline.files import remove_tree
 from pipeline.manifest import canonical_json, is_finished, recipe_differences
+from pipeline.prune import has_weights, is_resumable
 from pipeline.reading import shorten
 from pipeline.run_dir import RunDir
 from pipeline.stage import run_stage
+from stages.checkpoints import copy_tokenizer
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
 from stages.inspect.artifact_diff import TOLERANCE, Deviation, deviations, machine_changes, timed_out_rows
@@ -43,7 +46,7 @@ class Replayed:
     result: str
     """equal = to the bit; close = within the tolerance; differs; timed out = differs, but only in rewards for which
     time ran out in one of both; other recipe = the current code or settings have another recipe, so nothing was
-    computed; not computed = an input is gone, for example pruned."""
+    computed; not computed = an input is gone and cannot be made again."""
     stored: str
     computed: str | None
     found: str
@@ -68,6 +71,9 @@ class Replayer:
     tolerance: float = TOLERANCE
     scorer: Scorer = field(default_factory=Scorer)
     config: RunConfig = field(init=False)
+    _trainer: Trainer | None = None
+    _made_again: dict[int, Artifact] = field(default_factory=dict)
+    """Number of updates -> the policy whose dropped weights are in the scratch folder."""
 
     def __post_init__(self) -> None:
         self.config = recorded_config(self.run)
@@ -85,6 +91,7 @@ class Replayer:
             for name, artifact in stored.items():
                 yield Replayed(iteration, stage, name, "other recipe", artifact.digest, None, "; ".join(changed), 0.0)
             return
+        call = replace(call, inputs=self._with_weights(call, iteration))
         folder = self.scratch / f"{iteration:06d}"
         places = {name: folder / name for name in call.places}
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,19 +125,48 @@ class Replayer:
         makers: dict[str, Callable[[], Any]] = {
             "engine": self._started_engine,
             "scorer": lambda: self.scorer,
-            "trainer": lambda: self._new_trainer(iteration),
+            "trainer": lambda: self._trainer_at(iteration),
         }
         found = tuple(makers[name]() for name in STEPS[stage].uses)
         return found[0] if len(found) == 1 else found or None
 
-    def _new_trainer(self, iteration: int) -> Trainer:
-        """Return a trainer with the weights in the files."""
+    def _trainer_at(self, num_updates: int) -> Trainer:
+        """Return a trainer with the weights in the files; with those made again where they were dropped.
+
+        Dropped ones follow from the last policy before that has its weights and its state, and have the stored hash.
+        """
         from stages.trainers.local import LocalTrainer, resolve_device
         from stages.trainers.resume import resume
 
-        trainer = LocalTrainer(device=resolve_device(self.config.resources.device))
-        resume(trainer, self.run, self.config.update, iteration)
-        return trainer
+        policy = open_artifact(self.run.policy_before(num_updates))
+        is_there = has_weights(policy) and (num_updates == 0 or is_resumable(policy))
+        if self._trainer is None or is_there or not self._trainer.is_at(policy):
+            if self._trainer is not None:
+                self._trainer.close()
+            self._trainer = LocalTrainer(device=resolve_device(self.config.resources.device))
+        resume(self._trainer, self.run, self.config.update, num_updates, is_stored=False)
+        return self._trainer
+
+    def _with_weights(self, call: Call, iteration: int) -> dict[str, Artifact]:
+        """Return the call's inputs, of the run's policies without weights those made again in the scratch folder."""
+        wanted = self.config.needed_policies(max(iteration, 0)) | {iteration, iteration + 1}
+        for old in sorted(self._made_again.keys() - wanted):
+            remove_tree(self._made_again.pop(old).path)
+        return {name: self._whole(artifact) for name, artifact in call.inputs.items()}
+
+    def _whole(self, artifact: Artifact) -> Artifact:
+        num_updates = self.run.num_updates(artifact.path)
+        if not num_updates or has_weights(artifact):  # an initial policy cannot be made again
+            return artifact
+        if num_updates not in self._made_again:
+            trainer = self._trainer_at(num_updates)
+            place = self.scratch / "policies" / f"{num_updates:06d}"
+            remove_tree(place)
+            place.mkdir(parents=True)
+            copy_tokenizer(artifact.path, place)
+            trainer.save_policy(place, artifact.manifest.recipe)
+            self._made_again[num_updates] = Artifact(place, artifact.manifest)
+        return self._made_again[num_updates]
 
     def _started_engine(self) -> Engine:
         if self.engine is None:
@@ -147,6 +183,8 @@ class Replayer:
         self.scorer.close()
         if self.engine is not None:
             self.engine.close()
+        if self._trainer is not None:
+            self._trainer.close()
 
 
 def changes(call: Call, stored: Artifact, ignored: Collection[str] = ()) -> list[str]:

@@ -11,6 +11,7 @@ from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, STEPS, From, Step, When
 from pipeline.errors import GrpoError, UsageError
 from pipeline.manifest import is_finished
+from pipeline.prune import num_finished, prunable, prune
 from pipeline.run_dir import RunDir, state_of
 from pipeline.runs import beside, lock, publish, share
 from pipeline.stage import Progress, StageResult, find_finished, run_stage, silent
@@ -173,6 +174,13 @@ class Session:
                 )
         self.reporter.iteration(row)
         return self.run.metrics
+
+    def retain(self) -> Path:
+        """Drop the checkpoints that [retention] does not keep; return the run. May run in the background."""
+        if self.config.retention is not None:
+            needed = self.config.needed_policies(num_finished(self.run))
+            list(prune(prunable(self.run, self.config.retention, needed)))
+        return self.run.root
 
     def is_done(self, iteration: int) -> bool:
         """Return whether every artifact up to the next policy exists, made with this config. Read-only."""

@@ -27,6 +27,8 @@ P = ParamSpec("P")
 Tasks = Mapping[str, Task[[int], str]]
 METRICS = "metrics"
 """Not a step of the chain: the row of `metrics.parquet`, computed from the steps' artifacts."""
+RETENTION = "retention"
+"""Not a step either: drops the checkpoints that [retention] does not keep."""
 
 
 _handed_over: dict[tuple[str, str, tuple[str, ...]], Prepared] = {}
@@ -56,7 +58,7 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     """
     prepared = _handed_over.pop((config, run, tuple(overrides or ())), None) or prepare(Path(config), run, overrides)
     settings, run_dir = prepared.settings, prepared.run
-    for remark in remarks(settings):
+    for remark in (*prepared.remarks, *remarks(settings)):
         prepared.reporter.note(remark)
     try:
         with open_session(settings, run_dir, prepared.reporter) as session:
@@ -89,6 +91,9 @@ def train_all(session: Session, tasks: Tasks, background: Background) -> None:
                     tasks[step.name](iteration)
         if iteration > INITIAL:
             report(session, background, iteration, was_done=was_done)
+            if settings.retention is not None and (not was_done or iteration + 1 == settings.iterations):
+                # the policy's evaluation, if it is due, is finished, and its state and metrics were begun before
+                background.begin(RETENTION, iteration)
         if is_to_be_evaluated and iteration + 1 in (0, settings.iterations):
             background.wait_for_all()
             evaluations = open_artifact(session.run.place(iteration, "evaluations")).read()
@@ -151,7 +156,11 @@ def step_tasks(session: Session) -> Tasks:
         return lambda iteration: str(session.perform(name, iteration).path)
 
     tasks = {step.name: _task(step.name, perform(step.name)) for step in CHAIN}
-    return {**tasks, METRICS: _task(METRICS, lambda iteration: str(session.metrics(iteration)))}
+    return {
+        **tasks,
+        METRICS: _task(METRICS, lambda iteration: str(session.metrics(iteration))),
+        RETENTION: _task(RETENTION, lambda _: str(session.retain())),
+    }
 
 
 def run_task(make: Callable[..., Artifact], *arguments: str) -> None:

@@ -1,6 +1,6 @@
 """The policy: a causal language model that is read from a checkpoint, trained, and written as the next checkpoint."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,23 @@ def load_policy(
     if gradient_checkpointing:
         _checkpoint_gradients(policy)
     return policy
+
+
+def num_parameters(description: Mapping[str, Any]) -> int:
+    """Return the number of weights of the model that a configuration describes, a tied head counted once.
+
+    No weight is made or loaded.
+
+    Raises:
+        ValueError: when the configuration asks for code from elsewhere, or is none of a causal language model.
+    """
+    check_implementations(description, "the model")
+    config = AutoConfig.for_model(**description)
+    with torch.device("meta"), _quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def save_policy(model: PreTrainedModel, directory: str | Path) -> None:

@@ -22,6 +22,7 @@ run_dir       the names inside a run directory
 runs          runs by path or URL: opening, locking, publishing
 lineage       what was made from what
 prune         drops weights, never rows
+retention     which weights stay
 object_store  objects below a URL, through fsspec
 working_copy  the local copy of a run on an object store
 fetch         downloads an artifact's files from an object store

@@ -118,7 +118,7 @@ class Artifact:
     def check_sizes(self, *, is_read: bool = True) -> None:
         """Compare every file's size with the manifest: the cheap part of `verify`. Read-only.
 
-        A file that `grpo prune` dropped is an error only if the artifact will be read (``is_read``).
+        A file that was dropped on purpose is an error only if the artifact will be read (``is_read``).
 
         Raises:
             ArtifactMissing: when a file that is needed was pruned.
@@ -132,8 +132,8 @@ class Artifact:
                 if not is_read:
                     continue
                 raise ArtifactMissing(
-                    f"{path} was dropped by `grpo prune`, and is needed now: restore it from a copy, or run the config "
-                    "again in a new directory, which computes it again"
+                    f"{path} was dropped by `grpo prune` or [retention], and is needed now: restore it from a copy, or "
+                    f"{_again(self.path)}"
                 )
             if not path.is_file():
                 raise ArtifactDamaged(f"{path} is gone, but {self.path / MANIFEST} lists it: {_remedy(self.path)}")
@@ -201,6 +201,17 @@ def _remedy(path: Path) -> str:
         )
     return (
         f"restore the file from a copy, or delete the directory {path} and run the same command, which makes it again"
+    )
+
+
+def _again(path: Path) -> str:
+    """Return what makes a dropped checkpoint again; of an iteration, its run's path is known."""
+    index, run = path.parent.name, path.parent.parent.parent
+    if not (index.isascii() and index.isdigit() and path.parent.parent.name == "iterations"):
+        return "run the config again in a new directory, which computes it again"
+    return (
+        f"make it again (grpo replay {run} --iteration {int(index)} --stage update --scratch FOLDER) "
+        f"and copy it from FOLDER/{index}/{path.name}"
     )
 
 

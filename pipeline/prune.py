@@ -15,7 +15,9 @@ from pipeline.artifact import PRUNED_NOTE, WEIGHTS, Artifact, open_artifact, pru
 from pipeline.errors import UsageError
 from pipeline.files import sync_file, write_text
 from pipeline.manifest import is_finished
+from pipeline.parquet import explained
 from pipeline.reading import inside
+from pipeline.retention import RetentionConfig, kept_policies
 from pipeline.run_dir import RunDir, state_of
 
 
@@ -30,51 +32,105 @@ class Pruned:
     num_bytes: int
 
 
+def has_weights(artifact: Artifact) -> bool:
+    """Return whether every file of weights, or of an optimizer's state, is here or on a store. Read-only."""
+    names = [name for name in artifact.manifest.files if name.endswith(WEIGHTS)]
+    return artifact.is_on_store or all((artifact.path / name).is_file() for name in names)
+
+
 def is_resumable(policy: Artifact) -> bool:
     """Return whether a policy has its weights and its optimizer state, so that training can continue. Read-only."""
     state = state_of(policy)
-    return state is not None and all(_has_weights(artifact) for artifact in (policy, state))
+    return state is not None and has_weights(policy) and has_weights(state)
 
 
-def _has_weights(artifact: Artifact) -> bool:
-    names = [name for name in artifact.manifest.files if name.endswith(WEIGHTS)]
-    return not pruned_files(artifact) and (artifact.is_on_store or all((artifact.path / n).is_file() for n in names))
+def last_resumable(run: RunDir, num_updates: int) -> int:
+    """Return the number of updates behind the last policy, up to this one, from which training can continue.
+
+    0 = the initial policy, whether its weights are there or not. Read-only.
+    """
+    while num_updates and not is_resumable(open_artifact(run.policy_before(num_updates))):
+        num_updates -= 1
+    return num_updates
 
 
-def prunable(run: RunDir, keep_policies: int, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:
+def can_be_made_again(run: RunDir, num_updates: int) -> bool:
+    """Return whether a dropped policy follows from one before it that is there, and the rows since. Read-only."""
+    return has_weights(open_artifact(run.policy_before(last_resumable(run, num_updates))))
+
+
+def num_finished(run: RunDir) -> int:
+    """Return the number of iterations, from the first on, whose policy exists. Read-only."""
+    done = 0
+    while is_finished(run.policy_before(done + 1)):
+        done += 1
+    return done
+
+
+def prunable(run: RunDir, rules: RetentionConfig, needed: Collection[int], *, initial: bool = False) -> list[Pruned]:
     """Return the checkpoints that may be dropped, oldest first, each policy after its optimizer state. Read-only.
 
-    These policies stay: the last ``keep_policies``; those after ``needed`` updates, which the next iterations load; the
-    last one with an optimizer state, without which a run cannot continue. The initial policy stays unless ``initial``:
-    without it a run can neither be continued nor replayed from its start. A policy in another run belongs to that run.
+    These policies stay: those of ``rules``; those after ``needed`` updates, which the next iterations load; the one
+    that the next update begins with; the last one with an optimizer state, without which a run cannot continue. The
+    initial policy stays unless ``initial``: without it a run can neither be continued nor replayed from its start. A
+    policy in another run belongs to that run, and one that is not published yet stays.
 
     Raises:
-        UsageError: when no policy would be kept, or the initial policy is needed.
-        ArtifactDamaged: when a file lies behind a link, perhaps outside of the run.
+        UsageError: when the initial policy is needed.
+        ArtifactDamaged: when a file lies behind a link, perhaps outside of the run, or the figures cannot be read.
     """
-    if keep_policies < 1:
-        raise UsageError(f"--keep-policies is {keep_policies}: the last policy is needed to continue; keep 1 or more")
     existing = [n for n in _counts(run) if is_finished(run.policy_before(n))]
     resumable = (n for n in reversed(existing) if n == 0 or is_resumable(open_artifact(run.policy_before(n))))
-    kept = {*existing[-keep_policies:], *needed, next(resumable, 0)}
+    going_on = {num_finished(run), next(resumable, 0)}
+    scores = evaluation_scores(run, rules.best_by) if rules.keep_best else {}
+    kept = kept_policies(existing, rules, scores) | {*needed} | going_on
     if initial and 0 in kept:
         raise UsageError(
-            f"the initial policy of {run.root} is among those that must stay (the last {keep_policies}, the members of "
-            "coming groups, and the last one with a state of the optimizer): leave --initial out"
+            f"the initial policy of {run.root} is among those that must stay (by a rule, for coming iterations, or as "
+            "the last one with a state of the optimizer): leave --initial out"
         )
-    going = [n for n in existing if n not in kept and (n or initial)]
-    places = [(n, place) for n in going for place in (run.optimizer_before(n), run.policy_before(n))]
-    found = (_pruned(run, n, place) for n, place in places if place is not None and is_finished(place))
+    with_state = kept if rules.states == "kept" else {*existing[-rules.keep_last :], *going_on}
+    places = [
+        (n, place)
+        for n in existing
+        for place, stay in ((run.optimizer_before(n), with_state), (run.policy_before(n), kept))
+        if place is not None and n not in stay and (n or initial)
+    ]
+    found = (_pruned(run, n, place) for n, place in places if not _is_pruned(place) and is_finished(place))
     return [item for item in found if item is not None]
+
+
+def evaluation_scores(run: RunDir, metric: str) -> dict[int, float]:
+    """Return a figure of the evaluated policies, by the number of updates behind them. Read-only.
+
+    The initial policy is not among them.
+
+    Raises:
+        ArtifactDamaged: when `metrics.parquet` cannot be read.
+    """
+    import polars as pl
+
+    if not run.metrics.is_file():
+        return {}
+    figure = pl.col(metric).cast(pl.Float64)
+    with explained(run.metrics, "delete it and start the run's own command again, which makes it of the artifacts"):
+        table = run.read_metrics().select(pl.col("iteration").cast(pl.Int64), figure)
+    return {iteration + 1: value for iteration, value in table.filter(figure.is_finite()).drop_nulls().rows()}
 
 
 def _counts(run: RunDir) -> list[int]:
     return [0, *(index + 1 for index in run.iterations())]
 
 
+def _is_pruned(place: Path) -> bool:
+    """Return whether everything was dropped here before: the cheap answer for most of a long run."""
+    return (place / PRUNED_NOTE).is_file() and not any(place.rglob(f"*{WEIGHTS}"))
+
+
 def _pruned(run: RunDir, num_updates: int, place: Path) -> Pruned | None:
     artifact = open_artifact(place)
-    if not artifact.path.resolve().is_relative_to(run.root.resolve()):
+    is_own = artifact.path.resolve().is_relative_to(run.root.resolve())
+    if not is_own or (run.copy is not None and not artifact.is_on_store):
         return None
     weights = [n for n in artifact.manifest.files if n.endswith(WEIGHTS)]
     files = tuple(n for n in weights if (artifact.path / n).is_file() and inside(artifact.path, n))

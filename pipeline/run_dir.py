@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import CHAIN, DATASETS, INITIAL
+from pipeline.chain import CHAIN, CHECKPOINTS, DATASETS, INITIAL
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, RecipeMismatch, UsageError
 from pipeline.files import write_text
 from pipeline.manifest import is_finished
@@ -135,6 +135,15 @@ class RunDir:
     def policy_before(self, index: int) -> Path:
         """Return the place of the policy that iteration ``index`` samples from and updates."""
         return self.place(index - 1, "policy") if index else self.initial_policy
+
+    def num_updates(self, place: Path) -> int | None:
+        """Return the number of updates behind the policy or state at a place of this run; None for any other place."""
+        if place == self.initial_policy:
+            return 0
+        index = place.parent.name
+        is_of_iteration = place.name in CHECKPOINTS and index.isascii() and index.isdigit()
+        is_here = is_of_iteration and place == self.place(int(index), place.name)
+        return int(index) + 1 if is_here else None
 
     def optimizer_before(self, index: int) -> Path | None:
         """Return the place of the optimizer state of `policy_before`; the initial policy has none."""

@@ -14,6 +14,7 @@ importing         completions written elsewhere -> prompts and completions
 config            the configuration of a run
 wiring            the stages bound to a run: config, inputs, places
 preflight         checks before anything starts
+disk              what a run will take of the disk
 custom_functions  the user's losses, baselines and scales, and their sources
 members           the policies that write the completions of a group
 checkpoints       reading a checkpoint's directory, without torch

@@ -13,20 +13,22 @@ from pipeline.chain import CHAIN, load_stage
 from pipeline.config import Place, StrictModel, apply_overrides, deciding, parse_toml, read_toml, validate
 from pipeline.errors import RecipeMismatch
 from pipeline.manifest import is_finished
+from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from stages.batch import BatchConfig
 from stages.checkpoints import STARTER
 from stages.evaluate import EvaluateConfig, EvaluateTaskConfig
 from stages.generate import GenerateConfig
-from stages.members import member_updates
+from stages.members import coming_members, member_updates
 from stages.normalize import NormalizeConfig
 from stages.policy import PolicyConfig
 from stages.prompts import PromptsConfig
 from stages.score import ScoreConfig, find_rewards
 from stages.starter.starter import StarterConfig
 
-CHANGEABLE = ("iterations", "resources", "evaluate.every")
-"""Settings that may change between two starts of a run: they decide how far and where it runs, not its results."""
+CHANGEABLE = ("iterations", "resources", "evaluate.every", "retention")
+"""Settings that may change between two starts of a run: they decide how far and where it runs, and what stays on disk,
+not its results."""
 
 
 class ResourcesConfig(StrictModel):
@@ -70,6 +72,8 @@ class RunConfig(StrictModel):
     offline: list[OfflineConfig] = Field(default_factory=list)
     """What the first iterations train on; the iterations after them generate."""
     resources: ResourcesConfig = ResourcesConfig()
+    retention: RetentionConfig | None = None
+    """Which policies and optimizer states stay on disk while the run goes on; null = all of them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +91,11 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f'there is a [starter] table, but policy.model is "{self.policy.model}": set it to "starter", or leave '
                 "the table out"
+            )
+        if self.retention is not None and self.retention.keep_best and not self.evaluate.every:
+            raise ValueError(
+                f"retention.keep_best is {self.retention.keep_best}, and evaluate.every is 0, so that no policy has "
+                "figures to be the best by: set evaluate.every, or keep_best to 0"
             )
         names = [reward.name for reward in self.score.rewards]
         unknown = sorted(set(self.normalize.weights) - set(names))
@@ -132,6 +141,16 @@ class RunConfig(StrictModel):
         """Return whether the policy after ``num_updates`` iterations is to be evaluated."""
         every = self.evaluate.every
         return every > 0 and (num_updates % every == 0 or num_updates == self.iterations)
+
+    def needed_policies(self, num_updates: int) -> set[int]:
+        """Return the existing policies that coming iterations read besides the last one, by the updates behind them.
+
+        They are members of coming groups, and the proximal policy of offline iterations: the initial one.
+        ``num_updates`` policies exist besides the initial one.
+        """
+        offline = range(num_updates, sum(len(source.iterations) for source in self.offline))
+        proximal = {0} if any(self.executes("logprobs", iteration) for iteration in offline) else set()
+        return coming_members(self.generate.plan(), num_updates) | proximal
 
     @property
     def held_out_share(self) -> float:

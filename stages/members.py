@@ -1,5 +1,6 @@
 """The policies that write the completions of a group."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -56,6 +57,20 @@ def member_updates(member: MemberConfig, iteration: int) -> int | None:
     if head != "iteration":
         return None
     return min(int(number), iteration)
+
+
+def coming_members(members: Iterable[MemberConfig], num_updates: int) -> set[int]:
+    """Return which policies of the run the members are from the next iteration on, as numbers of updates behind them.
+
+    ``num_updates`` policies exist besides the initial one; those that are still to be made are not named.
+    """
+    found = set()
+    for member in members:
+        is_of_an_age = member.policy.startswith("age:")
+        first = member_updates(member, num_updates)
+        if first is not None:
+            found |= set(range(first, num_updates + 1)) if is_of_an_age else {first}
+    return found
 
 
 def check_same_tokenizer(member: Artifact, initial: Artifact, name: str) -> None:

@@ -10,6 +10,7 @@ from grpo.losses.options import CustomLoss
 from pipeline.artifact import open_artifact
 from pipeline.errors import ConfigError
 from pipeline.manifest import is_finished
+from pipeline.prune import has_weights, num_finished
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 from stages import generate
@@ -61,6 +62,7 @@ def preflight(config: RunConfig, run: RunDir) -> None:
     first = check_source(config.prompts)
     check_rewards(config.score, json.loads(first.metadata))
     _check_policies(config, run)
+    _check_due_evaluations(config, run)
     _check_templates(config, run, first)
     for offline in config.offline:
         source = open_run(offline.run)
@@ -101,6 +103,21 @@ def _check_policies(config: RunConfig, run: RunDir) -> None:
     for member in outside_members(config):
         if not is_finished(run.member(member.name)):
             check_policy(member.policy)
+
+
+def _check_due_evaluations(config: RunConfig, run: RunDir) -> None:
+    """Check that no finished policy is still to be evaluated whose weights were dropped."""
+    for num_updates in range(1, min(num_finished(run), config.iterations) + 1):
+        place = run.policy_before(num_updates)
+        if not config.is_to_be_evaluated(num_updates) or is_finished(run.place(num_updates - 1, "evaluations")):
+            continue
+        if not has_weights(open_artifact(place)):
+            raise ConfigError(
+                f"evaluate.every = {config.evaluate.every} and iterations = {config.iterations} ask for an evaluation "
+                f"of the policy after {num_updates} updates, whose weights were dropped: set both back, or make the "
+                f"weights again (grpo replay {run.name} --iteration {num_updates - 1} --stage update --scratch FOLDER) "
+                f"and copy them from FOLDER/{place.parent.name}/policy to {place}"
+            )
 
 
 def _check_templates(config: RunConfig, run: RunDir, first: SourceRow) -> None:

@@ -153,7 +153,7 @@ def test_an_interrupt_while_the_program_is_loaded_leaves_no_traceback(tmp_path: 
 READ_ONLY = """
 mount --bind "$RUN" "$RUN"
 mount -o remount,ro,bind "$RUN"
-for command in "report $RUN" "rescore $RUN $OTHER --run $RUN/new" "prune $RUN --keep-policies 1"; do
+for command in "report $RUN" "rescore $RUN $OTHER --run $RUN/new" "prune $RUN --keep-last 1"; do
     "$PYTHON" -m flows.cli $command >> "$SAID" 2>&1; echo "exit $?" >> "$SAID"
 done
 """

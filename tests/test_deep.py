@@ -15,6 +15,7 @@ import torch
 from flows.commands.verify import print_verification
 from flows.printing import Format
 from pipeline.prune import prunable, prune
+from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from stages.engines.base import EngineSettings
 from stages.engines.scripted import ScriptedEngine
@@ -151,7 +152,7 @@ def test_rows_are_chosen_by_seed_and_id(original: Path) -> None:
 
 
 def test_rows_of_pruned_and_missing_policies_are_not_judged(run: RunDir) -> None:
-    list(prune(prunable(run, 1, set(), initial=True)))
+    list(prune(prunable(run, RetentionConfig(keep_last=1), set(), initial=True)))
     shutil.rmtree(run.member("outside"))
     found, findings = check(run)
     # iteration 0 has 12 answers of the initial policy, iteration 1 has 4, and 8 of the policy between

@@ -357,7 +357,7 @@ def test_a_run_whose_initial_policy_was_pruned_says_so(policy: Path, source: Pat
     note = {"files": {"model.safetensors": made.manifest.files["model.safetensors"]["sha256"]}}
     (made.path / PRUNED_NOTE).write_text(json.dumps(note))
     (made.path / "model.safetensors").unlink()
-    with pytest.raises(GrpoError, match="was dropped by `grpo prune`, and is needed now"):
+    with pytest.raises(GrpoError, match=r"was dropped by `grpo prune` or \[retention\], and is needed now"):
         preflight(session.config, session.run)
 
 

@@ -33,7 +33,7 @@ POLICY = "iterations/000000/policy"
 LOOKS = (
     "ls run", "ls .", "show run", "rows run completions -i 0", "groups run", "metrics run", "verify run", "audit run",
     "report run -o page.html", "diff run other", "whatif run --set normalize.scale=none", "lineage run -c {id}",
-    "tokens run -i 0 -c {id}", f"lineage run/{POLICY}", "prune run --keep-policies 1 --dry-run",
+    "tokens run -i 0 -c {id}", f"lineage run/{POLICY}", "prune run --keep-last 1 --dry-run",
 )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def test_pruning_deletes_nothing_behind_a_name_or_a_link_that_leads_out(run: Run
         manifest = manifest_of(place)
         manifest["files"][name] = facts
         hostile.write_manifest(place, manifest)
-        code, said = grpo("prune run --keep-policies 1")
+        code, said = grpo("prune run --keep-last 1")
         assert code == 2
         assert "model.safetensors" in said
         assert dear.read_text() == "dear"
@@ -278,11 +278,11 @@ def test_planted_links_are_not_written_through(run: RunDir, grpo: Grpo) -> None:
     (run.root / ".lock").symlink_to(secret)
     (run.root / ".report.html.tmp").symlink_to(secret)
     (run.root / POLICY / ".pruned.json.tmp").symlink_to(secret)
-    assert grpo("prune run --keep-policies 1")[0] == 2
-    assert grpo("prune run --keep-policies 1 --dry-run")[0] == 0
+    assert grpo("prune run --keep-last 1")[0] == 2
+    assert grpo("prune run --keep-last 1 --dry-run")[0] == 0
     assert grpo("report run")[0] == 0
     (run.root / ".lock").unlink()
-    assert grpo("prune run --keep-policies 1")[0] == 0
+    assert grpo("prune run --keep-last 1")[0] == 0
     assert secret.read_text() == "secret"
     assert sorted(path.name for path in secret.parent.iterdir()) == ["model.safetensors", "secret.txt"]
 
@@ -295,7 +295,7 @@ def test_a_run_whose_folders_are_links_is_looked_at_and_not_written(run: RunDir,
     else:
         elsewhere.mkdir()
     (run.root / name).symlink_to(elsewhere)
-    code, said = grpo("prune run --keep-policies 1")
+    code, said = grpo("prune run --keep-last 1")
     assert code == 2
     assert "nothing is written through a link" in said
     assert grpo("show run -i 0")[0] == 0

@@ -19,6 +19,7 @@ from pipeline.errors import ArtifactMissing, PolicyError
 from pipeline.manifest import STORE_NOTE, Manifest, is_finished
 from pipeline.object_store import open_store
 from pipeline.prune import prunable, prune
+from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from pipeline.runs import lock, open_run
 from pipeline.stage import StageCall, run_stage
@@ -120,7 +121,7 @@ def test_a_state_of_another_policy_is_not_taken_for_one(original: RunDir, run: R
 
 
 def test_a_pruning_that_was_killed_between_state_and_weights_leaves_a_way(original: RunDir, run: RunDir) -> None:
-    next(prune(prunable(run, 1, [])))
+    next(prune(prunable(run, RetentionConfig(keep_last=1), [])))
     forget(run, 1, "optimizer")
     with closing(session_of(run)) as session:
         session.perform("optimizer", 1)
@@ -128,7 +129,7 @@ def test_a_pruning_that_was_killed_between_state_and_weights_leaves_a_way(origin
 
 
 def test_weights_that_are_pruned_are_missed_before_anything_is_trained_again(run: RunDir) -> None:
-    list(prune(prunable(run, 1, [])))
+    list(prune(prunable(run, RetentionConfig(keep_last=1), [])))
     notes: list[str] = []
     with pytest.raises(ArtifactMissing, match="was dropped by `grpo prune`"):
         resume(LocalTrainer(), run, recorded_config(run).update, 1, notes.append)
@@ -186,7 +187,7 @@ def test_a_trainer_is_at_a_policy_of_its_own_weights_and_recipe_alone(run: RunDi
 
 
 def test_a_pruned_state_is_not_taken_for_one(run: RunDir) -> None:
-    list(prune(prunable(run, 1, [])))
+    list(prune(prunable(run, RetentionConfig(keep_last=1), [])))
     forget(run, 1, "optimizer")
     with closing(session_of(run)) as session:
         session.perform("optimizer", 1)
@@ -250,7 +251,7 @@ def test_a_fork_goes_on_without_the_run_that_it_came_from(run: RunDir, tmp_path:
     if loss == "state":
         forget(run, 0, "optimizer")
     elif loss == "weights":
-        list(prune(prunable(run, 1, [])))
+        list(prune(prunable(run, RetentionConfig(keep_last=1), [])))
     else:
         shutil.move(run.root, tmp_path / "elsewhere")
     preflight(settings, fork)
@@ -261,7 +262,7 @@ def test_a_fork_goes_on_without_the_run_that_it_came_from(run: RunDir, tmp_path:
 
 def test_a_new_fork_wants_what_it_begins_with(run: RunDir, tmp_path: Path) -> None:
     settings = validate(RunConfig, fork_tables(open_run(run.root), 1, rewards_only(), 0, []), "fork")
-    list(prune(prunable(run, 1, [])))
+    list(prune(prunable(run, RetentionConfig(keep_last=1), [])))
     with pytest.raises((ArtifactMissing, PolicyError)):
         preflight(settings, RunDir(tmp_path / "fork"))
 

@@ -11,6 +11,7 @@ from flows.printing import Format
 from flows.replayer import STAGES
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.prune import prunable, prune
+from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from stages.engines.base import Request
 from stages.engines.scripted import ScriptedEngine
@@ -45,11 +46,7 @@ def test_one_stage_is_replayed_where_it_is_stored(original: Path, capsys: pytest
 def test_an_artifact_that_cannot_be_computed_does_not_lose_the_others(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    list(
-        prune(
-            prunable(run, 1, []),
-        )
-    )
+    list(prune(prunable(run, RetentionConfig(keep_last=1), [], initial=True)))
     with pytest.raises(ArtifactError, match="1 of 1 artifacts could not be computed again, which is no proof"):
         print_replay(run.root, [1], "update", Format.jsonl)
     (row,) = rows_of(capsys)

@@ -45,7 +45,7 @@ ls RUN
 diff RUN RUN
 tokens RUN --completion ID
 whatif RUN --set normalize.scale=none
-prune RUN --keep-policies 1 --dry-run
+prune RUN --keep-last 1 --dry-run
 replay RUN --stage normalize"""
 
 

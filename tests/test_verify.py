@@ -15,6 +15,7 @@ from flows.printing import Format
 from pipeline.conformance import conform
 from pipeline.manifest import MANIFEST
 from pipeline.prune import prunable, prune
+from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.ledger import CHECKS
 from stages.inspect.verify.verify import verify_run
@@ -139,7 +140,7 @@ def test_figures_of_an_iteration_that_is_gone_are_found(run: RunDir) -> None:
 
 
 def test_pruned_checkpoints_are_told_and_are_no_damage(run: RunDir) -> None:
-    list(prune(prunable(run, 1, [])))
+    list(prune(prunable(run, RetentionConfig(keep_last=1), [])))
     findings = verify_run(run)
     assert findings.problems == []
     assert [(where.path, name) for where, name in findings.pruned] == [

@@ -3,14 +3,16 @@
 With `--completion`, the history of one completion: from its prompt to every policy that it helped to train.
 """
 
+import os
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
 from flows.commands.options import Output
-from flows.printing import Format, digest_in, path_below, print_rows
-from pipeline.artifact import open_artifact
+from flows.printing import Format, digest_in, path_below, print_rows, say
+from pipeline.artifact import Artifact, open_artifact, pruned_files
 from pipeline.errors import UsageError
 from pipeline.files import user_path
 from pipeline.manifest import MANIFEST, is_finished
@@ -18,6 +20,7 @@ from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 
 WRITES = False
+DROPPED = "its weights were dropped"
 
 
 def lineage(
@@ -44,7 +47,7 @@ def lineage(
                 "what": s.what,
                 "artifact": path_below(s.artifact, run.root),
                 "digest": digest_in(s.artifact, format_),
-                "says": s.says,
+                "says": s.says + (f"; {DROPPED}" if _is_dropped(s.artifact) else ""),
             }
             for s in steps
         ]
@@ -66,13 +69,21 @@ def lineage(
             "rows": node.artifact.manifest.rows,
             "digest": digest_in(node.artifact, format_),
             "above": node.is_repeated,
+            "dropped": _is_dropped(node.artifact),
         }
         for node in ancestry(artifact, depth)
     ]
     if format_ is not Format.table:
-        print_rows(tree, format_, columns=("depth", "input", "artifact", "stage", "rows", "digest", "above"))
+        print_rows(tree, format_, columns=("depth", "input", "artifact", "stage", "rows", "digest", "above", "dropped"))
         return
-    print_rows(tree, format_, columns=("artifact", "input", "stage", "rows", "digest", "above"))
+    dropped = [node for node in tree if node["dropped"]]
+    shown = ("artifact", "input", "stage", "rows", "digest", "above", *(("dropped",) if dropped else ()))
+    print_rows(tree, format_, columns=shown)
+    if dropped:
+        say(
+            f"dropped: the weights are gone on purpose; `grpo replay {quote(os.path.relpath(root))} --iteration N "
+            "--stage update --scratch FOLDER` makes those of iteration N again"
+        )
     updates = [
         {
             "policy": path_below(update.policy, root),
@@ -86,6 +97,12 @@ def lineage(
     ]
     if updates:
         print_rows(updates, format_)
+
+
+def _is_dropped(artifact: Artifact) -> bool:
+    from pipeline.prune import has_weights
+
+    return bool(pruned_files(artifact)) and not has_weights(artifact)
 
 
 def _root(path: Path) -> Path:

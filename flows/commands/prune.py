@@ -1,4 +1,4 @@
-"""`grpo prune`: drop the checkpoints of all but the last policies; rows and manifests stay."""
+"""`grpo prune`: drop the checkpoints of policies that no rule keeps; rows and manifests stay."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,7 +8,6 @@ import typer
 
 from flows.commands.options import Output, Run
 from flows.printing import Format, digest_in, path_below, print_rows, say
-from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.runs import lock, open_run
 
@@ -17,7 +16,19 @@ WRITES = True
 
 def prune(
     run: Run,
-    keep_policies: Annotated[int, typer.Option("--keep-policies", help="How many of the last policies stay.")],
+    keep_last: Annotated[int, typer.Option("--keep-last", min=1, help="How many of the last policies stay.")],
+    keep_every: Annotated[
+        int, typer.Option("--keep-every", min=0, help="Those after so many updates, twice as many ... stay; 0 = none.")
+    ] = 0,
+    keep_best: Annotated[
+        int, typer.Option("--keep-best", min=0, help="So many of the evaluated policies, the best ones, stay.")
+    ] = 0,
+    best_by: Annotated[
+        str, typer.Option("--best-by", help="eval_pass_at_1, eval_pass_rate or eval_pass_at_k of the metrics.")
+    ] = "eval_pass_at_1",
+    states: Annotated[
+        str, typer.Option("--states", help="States that stay: of every policy that is kept, or of the last ones.")
+    ] = "kept",
     initial: Annotated[
         bool, typer.Option("--initial", help="Drop the initial policy too: the run can then not be continued.")
     ] = False,
@@ -26,15 +37,21 @@ def prune(
 ) -> None:
     """Drop the weights of older policies and their optimizers' states; rows and manifests stay.
 
-    Example: grpo prune runs/demo --keep-policies 2 --dry-run
+    The rules are those of the config's table [retention], which drops while a run goes on.
+
+    Example: grpo prune runs/demo --keep-last 2 --keep-every 10 --dry-run
     """
+    from pipeline.config import validate
     from pipeline.prune import Pruned, prunable
     from pipeline.prune import prune as drop
+    from pipeline.retention import RetentionConfig
 
+    given = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best, "best_by": best_by}
+    rules = validate(RetentionConfig, {**given, "states": states}, "grpo prune")
     run_dir = open_run(run)
     with nullcontext() if dry_run else lock(run_dir):
         # opened again: under the lock no other process adds a policy
-        items = prunable(run_dir, keep_policies, _needed(open_run(run)), initial=initial)
+        items = prunable(run_dir, rules, _needed(open_run(run)), initial=initial)
         done: Sequence[Pruned] = items if dry_run else list(drop(items))
     rows = [
         {
@@ -53,12 +70,8 @@ def prune(
 
 
 def _needed(run: RunDir) -> set[int]:
-    """Return the numbers of updates behind the policies that coming iterations have as group members."""
+    """Return the numbers of updates behind the policies that coming iterations need."""
+    from pipeline.prune import num_finished
     from stages.config import recorded_config
-    from stages.members import member_updates
 
-    count = sum(is_finished(run.policy_before(index + 1)) for index in run.iterations())
-    members = recorded_config(run).generate.plan()
-    coming = range(count, 2 * count + 1)  # later iterations use no policy that exists now
-    found = {member_updates(member, iteration) for member in members for iteration in coming}
-    return {number for number in found if number is not None and number <= count}
+    return recorded_config(run).needed_policies(num_finished(run))

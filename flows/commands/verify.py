@@ -1,18 +1,22 @@
 """`grpo verify`: checks files, chain and meaning of a run. Only `--deep` imports torch."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.commands.options import Output, Run, Trust, answer
-from flows.printing import Format, print_rows, say, show_progress
+from flows.printing import Format, print_rows, say, show_progress, spans
 from pipeline.functions import permit
+from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 
 if TYPE_CHECKING:
+    from stages.inspect.verify.ledger import Ledger
     from stages.inspect.verify.logprobs import DeepSettings
 
 WRITES = False
@@ -94,9 +98,8 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
         print_rows(figures, format_)
     for (check, reason), count in findings.notes.items():
         say(f"not checked: {check} of {count} artifacts: {reason}")
-    if findings.pruned:
-        places = len({where.path for where, _ in findings.pruned})
-        say(f"pruned: {len(findings.pruned)} files of {places} checkpoints, dropped on purpose")
+    for line in _pruned(run, findings):
+        say(line)
     for problem in problems:
         place = " ".join(str(problem[key]) for key in ("artifact", "part", "row") if problem[key] is not None)
         say(f"{problem['check']}: {place}: {problem['found']}")
@@ -105,6 +108,30 @@ def print_verification(path: str | Path, limit: int, format_: Format, *, deep: "
         verdict += f"; {sum(findings.notes.values())} checks could not be made"
     say(f"{run.root}: {verdict}")
     return findings.is_fine
+
+
+def _pruned(run: RunDir, findings: "Ledger") -> Iterator[str]:
+    """Yield what was dropped on purpose, and whether it can be made again."""
+    if not findings.pruned:
+        return
+    from pipeline.prune import can_be_made_again
+
+    places = dict.fromkeys(run.root / where.path for where, _ in findings.pruned)
+    yield f"pruned: {len(findings.pruned)} files of {len(places)} checkpoints, dropped on purpose"
+    counts = {place: count for place in places if (count := run.num_updates(place)) is not None}
+    states = {count for place, count in counts.items() if place.name == "optimizer"}
+    policies = {count for place, count in counts.items() if place.name != "optimizer"}
+    for name, found in (("policies", policies), ("optimizer states", states)):
+        if found:
+            yield f"  {name} after {spans(found)} updates"
+    lost = {n for n in policies | states if not n or not can_be_made_again(run, n)}
+    if again := (policies | states) - lost:
+        yield (
+            f"  `grpo replay {quote(run.name)} --iteration N --stage update --scratch FOLDER` makes again what is "
+            f"dropped after N + 1 updates, for N + 1 = {spans(again)}"
+        )
+    if lost:
+        yield f"  nothing makes again what is dropped after {spans(lost)} updates: no policy before is there"
 
 
 def _print_machine_readable(

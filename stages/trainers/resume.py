@@ -9,7 +9,7 @@ from grpo.settings import UpdateConfig
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import PolicyError
 from pipeline.files import explain_full_device
-from pipeline.prune import is_resumable
+from pipeline.prune import has_weights, last_resumable
 from pipeline.run_dir import RunDir, state_of
 from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE
 from stages.trainers.base import Trainer
@@ -24,6 +24,8 @@ def resume(
     num_updates: int,
     note: Callable[[str], None] = lambda _: None,
     scratch: Path | None = None,
+    *,
+    is_stored: bool = True,
 ) -> None:
     """Bring the trainer to the policy after ``num_updates`` updates of the run, unless it is there already.
 
@@ -34,6 +36,8 @@ def resume(
         num_updates: iterations behind the policy; 0 = the initial one.
         note: called when stored batches are trained on again.
         scratch: folder for the weights that are compared; None = the system's temporary folder.
+        is_stored: the policy's weights must be on disk. False = dropped ones are made again from the last policy before
+            that has its weights and its state, and compared by the hash in the manifest.
 
     Raises:
         PolicyError: when training again gives other weights than those stored, as on another kind of machine.
@@ -42,11 +46,10 @@ def resume(
     policy = open_artifact(run.policy_before(num_updates))
     if trainer.is_at(policy):
         return
-    policy.fetch()
-    policy.check_sizes()
-    first = num_updates
-    while first and not is_resumable(open_artifact(run.policy_before(first))):
-        first -= 1
+    if is_stored or has_weights(policy):
+        policy.fetch()
+        policy.check_sizes()
+    first = last_resumable(run, num_updates)
     _load(trainer, open_artifact(run.policy_before(first)), config)
     if first == num_updates:
         return

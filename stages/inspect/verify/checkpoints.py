@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.artifact import Artifact
 from pipeline.reading import shorten
-from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILES, read_header, weight_names
+from stages.checkpoints import OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILES, Header, read_header, weight_names
 from stages.inspect.verify.files import Catalog, Located, policy_key
 from stages.inspect.verify.ledger import Ledger
 
@@ -46,8 +46,18 @@ def _compare_tensors(ledger: Ledger, item: Located, parent: Located) -> bool:
 def _tensors(artifact: Artifact) -> dict[str, str]:
     """Return type and shape of every tensor by its name; none where they are pruned."""
     paths = [artifact.path / name for name in weight_names(artifact.manifest.files)]
-    headers = [read_header(path) for path in paths if path.is_file()]
+    headers = [header for path in paths if (header := _header(path)) is not None]
     return {name: f"{dtype} {header.shapes[name]}" for header in headers for name, dtype in header.dtypes.items()}
+
+
+def _header(path: Path) -> Header | None:
+    """Return the header of a file, None where it is pruned, perhaps just now: the run may go on."""
+    try:
+        return read_header(path) if path.is_file() else None
+    except (ValueError, FileNotFoundError):
+        if path.is_file():
+            raise
+        return None
 
 
 def check_states(ledger: Ledger, catalog: Catalog, sound: set[Path]) -> None:
@@ -80,5 +90,5 @@ def _num_steps(artifact: Artifact, name: str) -> int | None:
     """Return the optimizer steps behind a state, 0 where an optimizer begins, None where the file is pruned."""
     if name not in artifact.manifest.files:
         return 0
-    path = artifact.path / name
-    return int(read_header(path).metadata["num_steps"]) if path.is_file() else None
+    header = _header(artifact.path / name)
+    return None if header is None else int(header.metadata["num_steps"])

@@ -145,11 +145,15 @@ def _wrong_files(item: Located) -> dict[str, WrongBytes]:
     if not pruned_files(item.artifact):
         item.artifact.fetch()
     paths = {name: item.artifact.path / name for name in item.artifact.manifest.files}
-    found = {
-        name: wrong_bytes(path, item.artifact.manifest.files[name]) if path.is_file() else GONE
-        for name, path in paths.items()
-    }
+    found = {name: _wrong(path, item.artifact.manifest.files[name]) for name, path in paths.items()}
     return {name: wrong for name, wrong in found.items() if wrong is not None}
+
+
+def _wrong(path: Path, facts: dict[str, Any]) -> WrongBytes | None:
+    try:
+        return wrong_bytes(path, facts) if path.is_file() else GONE
+    except FileNotFoundError:  # the run goes on, and has dropped it just now
+        return GONE
 
 
 def _check_bytes(ledger: Ledger, item: Located, looked: "Future[dict[str, WrongBytes]]") -> None:

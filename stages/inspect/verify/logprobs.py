@@ -178,6 +178,9 @@ def _measure(
             measured += list(_logprob_rows(policy.path, written, config))
         except (Exception, pl.exceptions.PanicException) as error:  # what is looked at may be anything
             for index in written["iteration"].unique(maintain_order=True):
+                if _is_pruned(policy):  # just now: the run goes on
+                    ledger.skipped(CHECK, "its weights are pruned")
+                    continue
                 ledger.wrong(
                     CHECK, counts[index][0], f"cannot be checked with policy {policy.digest[:16]}: {describe(error)}"
                 )
