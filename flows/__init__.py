@@ -7,6 +7,7 @@ commands        the commands, one per file
 report          the page of `grpo report`
 train           the Prefect flow that trains: one task for each stage
 session         what lives as long as a run: engine, trainer, reward processes
+brakes          what follows from checks: warnings, a held run, room for a repaired one
 prepare         loads and checks the config of a run, once
 background      background tasks, which run while the engine samples
 replayer        computes stored artifacts again and compares them

@@ -20,6 +20,7 @@ COMMANDS = (
     "tokens",
     "prune",
     "replay",
+    "check",
     "audit",
     "report",
     "ls",

@@ -9,6 +9,7 @@ from pipeline.run_dir import RunDir
 from pipeline.runs import run_at
 from stages.config import RunConfig, check_unchanged, parse_config
 from stages.disk import disk_use
+from stages.inspect.audit.by_name import check_audits
 from stages.preflight import preflight
 
 
@@ -44,6 +45,7 @@ def check(settings: RunConfig, run: RunDir, toml: str) -> Prepared:
         GrpoError: of the class that fits, with one message.
     """
     check_unchanged(run, settings)
+    check_audits(settings.checks)
     preflight(settings, run)
     disk = disk_use(settings, run)
     disk.check(run, settings)

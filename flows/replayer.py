@@ -26,6 +26,7 @@ from stages.checkpoints import copy_tokenizer
 from stages.config import RunConfig, recorded_config
 from stages.engines.base import Engine
 from stages.inspect.artifact_diff import TOLERANCE, Deviation, deviations, machine_changes, timed_out_rows
+from stages.inspect.audit.by_name import audit_iteration
 from stages.rewards.scorer import Scorer
 from stages.trainers.base import Trainer
 from stages.wiring import FUNCTIONS, Call, Wiring
@@ -125,6 +126,7 @@ class Replayer:
         makers: dict[str, Callable[[], Any]] = {
             "engine": self._started_engine,
             "scorer": lambda: self.scorer,
+            "auditor": lambda: audit_iteration,
             "trainer": lambda: self._trainer_at(iteration),
         }
         found = tuple(makers[name]() for name in STEPS[stage].uses)

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
+from flows.brakes import refuse_held, report, set_aside
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, STEPS, From, Step, When
 from pipeline.errors import GrpoError, UsageError
@@ -21,6 +22,7 @@ from stages.config import RunConfig
 from stages.engines.base import Engine, EngineConfig, EngineSettings
 from stages.engines.process import EngineProcess
 from stages.generate import used_context
+from stages.inspect.audit.by_name import audit_iteration
 from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics, rising_kl
 from stages.rewards.scorer import Scorer
 from stages.score import find_rewards
@@ -107,10 +109,18 @@ class Session:
             self._check_own(iteration)
         if name == "optimizer":
             self._remove_stale_state(iteration)
+        if name == "batch" and self.config.executes("check", iteration):
+            refuse_held(self.run, iteration, self.run.open(iteration, "checks"))
+        if name == "check":
+            self._check_untrained(iteration)
         call = self.wiring.call(name, iteration)
+        if self.config.executes("check", iteration):
+            set_aside(self.run, call, iteration, self.reporter.note)
         resources = None if find_finished(call) else self._resources(step, iteration)
         in_background = step.when in (When.ahead, When.late)  # the reporter shows one stage at a time
         result = self._run(name, call, resources, silent if in_background else None)
+        if name == "check":
+            report(self.run, iteration, result.main, self.reporter.note)
         return result.main
 
     def _run(self, label: str, call: Call, resources: Any = None, progress: Progress | None = None) -> StageResult:
@@ -183,11 +193,15 @@ class Session:
         return self.run.root
 
     def is_done(self, iteration: int) -> bool:
-        """Return whether every artifact up to the next policy exists, made with this config. Read-only."""
+        """Return whether every artifact up to the next policy exists, made with this config. Read-only.
+
+        Checks are left out: what has trained has passed those of its time.
+        """
         if not is_finished(self.run.place(iteration, "policy")):
             return False
         taken = ("prompts", "generate") if self.config.stored(iteration) else ()
         in_time = (step.name for step in CHAIN if step.when in (When.in_order, When.ahead))
+        taken = (*taken, "check")
         needed = (name for name in in_time if name not in taken and self.config.executes(name, iteration))
         return all(find_finished(self.wiring.call(name, iteration)) is not None for name in needed)
 
@@ -206,6 +220,13 @@ class Session:
                 "generated for it; to train on them, fork that run (grpo fork), or name it under [[offline]]"
             )
 
+    def _check_untrained(self, iteration: int) -> None:
+        if self.run.has(iteration, "policy") and not self.run.has(iteration, "checks"):
+            raise UsageError(
+                f"iteration {iteration} of {self.run.name} has trained already, so nothing can hold it: make checks "
+                "over it with `grpo check`, which writes nothing"
+            )
+
     def _remove_stale_state(self, iteration: int) -> None:
         """Remove an optimizer state that belongs to an earlier policy in this place."""
         place = self.run.place(iteration, "optimizer")
@@ -218,6 +239,7 @@ class Session:
         makers: dict[str, Callable[[], Any]] = {
             "engine": self.ready_engine,
             "scorer": self.scorer,
+            "auditor": lambda: audit_iteration,
             "trainer": lambda: self.trainer_after(iteration + 1 if after else iteration),
         }
         found = tuple(makers[name]() for name in step.uses)

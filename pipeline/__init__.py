@@ -15,6 +15,7 @@ manifest      what manifest.json holds: recipe, content, digest
 artifact      reads and verifies finished artifacts
 writer        writes artifacts: parts first, the manifest last
 stage         stages: recipe, reuse, refusal
+conditions    SQL conditions over rows, which can read nothing else
 functions     functions that a config names as module:function
 text          text that others wrote, made visible for people
 provenance    versions, commit, processor

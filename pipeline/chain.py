@@ -21,7 +21,8 @@ class From(StrEnum):
     """Where an input of a stage comes from."""
 
     here = "the dataset of the input's name, of the same iteration"
-    if_made = "like here, in iterations that execute the step that writes it; else there is no such input"
+    if_made = "like here, in iterations that have it and need it; else there is no such input"
+    earlier = "like here, but of the iteration before, where the config asks for it"
     initial = "the initial policy"
     before = "the policy that the iteration begins with"
     after = "the policy after the iteration's update"
@@ -48,7 +49,7 @@ class Step:
     """Datasets, which are folder names; the last is the main one, whose existence means that the stage is done."""
     reads: Mapping[str, From]
     uses: tuple[str, ...] = ()
-    """Running helpers, which decide no result: engine, scorer, trainer."""
+    """Running helpers, which decide no result: engine, scorer, trainer, auditor."""
     tensors: tuple[str, ...] = ()
     """The datasets of ``writes`` that are checkpoints; all others hold rows."""
     when: When = When.in_order
@@ -61,7 +62,19 @@ CHAIN = (
     Step("generate", ("completions",), {"prompts": From.here, "policy": From.members}, uses=("engine",)),
     Step("score", ("rewards",), {"prompts": From.here, "completions": From.here}, uses=("scorer",)),
     Step("normalize", ("advantages",), {"rewards": From.here}),
-    Step("batch", ("batches",), {"completions": From.here, "advantages": From.here}),
+    Step(
+        "check",
+        ("checks",),
+        {
+            "prompts": From.here,
+            "completions": From.here,
+            "rewards": From.here,
+            "advantages": From.here,
+            "training_records": From.earlier,
+        },
+        uses=("auditor",),
+    ),
+    Step("batch", ("batches",), {"completions": From.here, "advantages": From.here, "checks": From.if_made}),
     Step("logprobs", ("logprobs",), {"batches": From.here, "policy": From.initial}, uses=("trainer",)),
     Step(
         "update",

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -259,12 +259,20 @@ def _without_tags(model: type[BaseModel], location: Sequence[Any]) -> tuple[list
 def _tables(annotation: Any) -> dict[str, type[BaseModel]]:
     """Return the classes that a field's tables can have, by tag."""
     found: dict[str, type[BaseModel]] = {}
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+    for candidate in _parts(annotation):
         tags = [str(data.tag) for data in getattr(candidate, "__metadata__", ()) if isinstance(data, Tag)]
         bare = getattr(candidate, "__origin__", candidate) if tags else candidate
         if isinstance(bare, type) and issubclass(bare, BaseModel):
             found.setdefault(tags[0] if tags else "", bare)
     return found
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation, and what it is made of: of a list its elements, of a choice its members."""
+    yield annotation
+    if not any(isinstance(data, Tag) for data in getattr(annotation, "__metadata__", ())):
+        for inner in getattr(annotation, "__args__", ()):
+            yield from _parts(inner)
 
 
 def _value(text: str) -> Any:

@@ -12,6 +12,7 @@ GrpoError
     RecipeMismatch      the place is taken by an artifact made by another recipe
   SchemaError           columns differ from the documented schema
   RewardError           a reward function cannot be imported, or fails too often
+  CheckFailed           a check of severity block holds an iteration
   PolicyError           a checkpoint cannot be used as a policy
   EngineError           the inference engine cannot start, or died
   ServerError           Prefect's server cannot start, or died
@@ -69,6 +70,10 @@ class SchemaError(GrpoError, ValueError):
 
 class RewardError(GrpoError, ValueError):
     """A reward function cannot be imported, or fails for too many completions."""
+
+
+class CheckFailed(GrpoError, ValueError):
+    """A check of severity block holds an iteration: nothing is trained on its rows."""
 
 
 class PolicyError(GrpoError, ValueError):

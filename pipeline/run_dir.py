@@ -40,10 +40,11 @@ class RunDir:
         members/<name>/                 other policies from outside that write group members
         held_out_prompts/               the prompts of every evaluation
         evaluations/                    of the initial policy
-        iterations/000000/              one folder per dataset: prompts, completions, rewards, advantages, batches,
-                                        training_records, optimizer_steps, policy and optimizer (after the update),
-                                        evaluations;
+        iterations/000000/              one folder per dataset: prompts, completions, rewards, advantages, checks,
+                                        batches, training_records, optimizer_steps, policy and optimizer (after the
+                                        update), evaluations;
                                         <dataset>.reference.json points to one in another run
+        held/000000/                    what a check has held before it was made again: <dataset>-<digest>
         logs/                           output of the inference engine
 
     A run on an object store has the same names there, without logs; ``root`` is its working copy on this machine.
@@ -128,6 +129,10 @@ class RunDir:
         """Return the directory of a dataset of an iteration, whether it exists or not; see INITIAL."""
         return self.root / dataset if index == INITIAL else self.iteration(index) / dataset
 
+    def held(self, index: int, dataset: str, digest: str) -> Path:
+        """Return the place of an artifact that a check has held, and that was made again; a store has no copy."""
+        return self.root / "held" / f"{index:06d}" / f"{dataset}-{digest[:16]}"
+
     def member(self, name: str) -> Path:
         """Return the place of a policy from outside that writes group members."""
         return self.root / "members" / name
@@ -159,7 +164,8 @@ class RunDir:
     def folders(self) -> list[Path]:
         """Return the folders that artifacts and logs are written into, whether they exist or not. Read-only."""
         folder = self.root / "iterations"
-        return [folder, *(folder.iterdir() if folder.is_dir() else ()), self.root / "members", self.logs]
+        others = (self.root / "members", self.root / "held", self.logs)
+        return [folder, *(folder.iterdir() if folder.is_dir() else ()), *others]
 
     def artifacts(self) -> Iterator[Artifact]:
         """Yield every finished artifact, also those in other runs, in the order in which they were made. Read-only."""

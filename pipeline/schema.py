@@ -13,6 +13,7 @@ import pyarrow as pa
 TOKEN_IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 TOKEN_FLOATS = pa.list_(pa.float32())
 TOKEN_TEXTS = pa.list_(pa.string())
+TEXTS = pa.list_(pa.field("element", pa.string(), nullable=False))
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 
 
@@ -157,6 +158,23 @@ SCHEMAS: dict[str, pa.Schema] = {
                 "unscored, singleton (no other scored member), zero_variance (all members equal); null = informative",
                 nullable=True,
             ),
+        ],
+    ),
+    "checks": dataset(
+        "What the checks of [[checks]] say of an iteration's rows before they train: one row per check.",
+        [
+            column("name", pa.string(), "name of the check in the config"),
+            column("severity", pa.string(), "what follows when it fails: warn, block, quarantine; see docs/checks.md"),
+            column("dataset", pa.string(), "the dataset whose rows it looked at"),
+            column("condition", pa.string(), "SQL, true for rows that fail; or the name of a check and its options"),
+            column(
+                "max_share", pa.float64(), "share that may fail, of what: docs/checks.md; null = any", nullable=True
+            ),
+            column("num_rows", pa.int64(), "rows that it looked at"),
+            column("num_failed", pa.int64(), "rows that failed; of a check of the audit, those that it shows"),
+            column("failed_ids", TEXTS, "completion_id of every row that failed, once, in the order of the rows"),
+            column("passed", pa.bool_(), "whether the check passed"),
+            column("note", pa.string(), "the numbers that it saw"),
         ],
     ),
     "batches": dataset(

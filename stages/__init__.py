@@ -4,6 +4,7 @@ prompts           a task or a dataset -> the prompts of an iteration
 generate          prompts and policies -> groups of completions
 score             completions -> rewards
 normalize         rewards -> advantages
+check             the rows of an iteration -> what the run's checks say of them
 batch             completions and advantages -> the training order
 logprobs          batches and an earlier policy -> that policy's logprobs
 update            batches and a policy -> the next policy
@@ -23,9 +24,11 @@ source_rows       what a row may hold, its identity; the held-out split
 encoding          conversations and texts -> token ids
 probe             what may never end, tried in a process of its own
 tables            tables that users bring
+ngrams            texts as words, characters and short sequences of them
 engines           what samples tokens
 rollout           who talks with the engine
 trainers          what trains
+checks            the checks: their config, conditions, those that ship
 rewards           reward functions: finding, running, identity; the library
 reward_model      training a reward model from preferences
 starter           a small model of our own

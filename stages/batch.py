@@ -4,6 +4,7 @@ After this stage the trainer has no choice left: every kept row has its optimize
 the denominator of its loss.
 """
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import polars as pl
@@ -15,6 +16,7 @@ from grpo.groups import group_numbers
 from pipeline.config import StrictModel
 from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
+from stages.checks.outcome import quarantined
 
 IMPORTED = "import"
 """Stage and engine of completions whose sampling probabilities are unknown."""
@@ -90,12 +92,14 @@ def batch_rows(
     seed: int,
     iteration: int,
     is_offline: bool = False,
+    quarantined: Sequence[str] = (),
 ) -> pl.DataFrame:
     """Return the rows in training order, then the dropped ones.
 
     Groups are shuffled by a hash of the seed and dealt to the optimizer steps whole; inside a step rows are
     sorted by length, so that a microbatch has little padding. Rows of an offline iteration come from another run and
-    have no age here: max_policy_age does not apply to them.
+    have no age here: max_policy_age does not apply to them. ``quarantined`` are the completion_id that a check keeps
+    from training; their rewards stay in the group's mean.
     """
     rows = completions.join(advantages, on="completion_id", how="left", validate="1:1", maintain_order="left")
     rows = (
@@ -104,7 +108,7 @@ def batch_rows(
             loss_tokens=loss_tokens(),
             sampling_logprobs=full_vocabulary_logprobs(has_kept_mass=rows["kept_mass"].null_count() < len(rows)),
         )
-        .with_columns(drop_reason=_drop_reason(config, None if is_offline else iteration))
+        .with_columns(drop_reason=_drop_reason(config, None if is_offline else iteration, quarantined))
         .with_columns(pl.col("advantage").fill_null(0.0))
     )
     kept = rows.filter(pl.col("drop_reason").is_null())
@@ -155,7 +159,7 @@ def _denominators(step: pl.DataFrame, zero_variance: pl.DataFrame, num_steps: in
     return pl.Series(AGGREGATIONS[config.aggregation](rows), dtype=pl.Float64)
 
 
-def _drop_reason(config: BatchConfig, iteration: int | None) -> pl.Expr:
+def _drop_reason(config: BatchConfig, iteration: int | None, quarantined: Sequence[str]) -> pl.Expr:
     """First reason that applies, in this order; null = the row trains."""
     is_unscored = pl.col("advantage").is_null() | (pl.col("drop_reason") == "unscored")
     has_nothing = pl.col("loss_tokens") == 0
@@ -163,6 +167,8 @@ def _drop_reason(config: BatchConfig, iteration: int | None) -> pl.Expr:
     reason = pl.when(is_unscored).then(pl.lit("unscored")).when(is_imported).then(pl.lit("not_sampled"))
     reason = reason.when(has_nothing).then(pl.lit("no_trainable_token"))
     reason = reason.when(pl.col("finish_reason") == "abort").then(pl.lit("aborted"))
+    if quarantined:
+        reason = reason.when(pl.col("completion_id").is_in(list(quarantined))).then(pl.lit("quarantined"))
     if config.drop_truncated:
         reason = reason.when(pl.col("finish_reason") == "length").then(pl.lit("truncated"))
     if config.max_tokens is not None:
@@ -200,6 +206,7 @@ def compute(task: StageTask[BatchConfig, None]) -> None:
         seed=task.parameters["seed"],
         iteration=task.parameters["iteration"],
         is_offline=task.parameters.get("is_offline", False),
+        quarantined=quarantined(task.inputs["checks"].read()) if "checks" in task.inputs else (),
     )
     task.writer.write_part(0, frame)
 

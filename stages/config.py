@@ -9,7 +9,7 @@ from pydantic import Field, create_model, model_validator
 
 from grpo.settings import UpdateConfig
 from pipeline.artifact import open_artifact
-from pipeline.chain import CHAIN, load_stage
+from pipeline.chain import CHAIN, WRITER, load_stage
 from pipeline.config import Place, StrictModel, apply_overrides, deciding, parse_toml, read_toml, validate
 from pipeline.errors import RecipeMismatch
 from pipeline.manifest import is_finished
@@ -17,6 +17,8 @@ from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from stages.batch import BatchConfig
 from stages.checkpoints import STARTER
+from stages.checks.config import CheckConfig, CheckStageConfig, JudgeAnswered, OffPolicy, expanded
+from stages.checks.outcome import blocking
 from stages.evaluate import EvaluateConfig, EvaluateTaskConfig
 from stages.generate import GenerateConfig
 from stages.members import coming_members, member_updates
@@ -71,6 +73,8 @@ class RunConfig(StrictModel):
     starter: StarterConfig | None = None
     offline: list[OfflineConfig] = Field(default_factory=list)
     """What the first iterations train on; the iterations after them generate."""
+    checks: list[CheckConfig] = Field(default_factory=list)
+    """What an iteration's rows must be before they train; or the name of a file with [[checks]] alone."""
     resources: ResourcesConfig = ResourcesConfig()
     retention: RetentionConfig | None = None
     """Which policies and optimizer states stay on disk while the run goes on; null = all of them."""
@@ -101,6 +105,10 @@ class RunConfig(StrictModel):
         unknown = sorted(set(self.normalize.weights) - set(names))
         if unknown:
             raise ValueError(f"normalize.weights names {unknown}, score.rewards has {names}: correct the names")
+        CheckStageConfig(checks=self.checks)
+        asked = {check.reward for check in self.checks if isinstance(check, JudgeAnswered) and check.reward is not None}
+        if unknown := sorted(asked - set(names)):
+            raise ValueError(f"checks name the rewards {unknown}, score.rewards has {names}: correct the names")
         causes = self._sampler_differs() if self.update.correction.kind == "none" else []
         if causes:
             raise ValueError(
@@ -133,9 +141,26 @@ class RunConfig(StrictModel):
         return plan[iteration] if iteration < len(plan) else None
 
     def executes(self, step: str, iteration: int) -> bool:
-        """Return whether the iteration has this step: logprobs, if its proximal policy is that of an earlier one."""
+        """Return whether the iteration has this step.
+
+        It has logprobs if its proximal policy is that of an earlier one, and check if there are [[checks]].
+        """
+        if step == "check":
+            return bool(self.checks)
         is_later = iteration > 0 and self.stored(iteration) is not None
         return step != "logprobs" or (is_later and self.update.proximal == "phase")
+
+    def needs(self, dataset: str, iteration: int) -> bool:
+        """Return whether the iteration reads a dataset that others do without, see `pipeline.chain.From`.
+
+        Only what a quarantine keeps from training decides batches, so they depend on no other checks.
+        """
+        if dataset == "checks":
+            return any(check.severity == "quarantine" for check in self.checks)
+        if dataset == "training_records":
+            asks = any(isinstance(check, OffPolicy) and check.max_kl is not None for check in self.checks)
+            return asks and iteration > 0
+        return self.executes(WRITER[dataset].name, iteration)
 
     def is_to_be_evaluated(self, num_updates: int) -> bool:
         """Return whether the policy after ``num_updates`` iterations is to be evaluated."""
@@ -194,7 +219,8 @@ def parse_config(toml: str, source: str, overrides: list[str] | None = None) -> 
     Raises:
         ConfigError: naming every wrong key, or that the text is no TOML.
     """
-    return validate(config_class(), apply_overrides(parse_toml(toml, source), overrides or []), source)
+    tables = expanded(apply_overrides(parse_toml(toml, source), overrides or []))
+    return validate(config_class(), tables, source)
 
 
 def derive_tables(run: RunDir, tables: Mapping[str, Any], overrides: list[str] | None = None) -> dict[str, Any]:
@@ -202,7 +228,9 @@ def derive_tables(run: RunDir, tables: Mapping[str, Any], overrides: list[str] |
 
     A given table replaces the run's table of that name as a whole; tables that are not given stay.
     """
-    return apply_overrides({**run.settings(), **tables}, overrides or [])
+    recorded = run.settings()
+    found = apply_overrides({**recorded, **tables}, overrides or [])
+    return found if found.get("checks") == recorded.get("checks") else expanded(found)
 
 
 def recorded_config(run: RunDir) -> RunConfig:
@@ -220,13 +248,13 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
     """
     if not run.resolved_config.is_file():
         return
-    changes = list(_changes(deciding(recorded_config(run)), deciding(config)))
+    changes = list(_changes(_lasting(recorded_config(run)), _lasting(config)))
     if changes:
         raise RecipeMismatch(
             f"{run.name} was made with another config ({'; '.join(changes)}): its artifacts are never overwritten; "
             "give this config a new run directory (--run), or go back to the old settings"
         )
-    scored = (run.place(index, "rewards") for index in run.iterations())
+    scored = (run.place(index, "rewards") for index in run.iterations() if not is_held(run, index))
     if (first := next(filter(is_finished, scored), None)) is not None:
         before = open_artifact(first).manifest.config.get("reward_recipes")
         now = {reward.name: reward.recipe for reward in find_rewards(config.score)}
@@ -236,6 +264,20 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
                 f"{run.name} was scored by other versions of the reward functions {odd}: its artifacts are never "
                 "overwritten; give this config a new run directory (--run, or grpo rescore), or go back to the old ones"
             )
+
+
+def _lasting(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that must not change: of the checks only those that decide rows."""
+    found = deciding(config)
+    found["checks"] = [check for check in found["checks"] if check["severity"] == "quarantine"]
+    return found
+
+
+def is_held(run: RunDir, iteration: int) -> bool:
+    """Return whether a check holds an iteration: what stands behind its completions may be made again. Read-only."""
+    if is_finished(run.place(iteration, "policy")) or not is_finished(run.place(iteration, "checks")):
+        return False
+    return not blocking(run.open(iteration, "checks").read()).is_empty()
 
 
 def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:

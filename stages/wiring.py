@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from grpo.settings import ForwardConfig
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.chain import STEPS, WRITER, From, Step, load_stage
+from pipeline.chain import STEPS, From, Step, load_stage
 from pipeline.errors import RecipeMismatch
 from pipeline.functions import check_permitted
 from pipeline.manifest import is_finished, recipe_differences
@@ -29,6 +29,7 @@ from stages.checkpoints import (
     checkpoint_path,
     context_length,
 )
+from stages.checks.config import AuditCheck, CheckStageConfig
 from stages.config import RunConfig
 from stages.custom_functions import SOURCES, sources
 from stages.generate import check_room
@@ -75,6 +76,8 @@ class Wiring:
                 return self.config.evaluation()
             case "optimizer":
                 return OptimizerConfig()
+            case "check":
+                return CheckStageConfig(checks=self.config.checks)
             case "logprobs":
                 return ForwardConfig(**self.config.update.model_dump(include=set(ForwardConfig.model_fields)))
         table: BaseModel = getattr(self.config, name)
@@ -86,8 +89,10 @@ class Wiring:
             match source:
                 case From.here:
                     found[name] = self.run.open(iteration, name)
-                case From.if_made if self.config.executes(WRITER[name].name, iteration):
+                case From.if_made if self.config.needs(name, iteration):
                     found[name] = self.run.open(iteration, name)
+                case From.earlier if self.config.needs(name, iteration):
+                    found[name] = self.run.open(iteration - 1, name)
                 case From.initial:
                     found[name] = open_artifact(self.run.initial_policy)
                 case From.before:
@@ -206,6 +211,18 @@ def _of_score(wiring: Wiring, iteration: int) -> dict[str, Any]:
     return {"reward_recipes": {reward.name: reward.recipe for reward in find_rewards(wiring.config.score)}}
 
 
+def _of_check(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    """Return what the audit reads of the config, if one of its checks is there."""
+    config = wiring.config
+    facts = {
+        "pass_threshold": config.evaluate.pass_threshold,
+        "weights": dict(config.normalize.weights),
+        "combine": config.normalize.combine,
+    }
+    has_audit = any(isinstance(check, AuditCheck) for check in config.checks)
+    return {**_of_batch(wiring, iteration), **({"audited": facts} if has_audit else {})}
+
+
 def _of_batch(wiring: Wiring, iteration: int) -> dict[str, Any]:
     # completions stored by another run have no age in this one
     return {"is_offline": True} if wiring.config.stored(iteration) else {}
@@ -235,6 +252,7 @@ _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
     "generate": _of_generate,
     "score": _of_score,
     "normalize": _of_normalize,
+    "check": _of_check,
     "batch": _of_batch,
     "update": _of_update,
     "evaluate": _of_evaluate,

@@ -247,3 +247,8 @@ def broken_expression() -> pl.Expr:
 
 def no_such_column() -> pl.Expr:
     return pl.col("absent") * 1.0
+
+
+def only_threes(completion: str) -> float | None:
+    """Leave every answer but 3 without a reward, as a judge does that is down half of the time."""
+    return float(completion == "3") if completion == "3" else None

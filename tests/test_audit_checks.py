@@ -9,9 +9,9 @@ import pytest
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.audit import CHECKS
 from stages.inspect.audit.findings import Outcome
-from stages.inspect.audit.ngrams import repeated_share, sequences
-from stages.inspect.audit.run_rows import load_run_rows, names_reference
+from stages.inspect.audit.run_rows import load_run_rows
 from stages.inspect.audit.thresholds import AuditConfig
+from stages.ngrams import names_reference, repeated_share, sequences
 from tests.audit_runs import Group, write_run
 
 WORDS = [f"word{i}" for i in range(400)]

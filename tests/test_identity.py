@@ -106,9 +106,9 @@ def test_where_a_reward_lies_and_how_often_it_may_fail_is_in_no_recipe() -> None
 
 
 def test_the_tables_of_a_run_are_the_configs_of_its_stages() -> None:
-    """Of four tables stages/wiring.py puts together what decides."""
+    """Of five tables stages/wiring.py puts together what decides."""
     for step in CHAIN:
-        if step.name not in ("prompts", "logprobs", "optimizer", "evaluate"):
+        if step.name not in ("prompts", "check", "logprobs", "optimizer", "evaluate"):
             assert RunConfig.model_fields[step.name].annotation is load_stage(step).config
 
 

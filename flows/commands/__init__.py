@@ -17,6 +17,7 @@ whatif        what another normalization would have changed
 verify        checks files, chain and meaning of a run
 replay        computes stored artifacts again
 tokens        what an update made of each token
+check         the checks of a config over a run's rows
 audit         reward hacking, leaks, broken training
 lineage       what was made from what
 report        one HTML file about a run

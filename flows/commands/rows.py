@@ -1,6 +1,5 @@
 """`grpo rows`: rows of one dataset."""
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 WRITES = False
-QUERY_WORDS = frozenset({"select", "from", "with", "values", "table"})
-DISTINCT_FROM = re.compile(r"\bdistinct\s+from\b", re.IGNORECASE)
-QUOTED = re.compile(r"""(?<![\w&$'"])(?:'(?:[^']|'')*'|"(?:[^"]|"")*")""")
-"""Text and quoted names; before E'...' and the like a letter stands, and the quotation mark is left."""
-CONDITION = re.compile(r"[\w\s.,()\[\]<>=!+*/%|~^:-]*")
 
 
 def rows(
@@ -71,25 +65,12 @@ def _matching(frame: "pl.LazyFrame", where: str, names: list[str], limit: int, d
     """
     import polars as pl
 
-    _check_condition(where)
+    from pipeline.conditions import parse
+
     try:
-        filtered = frame.filter(pl.sql_expr(where))
+        filtered = frame.filter(parse(where))
         return (filtered.head(limit) if limit > 0 else filtered).select(names).collect()
+    except ValueError as error:
+        raise UsageError(f"--where {where!r} {error}; give one, or read the Parquet files with a database") from error
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UsageError(f"--where {where!r} is not an SQL condition over {dataset}: {error}") from error
-
-
-def _check_condition(where: str) -> None:
-    """Raise UsageError for a condition with a query in it: polars would open the files and URLs that it names.
-
-    A query begins with one of QUERY_WORDS. Outside of plain quotes only characters are let through that cannot begin a
-    comment or another kind of quotes, so that polars's parser takes the same parts for text as this one.
-    """
-    bare = QUOTED.sub(" ", where)
-    words = set(re.findall(r"\w+", DISTINCT_FROM.sub(" ", bare).lower()))
-    if words & QUERY_WORDS or not CONDITION.fullmatch(bare) or "--" in bare or "/*" in bare:
-        raise UsageError(
-            f"--where {where!r} is more than a condition over the columns (it holds a query, a comment or an open or "
-            "unusual quotation mark): expected for example \"finish_reason = 'length'\"; give one, or read the Parquet "
-            "files with a database"
-        )

@@ -3,10 +3,10 @@
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, graded, not_applicable, percent, row_refs
-from stages.inspect.audit.ngrams import plain, sequences, words
-from stages.inspect.audit.run_rows import RunRows, mean, names_reference, normalized
+from stages.inspect.audit.run_rows import RunRows, mean
 from stages.inspect.audit.text import numbered
 from stages.inspect.audit.thresholds import AuditConfig
+from stages.ngrams import names_reference, normalized, plain, sequences, words
 
 
 def prompt_copy(run: RunRows, config: AuditConfig) -> Outcome:

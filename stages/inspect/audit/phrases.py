@@ -9,10 +9,10 @@ among those under it.
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.inspect.audit.ngrams import plain, sequences
 from stages.inspect.audit.rewards import by_reward
 from stages.inspect.audit.run_rows import RunRows
 from stages.inspect.audit.thresholds import AuditConfig, RewardedPhraseConfig
+from stages.ngrams import plain, sequences
 
 START, END = "[start]", "[end]"
 LENGTHS = (1, 2, 3)

@@ -4,6 +4,7 @@ Numbers come from all completions; texts come from a fixed sample of whole group
 which is a hash), so that memory is bounded and a second audit sees the same rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from stages.inspect.audit.thresholds import AuditConfig
 from stages.inspect.metrics import sampled_entropy, token_mean
+from stages.ngrams import names_reference
 from stages.rewards.results import has_timed_out
 
 TEXT_COLUMNS = ("completion", "prompt", "reference")
@@ -77,15 +79,13 @@ def load_run_rows(run: RunDir, config: AuditConfig) -> RunRows:
     completions, texts, parts, prompts = [], [], [], []
     for iteration in iterations:
         asked = _prompts(run.open(iteration, "prompts").scan(), config).with_columns(_at(iteration))
-        rows = _completions(run, iteration, asked, config)
-        sample = rows["group_id"].unique().sort().head(config.data.groups_per_iteration)
-        texts.append(rows.filter(pl.col("group_id").is_in(sample.implode())))
+        scored = run.open(iteration, "advantages").scan() if run.has(iteration, "advantages") else None
+        rows = _completions(run.open(iteration, "completions").scan(), scored, iteration, asked, config)
+        texts.append(_sample(rows, config))
         completions.append(rows.drop(TEXT_COLUMNS))
         prompts.append(asked)
         if run.has(iteration, "rewards"):
-            long = run.open(iteration, "rewards").scan()
-            names = ("completion_id", "group_id", "reward_name", "reward")
-            parts.append(long.select(_at(iteration), *names, has_timed_out=has_timed_out()).collect())
+            parts.append(_parts(run.open(iteration, "rewards").scan(), iteration))
     settings = run.settings()
     normalize, evaluate = settings.get("normalize") or {}, settings.get("evaluate") or {}
     # a run that is still going has completions that are not scored yet: trends end before them
@@ -109,6 +109,37 @@ def load_run_rows(run: RunDir, config: AuditConfig) -> RunRows:
     )
 
 
+def iteration_rows(
+    frames: Mapping[str, pl.LazyFrame], iteration: int, config: AuditConfig, facts: Mapping[str, Any]
+) -> RunRows:
+    """Return the rows of one scored iteration alone, as the checks read them: without trends and evaluations.
+
+    Args:
+        frames: its prompts, completions, rewards and advantages.
+        iteration: its index.
+        config: the thresholds.
+        facts: pass_threshold, weights and combine of the run's config.
+    """
+    asked = _prompts(frames["prompts"], config).with_columns(_at(iteration))
+    rows = _completions(frames["completions"], frames["advantages"], iteration, asked, config)
+    entropy = frames["completions"].select(_at(iteration), entropy=sampled_entropy(), kl=pl.lit(None, pl.Float64))
+    return RunRows(
+        iterations=[iteration],
+        early=[],
+        late=[],
+        completions=rows.drop(TEXT_COLUMNS),
+        texts=_sample(rows, config),
+        parts=_parts(frames["rewards"], iteration),
+        prompts=asked,
+        training=entropy.collect(),
+        evaluations=pl.DataFrame(schema=EVALUATION_SCHEMA),
+        held_out=pl.DataFrame(schema=PROMPT_SCHEMA),
+        pass_threshold=float(facts["pass_threshold"]),
+        weights=dict(facts["weights"]),
+        is_normalized_each=facts["combine"] == "normalize_each",
+    )
+
+
 PART_SCHEMA = {
     "iteration": pl.Int32,
     "completion_id": pl.String,
@@ -117,6 +148,7 @@ PART_SCHEMA = {
     "reward": pl.Float64,
     "has_timed_out": pl.Boolean,
 }
+PROMPT_SCHEMA = {"prompt_id": pl.String, "prompt": pl.String, "reference": pl.String}
 EVALUATION_SCHEMA = {
     "iteration": pl.Int32,
     "prompt_id": pl.String,
@@ -125,18 +157,6 @@ EVALUATION_SCHEMA = {
     "decoding": pl.String,
     "is_correct": pl.Boolean,
 }
-
-
-def normalized(text: pl.Expr) -> pl.Expr:
-    """Return letters and digits only, in lower case, words set apart and framed by single spaces."""
-    return pl.format(" {} ", text.str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}]+", " ").str.strip_chars(" "))
-
-
-def names_reference(text: pl.Expr, reference: pl.Expr) -> pl.Expr:
-    """Return whether the text contains the reference as whole words; null where there is none."""
-    wanted = normalized(reference)
-    is_told = wanted.str.contains(r"\S")
-    return pl.when(is_told).then(normalized(text).str.contains(wanted, literal=True))
 
 
 def mean(frame: pl.DataFrame, column: str) -> float:
@@ -158,9 +178,25 @@ def _prompts(frame: pl.LazyFrame, config: AuditConfig) -> pl.DataFrame:
     )
 
 
-def _completions(run: RunDir, iteration: int, prompts: pl.DataFrame, config: AuditConfig) -> pl.DataFrame:
-    rows = run.open(iteration, "completions").scan()
-    frame = rows.select(
+def _parts(rewards: pl.LazyFrame, iteration: int) -> pl.DataFrame:
+    names = ("completion_id", "group_id", "reward_name", "reward")
+    return rewards.select(_at(iteration), *names, has_timed_out=has_timed_out()).collect()
+
+
+def _sample(rows: pl.DataFrame, config: AuditConfig) -> pl.DataFrame:
+    """Return the completions of the groups whose texts are read closely."""
+    sample = rows["group_id"].unique().sort().head(config.data.groups_per_iteration)
+    return rows.filter(pl.col("group_id").is_in(sample.implode()))
+
+
+def _completions(
+    completions: pl.LazyFrame,
+    advantages: pl.LazyFrame | None,
+    iteration: int,
+    prompts: pl.DataFrame,
+    config: AuditConfig,
+) -> pl.DataFrame:
+    frame = completions.select(
         _at(iteration),
         "completion_id",
         "group_id",
@@ -171,8 +207,8 @@ def _completions(run: RunDir, iteration: int, prompts: pl.DataFrame, config: Aud
         num_tokens=pl.col("completion_token_ids").list.len().cast(pl.Int64),
         num_characters=pl.col("completion").str.len_chars().cast(pl.Int64),
     )
-    if run.has(iteration, "advantages"):
-        scored = run.open(iteration, "advantages").scan().select("completion_id", "reward", "advantage")
+    if advantages is not None:
+        scored = advantages.select("completion_id", "reward", "advantage")
         frame = frame.join(scored, on="completion_id", how="left", maintain_order="left")
     else:
         frame = frame.with_columns(
@@ -211,5 +247,5 @@ def _evaluations(run: RunDir) -> pl.DataFrame:
 
 def _held_out(run: RunDir, config: AuditConfig) -> pl.DataFrame:
     if not is_finished(run.held_out_prompts):
-        return pl.DataFrame(schema={"prompt_id": pl.String, "prompt": pl.String, "reference": pl.String})
+        return pl.DataFrame(schema=PROMPT_SCHEMA)
     return _prompts(open_artifact(run.held_out_prompts).scan(), config)

@@ -3,9 +3,9 @@
 import polars as pl
 
 from stages.inspect.audit.findings import Finding, Outcome, Severity, checked, not_applicable, percent, row_refs
-from stages.inspect.audit.ngrams import bands, plain, repeated_share, signatures, similarity, words
-from stages.inspect.audit.run_rows import RunRows, mean, normalized
+from stages.inspect.audit.run_rows import RunRows, mean
 from stages.inspect.audit.thresholds import AuditConfig
+from stages.ngrams import bands, normalized, plain, repeated_share, signatures, similarity, words
 
 
 def numbered(run: RunRows, window: list[int]) -> pl.DataFrame:

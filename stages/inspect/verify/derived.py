@@ -12,10 +12,15 @@ import polars as pl
 from grpo.batching import full_vocabulary_logprobs, known_tokens, loss_tokens
 from pipeline.artifact import Artifact
 from pipeline.errors import ConfigError, UntrustedFunction
+from pipeline.manifest import canonical_json
 from pipeline.reading import shorten
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RESOLVED_CONFIG, RunDir
 from stages import batch, normalize
+from stages.check import check_rows
+from stages.checks.config import CheckStageConfig
+from stages.checks.outcome import blocking, quarantined
 from stages.custom_functions import SOURCES, sources
+from stages.inspect.audit.by_name import audit_iteration
 from stages.inspect.metrics import iteration_metrics
 from stages.inspect.verify.files import Catalog, Located
 from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, apply_rules, compare
@@ -79,7 +84,43 @@ def _tolerance(environment: Mapping[str, Any]) -> float:
     return 0.0 if environment.get("packages", {}).get("polars") == pl.__version__ else TOLERANCE
 
 
-def check_batches(ledger: Ledger, item: Located, completions: Located, advantages: Located) -> None:
+def check_checks(ledger: Ledger, item: Located, sources: Mapping[str, Located], *, has_trained: bool) -> None:
+    """Make the checks again over their inputs, and compare every column; note training on what one of them holds."""
+    where, checks = item.where, item.artifact
+    settings = dict(checks.manifest.config)
+    config = CheckStageConfig(checks=settings.pop("checks"))
+    frames = {name: pl.scan_parquet(source.artifact.files(), glob=False) for name, source in sources.items()}
+    expected = check_rows(config, frames, settings, audit_iteration)
+    found = scan(checks).collect()
+    rows, count = compare(
+        expected, found, ["name"], limit=ledger.limit, tolerance=_tolerance(checks.manifest.environment)
+    )
+    ledger.checked("checks", expected.height)
+    ledger.wrong_rows("checks", where, rows, count, sources=[source.where for source in sources.values()])
+    if has_trained:
+        for name in blocking(found)["name"]:
+            ledger.wrong("checks", where, "this check holds the iteration, and a policy has trained on it", row=name)
+
+
+def check_quarantine(ledger: Ledger, catalog: Catalog, tables: Mapping[str, Any]) -> None:
+    """Check that batches leave out what the checks of the run's config keep from training: they decide rows."""
+    wanted = [check for check in tables.get("checks", []) if check["severity"] == "quarantine"]
+    for (_, dataset), item in catalog.items():
+        manifest = item.artifact.manifest
+        if not item.is_own or dataset not in ("checks", "batches"):
+            continue
+        ledger.checked("checks", int(dataset == "checks" or bool(wanted)))
+        if dataset == "batches" and wanted and "checks" not in manifest.inputs:
+            ledger.wrong("checks", item.where, "the config has checks of severity quarantine, and it was made without")
+        made = [check for check in manifest.config.get("checks", []) if check["severity"] == "quarantine"]
+        if dataset == "checks" and canonical_json(made) != canonical_json(wanted):
+            text = f"the checks of severity quarantine are {shorten(made)}, {RESOLVED_CONFIG} says {shorten(wanted)}"
+            ledger.wrong("checks", item.where, text)
+
+
+def check_batches(
+    ledger: Ledger, item: Located, completions: Located, advantages: Located, checks: Located | None
+) -> None:
     """Recompute the batches from their inputs, and compare every column and the order."""
     where, batches = item.where, item.artifact
     settings = dict(batches.manifest.config)
@@ -92,6 +133,7 @@ def check_batches(ledger: Ledger, item: Located, completions: Located, advantage
         seed=seed,
         iteration=iteration,
         is_offline=is_offline,
+        quarantined=quarantined(checks.artifact.read()) if checks is not None else (),
     )
     columns = [name for name in expected.columns if name not in _LISTS]
     content = fingerprint(*_LISTS).alias("content")
@@ -106,7 +148,7 @@ def check_batches(ledger: Ledger, item: Located, completions: Located, advantage
         hashed={"content": f"{' or '.join(_LISTS)} differ from the completion's"},
     )
     ledger.checked("batches", expected.height)
-    ledger.wrong_rows("batches", where, rows, count, sources=[completions.where, advantages.where])
+    ledger.wrong_rows("batches", where, rows, count, sources=[s.where for s in (completions, advantages, checks) if s])
 
 
 _LISTS = ("prompt_token_ids", "completion_token_ids", "loss_mask", "sampling_logprobs")

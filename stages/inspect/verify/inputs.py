@@ -86,7 +86,7 @@ def _check_kind(ledger: Ledger, key: tuple[int | None, str], item: Located) -> N
         ledger.wrong("manifests", item.where, f"it was made by stage {shorten(manifest.stage)}, expected {expected}")
     if is_policy or step is None or manifest.stage != step.name:
         return
-    needed = {name: source for name, source in step.reads.items() if source is not From.if_made}
+    needed = {name: source for name, source in step.reads.items() if source not in (From.if_made, From.earlier)}
     required = {f"{name}:" if source is From.members else name for name, source in needed.items()}
     names = {"policy:" if name.startswith("policy:") else name for name in manifest.inputs}
     if lacking := sorted(required - names):
@@ -123,6 +123,8 @@ def _source_in_run(key: tuple[int | None, str], name: str, artifact: Artifact) -
             return (None, f"member {member}") if updates is None else policy_key(updates)
         case From.here | From.if_made:
             return (index, name)
+        case From.earlier:
+            return (index - 1, name)
     return None
 
 

@@ -33,6 +33,7 @@ CHECKS: Mapping[str, str] = {
     "endings": "finish_reason and stop_reason agree with the tokens",
     "rewards": "every answer has one reward or error of each function, and no other row is there",
     "advantages": "recomputed from the rewards, they are those stored",
+    "checks": "recomputed from the rows, they are those stored, and nothing has trained that one of them holds",
     "batches": "recomputed from answers and advantages, rows, order, drops and denominators are those stored",
     "records": "training records cover the batches' rows, and the optimizer steps are their sums",
     "evaluations": "answers follow from the held-out prompts; is_correct follows from the reward",

@@ -21,8 +21,10 @@ from stages.inspect.verify.checkpoints import check_policies, check_states
 from stages.inspect.verify.derived import (
     check_advantages,
     check_batches,
+    check_checks,
     check_logprobs_rows,
     check_metrics,
+    check_quarantine,
     check_records,
     check_rewards,
 )
@@ -53,6 +55,8 @@ def verify_run(run: RunDir, *, limit: int = 20, progress: Callable[[str], None] 
     outside = check_inputs(ledger, run, catalog)
     sound = check_files(ledger, [*catalog.values(), *outside])
     config = check_config(ledger, run, catalog)
+    where = Where(run.resolved_config.name, "config")
+    ledger.attempt("checks", where, partial(check_quarantine, ledger, catalog, config))
     check_policies(ledger, catalog, sound)
     check_states(ledger, catalog, sound)
     verifier = _RowVerifier(ledger, catalog, sound, outside)
@@ -160,14 +164,32 @@ class _RowVerifier:
             ledger.attempt("rewards", rewards.where, partial(check_rewards, ledger, rewards, completions))
         if advantages and rewards and self._can_derive("advantages", advantages):
             ledger.attempt("advantages", advantages.where, partial(check_advantages, ledger, advantages, rewards))
+        checks = self.get(index, "checks")
+        sources = self._inputs(checks, index) if checks else {}
+        if checks and sources and self._can_derive("checks", checks):
+            has_trained = (index, "policy") in self.catalog
+            check = partial(check_checks, ledger, checks, sources, has_trained=has_trained)
+            ledger.attempt("checks", checks.where, check)
         if batches and completions and advantages and self._can_derive("batches", batches):
-            check = partial(check_batches, ledger, batches, completions, advantages)
+            used = checks if "checks" in batches.artifact.manifest.inputs else None
+            check = partial(check_batches, ledger, batches, completions, advantages, used)
             ledger.attempt("batches", batches.where, check)
         if logprobs and batches and self._can_derive("records", logprobs):
             ledger.attempt("records", logprobs.where, partial(check_logprobs_rows, ledger, logprobs, batches))
         if records and steps and batches and self._can_derive("records", records):
             ledger.attempt("records", records.where, partial(check_records, ledger, records, steps, batches))
             ledger.attempt("records", records.where, partial(check_tokens, ledger, records, batches))
+
+    def _inputs(self, item: Located, index: int | None) -> dict[str, Located]:
+        """Return the rows that checks were made of: those of the iteration, and the records of the one before.
+
+        None of them where one cannot be read.
+        """
+        before = None if index is None else index - 1
+        keys = {name: before if name == "training_records" else index for name in item.artifact.manifest.inputs}
+        found = {name: self.get(key, name) for name, key in keys.items()}
+        whole = {name: source for name, source in found.items() if source is not None}
+        return whole if len(whole) == len(found) else {}
 
     def _policies(self, artifact: Artifact) -> dict[str, Artifact]:
         """Return the policies among the inputs of an artifact, by digest."""

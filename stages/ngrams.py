@@ -2,12 +2,22 @@
 
 import polars as pl
 
-from stages.inspect.audit.run_rows import normalized
-
 NUM_HASHES = 64
 BANDS = 8
 """Two texts of Jaccard similarity s share a band of 8 hashes with probability 1 - (1 - s^8)^8: 0.77 for 0.8, 0.03 for
 0.5."""
+
+
+def normalized(text: pl.Expr) -> pl.Expr:
+    """Return letters and digits only, in lower case, words set apart and framed by single spaces."""
+    return pl.format(" {} ", text.str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}]+", " ").str.strip_chars(" "))
+
+
+def names_reference(text: pl.Expr, reference: pl.Expr) -> pl.Expr:
+    """Return whether the text contains the reference as whole words; null where there is none."""
+    wanted = normalized(reference)
+    is_told = wanted.str.contains(r"\S")
+    return pl.when(is_told).then(normalized(text).str.contains(wanted, literal=True))
 
 
 def plain(text: pl.Expr) -> pl.Expr:

@@ -1,0 +1,74 @@
+"""What follows from the checks of an iteration: lines for the user, a held run, room for a repaired one."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.errors import CheckFailed
+from pipeline.manifest import is_finished
+from pipeline.run_dir import RunDir
+from pipeline.stage import StageCall
+from stages.checks.outcome import blocking
+from stages.config import is_held
+
+IDS_SHOWN = 3
+REMADE = ("score", "normalize", "check")
+"""Steps of a held iteration that may be made again: nothing has been trained on what they wrote."""
+AFTER_CHECKS = ("check", "batch", "logprobs")
+"""Steps that may be made again while the iteration has not trained, because the checks may change."""
+
+
+def set_aside(run: RunDir, call: StageCall[Any, Any], iteration: int, note: Callable[[str], None]) -> None:
+    """Move what a repaired reward, or another check, takes the place of to `RunDir.held`: nothing was trained on it."""
+    name, main = call.stage.name, list(call.places.values())[-1]
+    if not is_finished(main) or is_finished(run.place(iteration, "policy")):
+        return
+    may_change = name in REMADE and is_held(run, iteration)
+    may_change |= name in AFTER_CHECKS and is_finished(run.place(iteration, "checks"))
+    found = open_artifact(main)
+    if may_change and found.manifest.recipe != call.recipe():
+        aside = run.held(iteration, found.manifest.dataset, found.digest)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        main.rename(aside)
+        note(f"iteration {iteration}: {found.manifest.dataset} are made again; those before are in {run.shown(aside)}")
+
+
+def report(run: RunDir, iteration: int, checks: Artifact, note: Callable[[str], None]) -> None:
+    """Tell the user of every check that failed.
+
+    Raises:
+        CheckFailed: when one of severity block has.
+    """
+    rows = checks.read()
+    for row in rows.filter(~rows["passed"]).to_dicts():
+        if row["severity"] == "warn":
+            note(f"warning: iteration {iteration}: {_said(row)}")
+        elif row["severity"] == "quarantine":
+            note(f"iteration {iteration}: {_said(row)}; {len(row['failed_ids']):,} completions do not train")
+    refuse_held(run, iteration, checks)
+
+
+def refuse_held(run: RunDir, iteration: int, checks: Artifact) -> None:
+    """Raise CheckFailed when a check of severity block holds the iteration."""
+    rows = blocking(checks.read()).to_dicts()
+    if not rows:
+        return
+    shown = run.shown(run.place(iteration, "rewards"))
+    more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+    new = (
+        f"the same command goes on from the stored completions after the reward is repaired, or once {shown} is deleted"
+        if iteration == 0
+        else f"a repaired reward goes on in a fork from the stored completions (grpo fork {run.name} CONFIG --at "
+        f"{iteration}); the same command goes on with other [[checks]], or once {shown} is deleted"
+    )
+    raise CheckFailed(
+        f"iteration {iteration} of {run.name} is held by {_said(rows[0])}{more}: nothing was trained on it; look at "
+        f"`grpo rows {run.name} checks -i {iteration}`; {new}, which scores it again"
+    )
+
+
+def _said(row: dict[str, Any]) -> str:
+    ids = row["failed_ids"]
+    named = f", among them {', '.join(ids[:IDS_SHOWN])}" if ids else ""
+    limit = f", at most {row['max_share']:.1%} may" if row["max_share"] is not None else ""
+    return f"check {row['name']!r} ({row['condition']}): {row['note']}{named}{limit}"

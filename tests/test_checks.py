@@ -1,0 +1,262 @@
+"""Checks: what each says of an iteration's rows, worked out by hand, and which tables of [[checks]] are accepted."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from pipeline.conditions import parse_bounded
+from pipeline.config import validate
+from pipeline.errors import ConfigError
+from stages.batch import BatchConfig, batch_rows
+from stages.check import check_rows
+from stages.checks.config import CheckStageConfig, expanded
+from stages.checks.outcome import quarantined
+from stages.config import RunConfig, parse_config
+from stages.inspect.audit.audit import CHECKS
+from stages.inspect.audit.by_name import OF_A_RUN, audit_iteration, check_audits
+from tests.builders import advantage_rows, completion_rows, fill, prompt_rows, reward_rows
+
+NOTHING: dict[str, Any] = {"iteration": 3}
+RUN = """
+[policy]
+model = "m"
+[prompts]
+source = "s"
+[[score.rewards]]
+name = "exact"
+function = "stages.rewards.answers.matching:exact_match"
+"""
+
+
+def frames(**given: pl.DataFrame) -> dict[str, pl.LazyFrame]:
+    """Return the rows of an iteration of two completions; those that a test does not give are uneventful."""
+    rows = {
+        "prompts": prompt_rows({"reference_answer": "7"}),
+        "completions": completion_rows({"policy_iteration": 3}, {"policy_iteration": 3}),
+        "rewards": reward_rows(c=[1, 0]),
+        "advantages": advantage_rows({"reward": 1.0}, {"reward": 0.0}),
+        **given,
+    }
+    return {name: frame.lazy() for name, frame in rows.items()}
+
+
+def outcome(check: dict[str, Any], facts: Mapping[str, Any] = NOTHING, **given: pl.DataFrame) -> dict[str, Any]:
+    config = validate(CheckStageConfig, {"checks": [check]}, "checks")
+    row: dict[str, Any] = check_rows(config, frames(**given), facts, audit_iteration).row(0, named=True)
+    return row
+
+
+def told(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["num_rows"], row["num_failed"], row["failed_ids"], row["passed"]
+
+
+@pytest.mark.parametrize(
+    ("where", "max_share", "expected"),
+    [
+        ("reward < 0.5", 0.0, (2, 1, ["c1"], False)),
+        ("reward < 0.5", 0.5, (2, 1, ["c1"], True)),
+        ("reward < 0.5", 0.49, (2, 1, ["c1"], False)),
+        ("num_tokens > 2", 0.0, (2, 0, [], True)),
+        ("reference_answer = '7' AND reward > AVG(reward)", 0.0, (2, 1, ["c0"], False)),
+        ("stop_reason = 'x'", 0.0, (2, 0, [], True)),  # unknown is no failure
+    ],
+)
+def test_a_condition_fails_the_rows_for_which_it_is_true(where: str, max_share: float, expected: Any) -> None:
+    row = outcome({"name": "n", "where": where, "max_share": max_share})
+    assert told(row) == expected
+    assert (row["condition"], row["max_share"], row["dataset"]) == (where, max_share, "completions")
+
+
+def test_a_completion_that_fails_by_two_rewards_is_named_once() -> None:
+    rewards = pl.concat([reward_rows(c=[None, 0]), reward_rows(c=[None, None])])
+    row = outcome({"name": "n", "where": "reward IS NULL", "dataset": "rewards"}, rewards=rewards)
+    assert told(row) == (4, 3, ["c-0", "c-1"], False)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.5])
+def test_judge_answered_looks_at_each_reward_by_itself(share: float) -> None:
+    """A quarter of all rewards is null, half of the judge's."""
+    judge = reward_rows(c=[None, 0]).with_columns(reward_name=pl.lit("judge"))
+    row = outcome({"check": "judge_answered", "max_share": share}, rewards=pl.concat([reward_rows(c=[1, 0]), judge]))
+    assert told(row) == (4, 1, ["c-0"], share >= 0.5)
+    assert row["note"] == "null rewards: accuracy 0.0%, judge 50.0%"
+
+
+def test_judge_answered_looks_at_one_reward_where_it_is_named() -> None:
+    judge = reward_rows(c=[None, 0]).with_columns(reward_name=pl.lit("judge"))
+    rewards = pl.concat([reward_rows(c=[1, 0]), judge])
+    assert told(outcome({"check": "judge_answered", "reward": "accuracy"}, rewards=rewards)) == (2, 0, [], True)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.7])
+def test_groups_inform_counts_groups_not_rows(share: float) -> None:
+    """Two of three groups tell nothing; they have three of five rows."""
+    flat = {"group_id": "b", "drop_reason": "zero_variance"}
+    rows = advantage_rows({}, {}, flat, flat, {"group_id": "c", "drop_reason": "unscored"})
+    row = outcome({"check": "groups_inform", "max_share": share}, advantages=rows)
+    assert told(row) == (5, 3, ["c2", "c3", "c4"], share == 0.7)
+
+
+@pytest.mark.parametrize(("repeated", "expected"), [(0.6, ["c0"]), (0.9, [])])
+def test_no_repetition_counts_completions_that_say_the_same_again(repeated: float, expected: list[str]) -> None:
+    """Eight equal words are six equal 3-grams, five of which were there before: 5/6."""
+    rows = completion_rows({"completion": "go " * 8}, {"completion": "one two three four five six seven eight"})
+    row = outcome({"check": "no_repetition", "repeated": repeated}, completions=rows)
+    assert told(row) == (2, len(expected), expected, not expected)
+
+
+@pytest.mark.parametrize(("characters", "is_passed"), [(2, False), (3, True)])
+def test_no_leaked_reference_looks_into_the_prompts(characters: int, is_passed: bool) -> None:
+    asked = [{"role": "user", "content": "It is 42. What is it?"}]
+    given = prompt_rows({"messages": asked, "reference_answer": "42"})
+    row = outcome({"check": "no_leaked_reference", "min_characters": characters}, prompts=given)
+    assert told(row) == ((2, 0, [], True) if is_passed else (2, 2, ["c0", "c1"], False))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_a_reward_has_collapsed_when_most_completions_get_the_same(share: float) -> None:
+    rows = advantage_rows({"reward": 0.0}, {"reward": 0.0}, {"reward": 1.0}, {"reward": None})
+    row = outcome({"check": "reward_not_collapsed", "max_share": share}, advantages=rows)
+    assert told(row) == ((3, 2, ["c0", "c1"], False) if share == 0.5 else (3, 0, [], True))
+
+
+@pytest.mark.parametrize(
+    ("options", "facts", "expected"),
+    [
+        ({"max_age": 1}, {}, (3, 2, ["c1", "c2"], False)),
+        ({"max_age": 2}, {}, (3, 1, ["c2"], False)),
+        ({"max_age": 1}, {"is_offline": True}, (3, 0, [], True)),
+        ({"max_age": 2, "max_kl": 0.3}, {}, (3, 1, ["c2"], False)),
+        ({"max_kl": 0.3}, {}, (3, 0, [], True)),
+        ({"max_kl": 0.2}, {}, (3, 3, ["c0", "c1", "c2"], False)),
+    ],
+)
+def test_off_policy_takes_the_age_of_the_rows_and_the_kl_of_the_update_before(
+    options: dict[str, Any], facts: dict[str, Any], expected: Any
+) -> None:
+    """The KL is (0.1 x 1 + 0.3 x 3) / 4 = 0.25 nats per token; the rows without tokens do not count."""
+    completions = completion_rows({"policy_iteration": 3}, {"policy_iteration": 1}, {"policy_iteration": None})
+    known = [{"kl_to_sampler": kl, "known_tokens": n} for kl, n in ((0.1, 1), (0.3, 3), (None, 5))]
+    records = pl.DataFrame(known)
+    row = outcome(
+        {"check": "off_policy", **options}, {**NOTHING, **facts}, completions=completions, training_records=records
+    )
+    assert told(row) == expected
+
+
+def paid_by_length(groups: int) -> dict[str, pl.DataFrame]:
+    """Return groups of four whose rewards are their lengths."""
+    names = [f"{g}-{i}" for g in range(groups) for i in range(4)]
+    scored = [{"completion_id": n, "group_id": n[:-2], "reward": i % 4 / 4} for i, n in enumerate(names)]
+    texts = [{"completion_id": r["completion_id"], "group_id": r["group_id"]} for r in scored]
+    return {
+        "completions": completion_rows(*({**row, "completion": "x" * (i % 4 + 1)} for i, row in enumerate(texts))),
+        "rewards": fill("rewards", scored, reward_name="a", reward_recipe="r"),
+        "advantages": advantage_rows(*scored),
+    }
+
+
+def test_a_check_of_the_audit_fails_when_it_has_a_warning() -> None:
+    facts = {**NOTHING, "audited": {"pass_threshold": 1.0, "weights": {}, "combine": "sum"}}
+    check = {"name": "length", "check": "reward_length", "severity": "block"}
+    row = outcome(check, facts, **paid_by_length(16))
+    assert (row["num_rows"], len(row["failed_ids"]), row["passed"]) == (64, 10, False)
+    assert "rank correlation 1.00" in row["note"]
+    few = outcome({**check, "thresholds": {"data": {"min_answers": 65}}}, facts, **paid_by_length(16))
+    assert few["passed"]
+    assert few["note"].startswith("not applicable")
+
+
+def test_checks_that_compare_iterations_are_refused_where_a_check_sees_one() -> None:
+    assert set(CHECKS) > OF_A_RUN
+    checks = validate(CheckStageConfig, {"checks": [{"name": "j", "check": "jumps"}]}, "checks").checks
+    with pytest.raises(ConfigError, match="'jumps', which compares iterations"):
+        check_audits(checks)
+    check_audits(checks, of_a_run=True)
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        ({"check": "jump"}, "expected one of judge_answered"),
+        ({"check": "truncated", "thresholds": {"x": {}}}, "x: unknown"),
+    ],
+)
+def test_a_check_that_the_audit_does_not_know_is_refused(check: dict[str, Any], said: str) -> None:
+    checks = validate(CheckStageConfig, {"checks": [{"name": "n", **check}]}, "checks").checks
+    with pytest.raises(ConfigError, match=said):
+        check_audits(checks)
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        ({"check": "judge_answered", "max_shar": 1.0}, r"checks\.0\.max_shar: unknown key; did you mean max_share\?"),
+        ({"name": "x", "where": "nope > 1"}, 'unable to find column "nope"'),
+        ({"name": "x", "where": "reward + 1"}, "gives Float64, expected true or false"),
+        ({"name": "x", "where": "completion_id IN (SELECT x FROM read_csv('f'))"}, "is more than a condition"),
+        ({"name": "x"}, "a check has a condition"),
+        ({"name": "x", "check": "truncated", "severity": "quarantine"}, "should be 'warn' or 'block'"),
+        ({"check": "off_policy"}, "neither max_age nor max_kl"),
+        ({"check": "judge_answered", "reward": "zz"}, r"\['zz'\], score.rewards has \['exact'\]"),
+    ],
+)
+def test_a_check_that_is_none_is_refused_with_what_was_expected(check: dict[str, Any], said: str) -> None:
+    tables = {
+        "policy": {"model": "m"},
+        "prompts": {"source": "s"},
+        "score": {"rewards": [{"name": "exact", "function": "m:f"}]},
+    }
+    with pytest.raises(ConfigError, match=said):
+        validate(RunConfig, {**tables, "checks": [check]}, "config")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "replace(completion, 'a', 'aa') = ''",
+        "\"replace\"(completion, 'a', 'aa') = ''",
+        "completion || 'x' = ''",
+        "1 = 1" + " " * 2000,
+    ],
+)
+def test_a_condition_makes_nothing_longer_than_its_rows(where: str) -> None:
+    with pytest.raises(ValueError, match=r"calls|joins|characters"):
+        parse_bounded(where)
+
+
+def test_several_runs_share_a_file_of_checks(tmp_path: Path) -> None:
+    file = tmp_path / "checks.toml"
+    file.write_text('[[checks]]\ncheck = "judge_answered"\nseverity = "block"\n')
+    config = parse_config(f'checks = "{file}"\n{RUN}', "config")
+    assert config == parse_config(RUN + file.read_text(), "config")
+    assert config.executes("check", 0)
+    assert not parse_config(RUN, "config").executes("check", 0)
+    file.write_text("seed = 1\n")
+    with pytest.raises(ConfigError, match=r"\['seed'\], expected \[\[checks\]\] alone"):
+        expanded({"checks": str(file)})
+
+
+def test_only_a_quarantine_that_failed_keeps_rows_from_training() -> None:
+    config = [{"name": s, "where": "reward < 0.5", "severity": s} for s in ("warn", "block", "quarantine")]
+    passed = {"name": "p", "where": "reward > 0.5", "severity": "quarantine", "max_share": 0.5}
+    checks = validate(CheckStageConfig, {"checks": [*config, passed]}, "checks")
+    assert quarantined(check_rows(checks, frames(), NOTHING, None)) == ["c1"]
+
+
+def test_a_quarantined_row_has_its_reason_and_no_place() -> None:
+    rows = batch_rows(
+        completion_rows({}, {}),
+        advantage_rows({}, {}).select("completion_id", "advantage", "drop_reason"),
+        BatchConfig(),
+        seed=0,
+        iteration=0,
+        quarantined=["c1"],
+    )
+    assert rows.select("completion_id", "drop_reason", "optimizer_step").rows() == [
+        ("c0", None, 0),
+        ("c1", "quarantined", None),
+    ]
