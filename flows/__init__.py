@@ -5,6 +5,7 @@ app             finds the module of the command that is asked for
 crash           how a command ends; one that failed with one message and exit code 2
 commands        the commands, one per file
 report          the page of `grpo report`
+planning        what a run would do, before it does it
 train           the Prefect flow that trains: one task for each stage
 session         what lives as long as a run: engine, trainer, reward processes
 brakes          what follows from checks: warnings, a held run, room for a repaired one

@@ -35,6 +35,7 @@ COMMANDS = (
     "whatif",
     "diff",
     "run",
+    "plan",
     "fork",
     "stage",
     "starter",

@@ -83,9 +83,8 @@ def print_rows(rows: Iterable[Row], format_: Format, *, columns: Sequence[str] |
     listed = list(rows)
     names = list(columns) if columns else (list(listed[0]) if listed else [])
     if format_ is Format.jsonl:
-        is_ascii = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
         for row in listed:
-            print(json_text({name: row[name] for name in names}, ensure_ascii=is_ascii))
+            print_json({name: row[name] for name in names})
     elif format_ is Format.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow([escaped(name) for name in names])
@@ -93,6 +92,12 @@ def print_rows(rows: Iterable[Row], format_: Format, *, columns: Sequence[str] |
     else:
         is_number = [bool(listed) and all(isinstance(r[n], int | float | None) for r in listed) for n in names]
         _print_table([one_line(n) for n in names], [[_short(row[n]) for n in names] for row in listed], is_number)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON-like values as one line of JSON; what steers a terminal is an escape of JSON's."""
+    is_ascii = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print(json_text(value, ensure_ascii=is_ascii))
 
 
 def _print_table(names: Sequence[str], cells: Sequence[Sequence[str]], is_number: Sequence[bool]) -> None:

@@ -21,6 +21,7 @@ from stages.checkpoints import check_policy, checkpoint_path, context_length, lo
 from stages.config import RunConfig
 from stages.engines.base import Engine, EngineConfig, EngineSettings
 from stages.engines.process import EngineProcess
+from stages.evaluate import summarize
 from stages.generate import used_context
 from stages.inspect.audit.by_name import audit_iteration
 from stages.inspect.metrics import append_metrics, iteration_metrics, recorded_metrics, rising_kl
@@ -104,24 +105,32 @@ class Session:
                 f"iteration {iteration} of {self.run.name} has no step {name}: its config gives it nothing to do"
             )
         if name in ("prompts", "generate") and self.config.stored(iteration):
-            return self.wiring.refer_stored(iteration)
+            return self._refer(iteration)
         if name in ("prompts", "generate"):
             self._check_own(iteration)
         if name == "optimizer":
             self._remove_stale_state(iteration)
-        if name == "batch" and self.config.executes("check", iteration):
+        return self._execute(step, iteration)
+
+    def _execute(self, step: Step, iteration: int) -> Artifact:
+        """Return the main artifact of a step that this run makes itself."""
+        if step.name == "batch" and self.config.executes("check", iteration):
             refuse_held(self.run, iteration, self.run.open(iteration, "checks"))
-        if name == "check":
+        if step.name == "check":
             self._check_untrained(iteration)
-        call = self.wiring.call(name, iteration)
+        call = self.wiring.call(step.name, iteration)
         if self.config.executes("check", iteration):
             set_aside(self.run, call, iteration, self.reporter.note)
         resources = None if find_finished(call) else self._resources(step, iteration)
         in_background = step.when in (When.ahead, When.late)  # the reporter shows one stage at a time
-        result = self._run(name, call, resources, silent if in_background else None)
-        if name == "check":
+        result = self._run(step.name, call, resources, silent if in_background else None)
+        if step.name == "check":
             report(self.run, iteration, result.main, self.reporter.note)
         return result.main
+
+    def _refer(self, iteration: int) -> Artifact:
+        """Let another run's prompts and completions be those of an offline iteration; return the completions."""
+        return self.wiring.refer_stored(iteration)
 
     def _run(self, label: str, call: Call, resources: Any = None, progress: Progress | None = None) -> StageResult:
         """Return the artifacts of a call, computed or found, after publishing them and telling the reporter."""
@@ -141,8 +150,7 @@ class Session:
         model = self.config.policy.model
         source = None
         if self.config.starter is not None:
-            made = starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main
-            source = share(self.run, made).fetch()
+            source = self._starter()
         try:
             if self.config.starter is None and looks_local(model):
                 source = checkpoint_path(model)
@@ -153,6 +161,11 @@ class Session:
             self.reporter.note(f"{model} is not there any more as it was: the run has its copy")
             return open_artifact(self.run.initial_policy)
         return self._run("policy", call, source).main
+
+    def _starter(self) -> Path:
+        """Return the directory of the starter, made or found."""
+        made = starter(self.config, starters_root(self.run), self.reporter.stage("starter")).main
+        return share(self.run, made).fetch()
 
     def member_policy(self, name: str) -> Artifact:
         """Return the run's copy of the policy of a group member from outside."""
@@ -203,7 +216,15 @@ class Session:
         in_time = (step.name for step in CHAIN if step.when in (When.in_order, When.ahead))
         taken = (*taken, "check")
         needed = (name for name in in_time if name not in taken and self.config.executes(name, iteration))
-        return all(find_finished(self.wiring.call(name, iteration)) is not None for name in needed)
+        return all(self._is_found(name, iteration) for name in needed)
+
+    def _is_found(self, name: str, iteration: int) -> bool:
+        """Return whether the artifacts of a step exist, made with this config. Read-only."""
+        return find_finished(self.wiring.call(name, iteration)) is not None
+
+    def has_state(self, iteration: int) -> bool:
+        """Return whether the optimizer's state that belongs to the policy after the iteration exists. Read-only."""
+        return state_of(open_artifact(self.run.policy_before(iteration + 1))) is not None
 
     def is_evaluated(self, iteration: int) -> bool:
         """Return whether the evaluation of the policy after the iteration exists, made with this config. Read-only."""
@@ -212,6 +233,11 @@ class Session:
             return False
         find_finished(self.wiring.held_out_prompts())
         return find_finished(self.wiring.call("evaluate", iteration)) is not None
+
+    def report_evaluation(self, iteration: int) -> None:
+        """Tell the reporter what the evaluation of the policy after the iteration found."""
+        evaluations = open_artifact(self.run.place(iteration, "evaluations")).read()
+        self.reporter.evaluation(iteration + 1, summarize(evaluations))
 
     def _check_own(self, iteration: int) -> None:
         if self.run.refers(iteration, "completions"):
@@ -230,7 +256,7 @@ class Session:
     def _remove_stale_state(self, iteration: int) -> None:
         """Remove an optimizer state that belongs to an earlier policy in this place."""
         place = self.run.place(iteration, "optimizer")
-        if is_finished(place) and state_of(open_artifact(self.run.policy_before(iteration + 1))) is None:
+        if is_finished(place) and not self.has_state(iteration):
             remove_artifact(place)
 
     def _resources(self, step: Step, iteration: int) -> Any:

@@ -15,16 +15,16 @@ from flows import prefect_server
 from flows.background import ONE_BY_ONE, Background
 from flows.prepare import Prepared, prepare
 from flows.session import Session, open_session
-from pipeline.artifact import Artifact, open_artifact
+from pipeline.artifact import Artifact
 from pipeline.chain import CHAIN, INITIAL, When
 from pipeline.provenance import recorded_environment
-from pipeline.run_dir import state_of
-from stages.evaluate import summarize
 from stages.preflight import remarks
 from stages.wiring import outside_members
 
 P = ParamSpec("P")
 Tasks = Mapping[str, Task[[int], str]]
+RunOnce = Callable[..., None]
+"""Takes a function and its arguments."""
 METRICS = "metrics"
 """Not a step of the chain: the row of `metrics.parquet`, computed from the steps' artifacts."""
 RETENTION = "retention"
@@ -67,7 +67,7 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
             tasks = step_tasks(session)
             background = Background(tasks)
             try:
-                train_all(session, tasks, background)
+                train_all(session, tasks, background, run_task)
             finally:
                 background.end()
     finally:
@@ -75,17 +75,21 @@ def train(config: str, run: str, overrides: list[str] | None = None) -> str:
     return str(run_dir.policy_before(settings.iterations))
 
 
-def train_all(session: Session, tasks: Tasks, background: Background) -> None:
-    """Run every iteration of a run, and the evaluations that its config asks for."""
+def train_all(session: Session, tasks: Tasks, background: Background, run_once: RunOnce) -> None:
+    """Run every iteration of a run, and the evaluations that its config asks for.
+
+    ``run_once`` runs what belongs to no iteration. `flows.planning.rehearsal` calls this with a session that computes
+    nothing.
+    """
     settings = session.config
-    run_task(session.initial_policy)
+    run_once(session.initial_policy)
     for member in outside_members(settings):
-        run_task(session.member_policy, member.name)
+        run_once(session.member_policy, member.name)
     for iteration in range(INITIAL, settings.iterations):
         was_done = iteration == INITIAL or train_iteration(session, tasks, background, iteration)
         is_to_be_evaluated = settings.is_to_be_evaluated(iteration + 1)
         if is_to_be_evaluated and not session.is_evaluated(iteration):
-            run_task(session.held_out_prompts)
+            run_once(session.held_out_prompts)
             for step in CHAIN:
                 if step.when is When.evaluation:
                     tasks[step.name](iteration)
@@ -96,8 +100,7 @@ def train_all(session: Session, tasks: Tasks, background: Background) -> None:
                 background.begin(RETENTION, iteration)
         if is_to_be_evaluated and iteration + 1 in (0, settings.iterations):
             background.wait_for_all()
-            evaluations = open_artifact(session.run.place(iteration, "evaluations")).read()
-            session.reporter.evaluation(iteration + 1, summarize(evaluations))
+            session.report_evaluation(iteration)
     if settings.iterations:
         have_state(session, background, settings.iterations - 1)
     background.wait_for_all()
@@ -135,8 +138,7 @@ def have_state(session: Session, background: Background, iteration: int) -> None
     """Make sure that the optimizer state after an iteration is on disk: wait for it, or make a lost one again."""
     if iteration == INITIAL:
         return
-    policy = open_artifact(session.run.policy_before(iteration + 1))
-    if background.is_begun("optimizer", iteration) or state_of(policy) is None:
+    if background.is_begun("optimizer", iteration) or not session.has_state(iteration):
         background.wait_for("optimizer", iteration)
 
 

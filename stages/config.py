@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, create_model, model_validator
 
@@ -246,24 +246,50 @@ def check_unchanged(run: RunDir, config: RunConfig) -> None:
             they were.
         RewardError: when a reward function cannot be imported.
     """
-    if not run.resolved_config.is_file():
-        return
-    changes = list(_changes(_lasting(recorded_config(run)), _lasting(config)))
-    if changes:
+    if changes := changed_settings(run, config):
+        told = "; ".join(f"{c.setting} was {json.dumps(c.was)}, now {json.dumps(c.now)}" for c in changes)
         raise RecipeMismatch(
-            f"{run.name} was made with another config ({'; '.join(changes)}): its artifacts are never overwritten; "
+            f"{run.name} was made with another config ({told}): its artifacts are never overwritten; "
             "give this config a new run directory (--run), or go back to the old settings"
         )
+    if (odd := changed_rewards(run, config)) is not None:
+        raise RecipeMismatch(
+            f"{run.name} was scored by other versions of the reward functions {odd}: its artifacts are never "
+            "overwritten; give this config a new run directory (--run, or grpo rescore), or go back to the old ones"
+        )
+
+
+class Change(NamedTuple):
+    """A setting that differs between two configs."""
+
+    setting: str
+    """Its tables and its name, joined by dots."""
+    was: Any
+    now: Any
+
+
+def changed_settings(run: RunDir, config: RunConfig) -> list[Change]:
+    """Return the settings that decide results and differ from those of a run, if it exists. Read-only."""
+    if not run.resolved_config.is_file():
+        return []
+    return list(setting_changes(_lasting(recorded_config(run)), _lasting(config)))
+
+
+def changed_rewards(run: RunDir, config: RunConfig) -> list[str] | None:
+    """Return the reward functions that are not those which scored a run; None = all are. Read-only.
+
+    Raises:
+        RewardError: when a reward function cannot be imported.
+    """
+    if not run.resolved_config.is_file():
+        return None
     scored = (run.place(index, "rewards") for index in run.iterations() if not is_held(run, index))
-    if (first := next(filter(is_finished, scored), None)) is not None:
-        before = open_artifact(first).manifest.config.get("reward_recipes")
-        now = {reward.name: reward.recipe for reward in find_rewards(config.score)}
-        if before != now:
-            odd = sorted(name for name in now if (before or {}).get(name) != now[name])
-            raise RecipeMismatch(
-                f"{run.name} was scored by other versions of the reward functions {odd}: its artifacts are never "
-                "overwritten; give this config a new run directory (--run, or grpo rescore), or go back to the old ones"
-            )
+    first = next(filter(is_finished, scored), None)
+    if first is None:
+        return None
+    before = open_artifact(first).manifest.config.get("reward_recipes")
+    now = {reward.name: reward.recipe for reward in find_rewards(config.score)}
+    return None if before == now else sorted(name for name in now if (before or {}).get(name) != now[name])
 
 
 def _lasting(config: RunConfig) -> dict[str, Any]:
@@ -280,11 +306,12 @@ def is_held(run: RunDir, iteration: int) -> bool:
     return not blocking(run.open(iteration, "checks").read()).is_empty()
 
 
-def _changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def setting_changes(old: Any, new: Any, path: str = "") -> Iterator[Change]:
+    """Yield the settings in which two configs differ, as `deciding` gives them, but for those of CHANGEABLE."""
     if path in CHANGEABLE:
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            yield from _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from setting_changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
-        yield f"{path} was {json.dumps(old)}, now {json.dumps(new)}"
+        yield Change(path, old, new)

@@ -40,6 +40,8 @@ from stages.score import find_rewards
 from stages.sources import SourceConfig, source_identity
 
 Call = StageCall[Any, Any]
+TAKEN = ("prompts", "completions")
+"""Datasets that an offline iteration takes from another run."""
 FUNCTIONS = ("reward_recipes", SOURCES)
 """Parameters of calls that identify functions, which must be imported for that."""
 
@@ -83,37 +85,45 @@ class Wiring:
         table: BaseModel = getattr(self.config, name)
         return table
 
-    def _inputs(self, step: Step, iteration: int) -> dict[str, Artifact]:
-        found: dict[str, Artifact] = {}
-        for name, source in step.reads.items():
+    def reads(self, name: str, iteration: int) -> dict[str, Path]:
+        """Return the place of each input of a step in an iteration, finished or not."""
+        found: dict[str, Path] = {}
+        for dataset, source in STEPS[name].reads.items():
             match source:
                 case From.here:
-                    found[name] = self.run.open(iteration, name)
-                case From.if_made if self.config.needs(name, iteration):
-                    found[name] = self.run.open(iteration, name)
-                case From.earlier if self.config.needs(name, iteration):
-                    found[name] = self.run.open(iteration - 1, name)
+                    found[dataset] = self.run.place(iteration, dataset)
+                case From.if_made if self.config.needs(dataset, iteration):
+                    found[dataset] = self.run.place(iteration, dataset)
+                case From.earlier if self.config.needs(dataset, iteration):
+                    found[dataset] = self.run.place(iteration - 1, dataset)
                 case From.initial:
-                    found[name] = open_artifact(self.run.initial_policy)
+                    found[dataset] = self.run.initial_policy
                 case From.before:
-                    found[name] = open_artifact(self.run.policy_before(iteration))
+                    found[dataset] = self.run.policy_before(iteration)
                 case From.after:
-                    found[name] = open_artifact(self.run.policy_before(iteration + 1))
+                    found[dataset] = self.run.policy_before(iteration + 1)
                 case From.held_out:
-                    found[name] = open_artifact(self.run.held_out_prompts)
+                    found[dataset] = self.run.held_out_prompts
                 case From.members:
                     for member in self.config.generate.plan():
-                        found[f"{name}:{member.name}"] = self._policy_of(member, iteration)
+                        found[f"{dataset}:{member.name}"] = self._policy_of(member, iteration)
         return found
 
-    def _policy_of(self, member: MemberConfig, iteration: int) -> Artifact:
-        """Return the member's policy in this iteration."""
+    def _inputs(self, step: Step, iteration: int) -> dict[str, Artifact]:
+        found: dict[str, Artifact] = {}
+        for name, place in self.reads(step.name, iteration).items():
+            is_of_iteration = step.reads.get(name) in (From.here, From.if_made)  # perhaps another run's
+            found[name] = self.run.open(iteration, name) if is_of_iteration else open_artifact(place)
+        for member in outside_members(self.config):
+            if (policy := found.get(f"policy:{member.name}")) is not None:
+                initial = open_artifact(self.run.initial_policy)
+                check_same_tokenizer(policy, initial, f"group member {member.name!r}")
+        return found
+
+    def _policy_of(self, member: MemberConfig, iteration: int) -> Path:
+        """Return the place of the member's policy in this iteration."""
         num_updates = member_updates(member, iteration)
-        if num_updates is not None:
-            return open_artifact(self.run.policy_before(num_updates))
-        artifact = open_artifact(self.run.member(member.name))
-        check_same_tokenizer(artifact, open_artifact(self.run.initial_policy), f"group member {member.name!r}")
-        return artifact
+        return self.run.member(member.name) if num_updates is None else self.run.policy_before(num_updates)
 
     def initial_policy(self, source: Path | None) -> Call:
         """Return the call that makes the initial policy of a local checkpoint, or of the hub model of the config."""
@@ -168,19 +178,23 @@ class Wiring:
         Raises:
             ArtifactMissing: when the other run does not have them.
             PolicyError: when they were written with another tokenizer.
+            RecipeMismatch: when the iteration has others.
         """
+        source, index = self.stored(iteration)
+        if is_finished(source.initial_policy):
+            ours = open_artifact(self.run.initial_policy)
+            check_same_tokenizer(open_artifact(source.initial_policy), ours, f"policy of {source.name}")
+        for dataset in TAKEN:
+            self.run.refer(iteration, dataset, source.open(index, dataset))
+        return source.open(index, "completions")
+
+    def stored(self, iteration: int) -> tuple[RunDir, int]:
+        """Return the run, and its iteration, whose completions feed this offline iteration."""
         stored = self.config.stored(iteration)
         assert stored is not None
         if local_path(stored[0]) is None:
             check_permitted(stored[0], OTHER_MACHINE)
-        source = open_run(stored[0])
-        if is_finished(source.initial_policy):
-            ours = open_artifact(self.run.initial_policy)
-            check_same_tokenizer(open_artifact(source.initial_policy), ours, f"policy of {source.name}")
-        self.run.refer(iteration, "prompts", source.open(stored[1], "prompts"))
-        completions = source.open(stored[1], "completions")
-        self.run.refer(iteration, "completions", completions)
-        return completions
+        return open_run(stored[0]), stored[1]
 
 
 def _source_alone(source: SourceConfig) -> SourceConfig:

@@ -34,6 +34,7 @@ def test_the_generic_package_names_resolve_inside_the_repository(name: str) -> N
 @pytest.mark.parametrize(
     "module",
     [
+        "flows.planning.plan",
         "flows.replayer",
         "flows.report.render",
         "pipeline.run_dir",

@@ -5,6 +5,7 @@ does. Functions import slow modules themselves, so that `grpo --help` stays fast
 
 options       what several commands share: types of their arguments, signals, exit code 1
 run           train a policy
+plan          what a run would do, before it does it
 fork          a new run from a policy of another one
 stage         one stage of one iteration
 starter       the small model that a config describes

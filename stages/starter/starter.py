@@ -177,12 +177,20 @@ def make_starter(
     config: StarterConfig, source: SourceConfig, held_out_share: float, root: Path, progress: Progress
 ) -> StageResult:
     """Return the starter's policy artifact below ``root``, which runs share; it is made only if missing."""
+    call = starter_call(config, source, held_out_share, root)
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / WRITER_LOCK):  # of two runs that need the same starter the second waits, and finds it
+        return run_stage(call, None, progress)
+
+
+def starter_call(
+    config: StarterConfig, source: SourceConfig, held_out_share: float, root: Path
+) -> StageCall[StarterConfig, None]:
+    """Return the call that makes the starter, in a folder below ``root`` that its recipe names."""
     parameters = {
         "source": chosen(SourceConfig(**source.model_dump(include=set(SourceConfig.model_fields)))),
         "held_out_share": held_out_share,
         **source_identity(source),
     }
     call = StageCall(STAGE, config, {}, {"policy": root}, parameters)
-    root.mkdir(parents=True, exist_ok=True)
-    with locked(root / WRITER_LOCK):  # of two runs that need the same starter the second waits, and finds it
-        return run_stage(replace(call, places={"policy": root / call.recipe()[:12]}), None, progress)
+    return replace(call, places={"policy": root / call.recipe()[:12]})

@@ -61,6 +61,23 @@ def resume(
     check_equal(trainer, policy, first, scratch)
 
 
+def resumed_from(run: RunDir, num_updates: int) -> int:
+    """Return after how many updates training resumes, to come to the policy after ``num_updates``. Read-only.
+
+    It is the last policy with weights and an optimizer state; stored batches are trained on from there.
+
+    Raises:
+        ArtifactError: when a checkpoint that is needed was pruned, or is damaged.
+    """
+    open_artifact(run.policy_before(num_updates)).check_sizes()
+    first = last_resumable(run, num_updates)
+    policy = open_artifact(run.policy_before(first))
+    for artifact in (policy, state_of(policy)):
+        if artifact is not None:
+            artifact.check_sizes()
+    return first
+
+
 def _load(trainer: Trainer, policy: Artifact, config: UpdateConfig) -> None:
     policy.fetch()
     policy.check_sizes()

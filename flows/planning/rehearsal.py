@@ -1,0 +1,393 @@
+"""A rehearsal of a run: the flow's own loop with a session that decides about every artifact and computes none.
+
+What decides is what decides in a run: `train_all`, the rules of `Session`, the calls of `Wiring`, `find_finished`.
+Nothing is written: what an offline iteration refers to is kept in memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from flows.session import Session, SilentReporter, starters_root
+from pipeline.artifact import Artifact, open_artifact
+from pipeline.chain import CHAIN, INITIAL, STEPS, WRITER, From, Step
+from pipeline.errors import GrpoError, RecipeMismatch
+from pipeline.manifest import MANIFEST_VERSION, Manifest, RecipeDifference, is_finished, recipe_differences
+from pipeline.run_dir import RunDir, state_of
+from pipeline.stage import Progress, StageResult, check_inputs, find_finished
+from stages.config import RunConfig
+from stages.starter.starter import starter_call
+from stages.trainers.resume import resumed_from
+from stages.wiring import TAKEN, Call
+
+
+class Verdict(StrEnum):
+    """What a run does about an artifact."""
+
+    reuse = "it is stored and is used"
+    compute = "it is made"
+    refuse = "the run stops at it: another one is in its place, or what it needs cannot be used"
+
+
+class Reason(StrEnum):
+    """Why."""
+
+    finished = "stored, of the recipe that is wanted"
+    referred = "stored in another run, which [[offline]] names"
+    kept = "stored; what it was made from is not there any more as it was"
+    missing = "not stored"
+    stale = "stored, but of another policy"
+    inputs = "what it is made from is not stored"
+    recipe = "stored, of another recipe"
+    unusable = "it, or what it is made from, cannot be used"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a run does about the artifacts of a step in an iteration."""
+
+    step: str
+    """A step of `pipeline.chain`, ``starter`` or ``policy``."""
+    iteration: int | None
+    """None = of no iteration; INITIAL = before the first."""
+    places: Mapping[str, Path]
+    """Dataset -> directory; the last is the main one."""
+    verdict: Verdict
+    reason: Reason
+    inputs: tuple[str, ...] = ()
+    """Those that are not stored as they are wanted."""
+    differences: tuple[RecipeDifference, ...] = ()
+    """Between the stored recipe and the wanted one."""
+    error: str = ""
+    """What the run would say."""
+    again: range = range(0)
+    """Iterations whose stored batches are trained on again first, because an optimizer state is missing."""
+    inputs_are_refused: bool = False
+    """The inputs are not to be made, but stand in the way."""
+
+    @property
+    def main(self) -> Path:
+        return list(self.places.values())[-1]
+
+
+@dataclass(frozen=True)
+class RehearsedRun(RunDir):
+    """A run directory in which a reference to another run's artifact is kept in memory."""
+
+    references: dict[tuple[int, str], Artifact] = field(default_factory=dict, compare=False)
+
+    def open(self, index: int, dataset: str) -> Artifact:
+        """Return a finished artifact of an iteration; see `RunDir.open`."""
+        found = self.references.get((index, dataset))
+        return RunDir.open(self, index, dataset) if found is None else found
+
+    def refer(self, index: int, dataset: str, artifact: Artifact) -> None:
+        """Remember the artifact as a dataset of the iteration; see `RunDir.refer`."""
+        if self.has(index, dataset):
+            RunDir.refer(self, index, dataset, artifact)  # only compares
+        else:
+            self.references[index, dataset] = artifact
+
+
+@dataclass
+class Rehearsal(Session):
+    """A session that decides about every artifact in the order of a run, and computes none."""
+
+    planned: dict[Path, Planned] = field(default_factory=dict)
+    """Main place -> what a run does about it, in order."""
+    _trained: int | None = None
+    """Updates after which the trainer of a run is by now; None = it has none."""
+
+    def initial_policy(self) -> Artifact:
+        """Decide about the starter, if there is one, and the initial policy."""
+        if self.config.starter is not None:
+            root = starters_root(self.run)
+            call = starter_call(self.config.starter, self.config.prompts, self.config.held_out_share, root)
+            made = self._decide("starter", None, call.places, lambda: call)
+            if self._is_coming(made.main):
+                places = {"policy": self.run.initial_policy}
+                return _expected(self._decide("policy", None, places, None, {"starter": made.main}))
+        was_told = len(self.notes())
+        policy = Session.initial_policy(self)
+        return self._kept(policy) if len(self.notes()) > was_told else policy
+
+    def member_policy(self, name: str) -> Artifact:
+        """Decide about the run's copy of a policy from outside."""
+        was_told = len(self.notes())
+        policy = Session.member_policy(self, name)
+        return self._kept(policy) if len(self.notes()) > was_told else policy
+
+    def held_out_prompts(self) -> Artifact:
+        """Decide about the prompts of every evaluation."""
+        if self._is_coming(self.run.initial_policy):
+            places = {"prompts": self.run.held_out_prompts}
+            reads = {"policy": self.run.initial_policy}
+            return _expected(self._decide("prompts", None, places, None, reads))
+        return Session.held_out_prompts(self)
+
+    def is_evaluated(self, iteration: int) -> bool:
+        """Return False, so that a stored evaluation is decided about like every artifact."""
+        return False
+
+    def is_done(self, iteration: int) -> bool:
+        """Return whether every artifact up to the next policy exists, made with this config."""
+        if self.config.stored(iteration):
+            self._refer(iteration)
+        if not Session.is_done(self, iteration):
+            return False
+        state = self.run.place(iteration, "optimizer")
+        if is_finished(state) and (self._is_coming(self.run.policy_before(iteration + 1)) or self.has_state(iteration)):
+            self._is_found("optimizer", iteration)
+        return True
+
+    def has_state(self, iteration: int) -> bool:
+        """Return whether a run would by now have the optimizer's state after the iteration."""
+        found = self.planned.get(self.run.place(iteration, "optimizer"))
+        if found is not None:
+            return True
+        return not self._is_coming(self.run.policy_before(iteration + 1)) and Session.has_state(self, iteration)
+
+    def warm_up(self, iteration: int) -> None:
+        """Start nothing."""
+
+    def metrics(self, iteration: int) -> Path:
+        """Measure nothing."""
+        return self.run.metrics
+
+    def report_evaluation(self, iteration: int) -> None:
+        """Tell nothing."""
+
+    def _is_found(self, name: str, iteration: int) -> bool:
+        return self._decide_step(name, iteration).verdict is Verdict.reuse
+
+    def _execute(self, step: Step, iteration: int) -> Artifact:
+        return _expected(self._decide_step(step.name, iteration))
+
+    def _decide_step(self, name: str, iteration: int) -> Planned:
+        call = self.wiring.call
+        places = {dataset: self.run.place(iteration, dataset) for dataset in STEPS[name].writes}
+        return self._decide(name, iteration, places, lambda: call(name, iteration), self.wiring.reads(name, iteration))
+
+    def _starter(self) -> Path:
+        assert self.config.starter is not None
+        root = starters_root(self.run)
+        call = starter_call(self.config.starter, self.config.prompts, self.config.held_out_share, root)
+        return open_artifact(list(call.places.values())[-1]).fetch()
+
+    def _run(self, label: str, call: Call, resources: Any = None, progress: Progress | None = None) -> StageResult:
+        planned = self._decide(label, None, call.places, lambda: call)
+        return StageResult({"": _expected(planned)}, reused=planned.verdict is Verdict.reuse)
+
+    def _refer(self, iteration: int) -> Artifact:
+        """Decide about what an offline iteration takes from another run."""
+        error: GrpoError | None = None
+        try:
+            if self._is_coming(self.run.initial_policy):  # whose tokenizer is not known yet
+                source, index = self.wiring.stored(iteration)
+                for dataset in TAKEN:
+                    self.run.refer(iteration, dataset, source.open(index, dataset))
+            else:
+                self.wiring.refer_stored(iteration)
+        except GrpoError as problem:
+            error = problem
+        for dataset in TAKEN:
+            place = self.run.place(iteration, dataset)
+            verdict, reason = Verdict.reuse, Reason.referred
+            if error is not None:
+                verdict, reason = Verdict.refuse, Reason.unusable
+            told = "" if error is None else str(error)
+            step = WRITER[dataset].name
+            self.planned.setdefault(place, Planned(step, iteration, {dataset: place}, verdict, reason, error=told))
+        return _expected(self.planned[place])
+
+    def _remove_stale_state(self, iteration: int) -> None:
+        """Remove nothing; `_decide` asks `state_of` about the state."""
+
+    def _decide(
+        self,
+        step: str,
+        iteration: int | None,
+        places: Mapping[str, Path],
+        make_call: Callable[[], Call] | None,
+        reads: Mapping[str, Path] | None = None,
+    ) -> Planned:
+        """Return what a run does about a step's artifacts, decided once.
+
+        Args:
+            step: its name.
+            iteration: None = of no iteration.
+            places: dataset -> directory.
+            make_call: returns the call; used only when all of ``reads`` are stored as they are wanted.
+            reads: input -> its place.
+        """
+        main = list(places.values())[-1]
+        if main not in self.planned:
+            found = self._verdict(step, iteration, places, make_call, reads or {})
+            self.planned[main] = found
+            self._note_trainer(found)
+        return self.planned[main]
+
+    def _verdict(
+        self,
+        step: str,
+        iteration: int | None,
+        places: Mapping[str, Path],
+        make_call: Callable[[], Call] | None,
+        reads: Mapping[str, Path],
+    ) -> Planned:
+        def planned(verdict: Verdict, reason: Reason, **more: Any) -> Planned:
+            return Planned(step, iteration, places, verdict, reason, **more)
+
+        main = list(places.values())[-1]
+        coming = tuple(name for name, place in reads.items() if self._is_coming(place))
+        is_refused = any(self._is_refused(reads[name]) for name in coming)
+        of_inputs: dict[str, Any] = {"inputs": coming, "inputs_are_refused": is_refused}
+        if coming and is_finished(main):
+            return planned(Verdict.refuse if is_refused else Verdict.reuse, Reason.inputs, **of_inputs)
+        call: Call | None = None
+        try:
+            if coming:
+                for name in (name for name in reads if name not in coming):
+                    self._open(iteration, name, reads[name]).check_sizes()
+                return planned(Verdict.compute, Reason.inputs, again=self._trained_again(step, iteration), **of_inputs)
+            if step == "optimizer" and is_finished(main) and state_of(open_artifact(reads["policy"])) is None:
+                return planned(Verdict.compute, Reason.stale, again=self._trained_again(step, iteration))
+            assert make_call is not None
+            call = make_call()
+            if find_finished(call) is not None:
+                return planned(Verdict.reuse, Reason.finished)
+            check_inputs(call)
+            return planned(Verdict.compute, Reason.missing, again=self._trained_again(step, iteration))
+        except RecipeMismatch as error:
+            assert call is not None
+            return planned(Verdict.refuse, Reason.recipe, differences=_differences(call), error=str(error))
+        except GrpoError as error:
+            return planned(Verdict.refuse, Reason.unusable, error=str(error))
+
+    def _open(self, iteration: int | None, name: str, place: Path) -> Artifact:
+        """Return an input that is stored, here or in another run."""
+        is_referred = iteration is not None and not is_finished(place)
+        return self.run.open(iteration, name) if is_referred else open_artifact(place)  # type: ignore[arg-type]
+
+    def _trained_again(self, step: str, iteration: int | None) -> range:
+        """Return the iterations whose batches a run trains on again, to bring its trainer to the policy of a step."""
+        num_updates = _trainer_at(step, iteration)
+        if num_updates is None or num_updates == self._trained or self._is_coming(self.run.policy_before(num_updates)):
+            return range(0)
+        return range(resumed_from(self.run, num_updates), num_updates)
+
+    def _note_trainer(self, planned: Planned) -> None:
+        num_updates = _trainer_at(planned.step, planned.iteration)
+        if planned.verdict is Verdict.compute and num_updates is not None:
+            self._trained = num_updates + (planned.step == "update")
+
+    def _is_coming(self, place: Path) -> bool:
+        """Return whether what is there now, if anything, is not what a run would go on with."""
+        found = self.planned.get(place)
+        return found is not None and (found.verdict is not Verdict.reuse or found.reason is Reason.inputs)
+
+    def _is_refused(self, place: Path) -> bool:
+        found = self.planned[place]
+        return found.verdict is Verdict.refuse or found.inputs_are_refused
+
+    def _kept(self, policy: Artifact) -> Artifact:
+        places = {"policy": policy.path}
+        self.planned[policy.path] = Planned("policy", None, places, Verdict.reuse, Reason.kept)
+        return policy
+
+    def notes(self) -> Sequence[str]:
+        """Return the lines that a run would print for the user."""
+        assert isinstance(self.reporter, NoteKeeper)
+        return self.reporter.notes
+
+
+@dataclass(slots=True)
+class NoteKeeper(SilentReporter):
+    """Keeps the lines for the user."""
+
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def rehearse(config: RunConfig, run: RunDir) -> Rehearsal:
+    """Return the rehearsal of a run to its end. Read-only."""
+    from flows.train import train_all
+
+    rehearsal = Rehearsal(config, RehearsedRun(run.root, run.copy), NoteKeeper())
+    tasks: Any = ChainAlone({step.name: _performing(rehearsal, step.name) for step in CHAIN})
+    background: Any = AtOnce(tasks)
+    train_all(rehearsal, tasks, background, lambda make, *arguments: make(*arguments))
+    return rehearsal
+
+
+class ChainAlone(dict[str, Callable[[int], object]]):
+    """The tasks of a rehearsal: those that are no steps of the chain, which make no artifact, do nothing."""
+
+    def __missing__(self, name: str) -> Callable[[int], object]:
+        return lambda iteration: None
+
+
+class AtOnce:
+    """In place of the background tasks of a flow: each runs when it is begun."""
+
+    def __init__(self, tasks: Mapping[str, Callable[[int], object]]) -> None:
+        """``tasks``: step name -> what takes an iteration."""
+        self._tasks = tasks
+        self._begun: set[tuple[str, int]] = set()
+
+    def begin(self, name: str, iteration: int) -> None:
+        """Run the task."""
+        self._begun.add((name, iteration))
+        self._tasks[name](iteration)
+
+    def is_begun(self, name: str, iteration: int) -> bool:
+        """Return whether the task was begun and not yet waited for."""
+        return (name, iteration) in self._begun
+
+    def wait_for(self, name: str, iteration: int) -> None:
+        """Run the task unless it was begun."""
+        if not self.is_begun(name, iteration):
+            self._tasks[name](iteration)
+        self._begun.discard((name, iteration))
+
+    def settle(self, name: str) -> None:
+        """Count the step's tasks as waited for."""
+        self._begun = {key for key in self._begun if key[0] != name}
+
+    def raise_failed(self) -> None:
+        """Nothing has failed: a failed task has raised when it was begun."""
+
+    def wait_for_all(self) -> None:
+        """Count all tasks as waited for."""
+        self._begun.clear()
+
+
+def _performing(rehearsal: Rehearsal, name: str) -> Callable[[int], object]:
+    return lambda iteration: rehearsal.perform(name, iteration)
+
+
+def _trainer_at(name: str, iteration: int | None) -> int | None:
+    """Return after how many updates the trainer is that a step uses; None = it uses none."""
+    if iteration is None or iteration == INITIAL or "trainer" not in STEPS[name].uses:
+        return None
+    return iteration + (STEPS[name].reads.get("policy") is From.after)
+
+
+def _differences(call: Call) -> tuple[RecipeDifference, ...]:
+    """Return the differences between the stored recipe and the wanted one."""
+    stored = (open_artifact(place).manifest for place in call.places.values())
+    odd = next(manifest for manifest in stored if manifest.recipe != call.recipe())
+    return tuple(recipe_differences(odd.recipe_parts(), call.recipe_parts()))
+
+
+def _expected(planned: Planned) -> Artifact:
+    """Return what stands for an artifact that may not exist yet: its path, with a manifest that says nothing."""
+    text, table = "", dict[str, Any]()
+    manifest = Manifest(
+        MANIFEST_VERSION, planned.step, 0, text, table, table, table, table, None, table, table, text, 0, *[text] * 3
+    )
+    return Artifact(planned.main, manifest)
