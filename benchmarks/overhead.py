@@ -123,7 +123,7 @@ class Clock:
 def install(clock: Clock) -> None:
     """Put clocks around the product's functions, wherever their names have been imported."""
     import flows.session
-    import flows.train
+    import flows.training
     import grpo.policy
     import grpo.train_step
     import pipeline.artifact
@@ -134,6 +134,7 @@ def install(clock: Clock) -> None:
     import stages.update
     import stages.wiring
     from flows.background import Background
+    from flows.flow_runs import PrefectWork
     from flows.session import Session
     from pipeline.artifact import Artifact
     from pipeline.writer import ArtifactWriter
@@ -170,14 +171,14 @@ def install(clock: Clock) -> None:
     replace(pipeline.artifact.open_artifact, "artifacts")
     replace(pipeline.artifact._verify, "artifacts")
     replace(pipeline.stage.find_finished, "artifacts")
-    perform, make_task = Session.perform, flows.train._task
+    perform, make_task = Session.perform, PrefectWork.task
 
     def timed_perform(session: Session, name: str, iteration: int) -> Any:
         with clock.during(OTHER, name):
             return perform(session, name, iteration)
 
-    def timed_task(name: str, run: Callable[..., str]) -> Any:
-        task = make_task(name, run)
+    def timed_task(work: PrefectWork, name: str, run: Callable[..., str]) -> Any:
+        task: Any = make_task(work, name, run)
         task_type = type(task)
         # what `Session.perform` leaves over
         timed = type("TimedTask", (task_type,), {"__call__": clock.around(task_type.__call__, "Prefect", name)})
@@ -185,16 +186,16 @@ def install(clock: Clock) -> None:
         return task
 
     Session.perform = timed_perform  # type: ignore[method-assign]
-    flows.train._task = timed_task
+    PrefectWork.task = timed_task  # type: ignore[method-assign, assignment]
     for name in ("wait_for", "settle", "wait_for_all"):
         replace_method(Background, name, BESIDE)
-    train_iteration = flows.train.train_iteration
+    train_iteration = flows.training.train_iteration
 
     def timed_iteration(*args: Any) -> bool:
         clock.begin_iteration()
         return train_iteration(*args)
 
-    flows.train.train_iteration = timed_iteration
+    flows.training.train_iteration = timed_iteration
 
 
 def random_checkpoint(size: str, tokenizer: Path, vocab_size: int, directory: Path) -> int:

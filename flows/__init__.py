@@ -1,4 +1,4 @@
-"""The outermost layer: the Prefect flow, the command line, and what a user sees of them.
+"""The outermost layer: the Prefect flows, the command line, and what a user sees of them.
 
 cli             the entry of `grpo`: nothing is imported from the current directory
 app             finds the module of the command that is asked for
@@ -7,10 +7,17 @@ commands        the commands, one per file
 report          the page of `grpo report`
 planning        what a run would do, before it does it
 train           the Prefect flow that trains: one task for each stage
+rescore         the flow of `grpo rescore`
+audit           the flow of `grpo audit`; a warning fails it
+evaluate        the flow of `grpo stage evaluate`
+training        the training of a run, with or without Prefect
+flow_runs       what Prefect is told of a run; flow runs that have died
 session         what lives as long as a run: engine, trainer, reward processes
 brakes          what follows from checks: warnings, a held run, room for a repaired one
 prepare         loads and checks the config of a run, once
 background      background tasks, which run while the engine samples
+rescoring       scores stored completions again, for the command and the flow
+one_stage       runs one stage of one iteration, for the command and the flow
 replayer        computes stored artifacts again and compares them
 comparison      prints a comparison of two scorings
 printing        rows as table, JSON lines or CSV; numbers, paths, digests

@@ -1,28 +1,22 @@
-"""Background tasks: they run in a thread while the flow waits for the engine."""
+"""Background tasks: they run in a thread while the run waits for the engine."""
 
-from collections.abc import Mapping
-from concurrent.futures import wait
-from typing import Any
-
-from prefect import Task
-from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-
-ONE_BY_ONE: TaskRunner[PrefectFuture[Any]] = ThreadPoolTaskRunner(max_workers=1)  # type: ignore[assignment]
-"""The flow's task runner: background tasks run one by one, in the order in which they were begun."""
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 
 
 class Background:
-    """The background tasks of a flow, one by one in the order in which they were begun."""
+    """The background tasks of a run, one by one in the order in which they were begun."""
 
-    def __init__(self, tasks: Mapping[str, Task[[int], str]]) -> None:
+    def __init__(self, tasks: Mapping[str, Callable[[int], str]]) -> None:
         """``tasks``: step name -> its task, which takes an iteration."""
         self._tasks = tasks
-        self._begun: dict[tuple[str, int], PrefectFuture[str]] = {}
+        self._begun: dict[tuple[str, int], Future[str]] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
 
     def begin(self, name: str, iteration: int) -> None:
-        """Begin a step's task; it runs after those begun before."""
-        self._begun[name, iteration] = self._tasks[name].submit(iteration)
+        """Begin a step's task; it runs after those begun before, in the context of the caller."""
+        self._begun[name, iteration] = self._thread.submit(copy_context().run, self._tasks[name], iteration)
 
     def is_begun(self, name: str, iteration: int) -> bool:
         """Return whether the task was begun and not yet waited for."""
@@ -41,8 +35,8 @@ class Background:
             self._wait_for(key)
 
     def raise_failed(self) -> None:
-        """Raise what a finished task raised, so that the flow stops early; never waits."""
-        for key in [key for key, future in self._begun.items() if _has_failed(future)]:
+        """Raise what a finished task raised, so that the run stops early; never waits."""
+        for key in [key for key, future in self._begun.items() if future.done() and future.exception() is not None]:
             self._wait_for(key)
 
     def wait_for_all(self) -> None:
@@ -51,23 +45,15 @@ class Background:
             self._wait_for(next(iter(self._begun)))
 
     def _wait_for(self, key: tuple[str, int]) -> None:
-        future: Any = self._begun[key]
+        future = self._begun[key]
         try:
             future.result()
         finally:
-            if future.wrapped_future.done():  # an interrupted wait leaves it to `end`
+            if future.done():  # an interrupted wait leaves it to `end`
                 del self._begun[key]
 
     def end(self) -> None:
-        """Wait for all background tasks; never raises."""
-        futures: list[Any] = list(self._begun.values())
-        wait([future.wrapped_future for future in futures])
+        """Wait for all background tasks, and end their thread; never raises what they raised."""
+        wait(self._begun.values())
         self._begun.clear()
-
-
-def _has_failed(future: Any) -> bool:
-    """Return whether a background task has failed; `future.state` would ask the server."""
-    thread = future.wrapped_future
-    if not thread.done():
-        return False
-    return thread.cancelled() or thread.exception() is not None or not thread.result().is_completed()
+        self._thread.shutdown()

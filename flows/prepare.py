@@ -6,7 +6,7 @@ from pathlib import Path
 from flows.session import Reporter, SilentReporter
 from pipeline.config import read_toml
 from pipeline.run_dir import RunDir
-from pipeline.runs import run_at
+from pipeline.runs import check_unlocked, run_at
 from stages.config import RunConfig, check_unchanged, parse_config
 from stages.disk import disk_use
 from stages.inspect.audit.by_name import check_audits
@@ -44,6 +44,7 @@ def check(settings: RunConfig, run: RunDir, toml: str) -> Prepared:
     Raises:
         GrpoError: of the class that fits, with one message.
     """
+    check_unlocked(run)
     check_unchanged(run, settings)
     check_audits(settings.checks)
     preflight(settings, run)

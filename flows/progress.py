@@ -1,13 +1,15 @@
 """What a user sees during a run: a bar for the current stage, one line per iteration."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from flows.session import Reporter
 from pipeline import stage
 from pipeline.stage import StageResult
 from pipeline.text import one_line
@@ -74,20 +76,65 @@ class TerminalReporter:
     def iteration(self, row: dict[str, Any]) -> None:
         """Print the iteration's line, with a heading now and then."""
         if self.lines % HEADER_EVERY == 0:
-            heading = "  ".join(f"{name:>{width}}" for name, _, width, _ in COLUMNS)
-            self.bar.console.print(f"{heading}  seconds: {' '.join(SECONDS_SHOWN)}", style="bold")
+            self.bar.console.print(heading(), style="bold")
         self.lines += 1
-        cells = "  ".join(_cell(row[key], width, format_) for _, key, width, format_ in COLUMNS)
-        seconds = {entry["stage"]: entry["seconds"] for entry in row["seconds"]}
-        times = " ".join(f"{seconds[name]:.2f}" for name in SECONDS_SHOWN if name in seconds)
-        self.bar.console.print(f"{cells}  {times}")
+        self.bar.console.print(iteration_line(row))
 
     def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
         """Print the policy's pass rates on the held-out prompts."""
-        known = {name: value for name, value in figures.items() if value is not None}
-        labels = {"eval_pass_at_1": "greedy", "eval_pass_rate": "sampled", "eval_pass_at_k": "best of k sampled"}
-        parts = [f"{labels[name]} {value:.3f}" for name, value in known.items()]
-        self.bar.console.print(f"held-out after {num_updates} updates: {', '.join(parts)}", style="bold")
+        self.bar.console.print(evaluation_line(num_updates, figures), style="bold")
+
+
+@dataclass(slots=True)
+class LogReporter:
+    """Tells another reporter everything, and a log the lines."""
+
+    reporter: Reporter
+    log: Callable[[str], None]
+    lines: int = 0
+
+    def stage(self, label: str) -> stage.Progress:
+        return self.reporter.stage(label)
+
+    def finished(self, label: str, result: StageResult) -> None:
+        self.reporter.finished(label, result)
+
+    def iteration(self, row: dict[str, Any]) -> None:
+        """Log the iteration's line, with a heading now and then."""
+        if self.lines % HEADER_EVERY == 0:
+            self.log(heading())
+        self.lines += 1
+        self.log(iteration_line(row))
+        self.reporter.iteration(row)
+
+    def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
+        self.log(evaluation_line(num_updates, figures))
+        self.reporter.evaluation(num_updates, figures)
+
+    def note(self, text: str) -> None:
+        self.log(one_line(text))
+        self.reporter.note(text)
+
+
+def heading() -> str:
+    """Return the line above the iterations' lines."""
+    names = "  ".join(f"{name:>{width}}" for name, _, width, _ in COLUMNS)
+    return f"{names}  seconds: {' '.join(SECONDS_SHOWN)}"
+
+
+def iteration_line(row: dict[str, Any]) -> str:
+    """Return the line of an iteration from its row of `metrics.parquet`."""
+    cells = "  ".join(_cell(row[key], width, format_) for _, key, width, format_ in COLUMNS)
+    seconds = {entry["stage"]: entry["seconds"] for entry in row["seconds"]}
+    return f"{cells}  {' '.join(f'{seconds[name]:.2f}' for name in SECONDS_SHOWN if name in seconds)}"
+
+
+def evaluation_line(num_updates: int, figures: dict[str, float | None]) -> str:
+    """Return the line of a policy's pass rates on the held-out prompts."""
+    known = {name: value for name, value in figures.items() if value is not None}
+    labels = {"eval_pass_at_1": "greedy", "eval_pass_rate": "sampled", "eval_pass_at_k": "best of k sampled"}
+    parts = [f"{labels[name]} {value:.3f}" for name, value in known.items()]
+    return f"held-out after {num_updates} updates: {', '.join(parts)}"
 
 
 def _cell(value: Any, width: int, format_: str) -> str:

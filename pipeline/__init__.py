@@ -6,6 +6,7 @@ conformance   checks rows against their schema
 config        strict TOML; which settings are part of a recipe
 errors        every error that a user can see
 files         atomic writes, hashes, locks, full devices
+owner         who writes a directory: the note next to its lock
 reading       names, files and JSON that others wrote, within limits
 parquet       what rows would take, known before they are decoded
 processes     child processes that die with their parent

@@ -7,9 +7,10 @@ from pathlib import Path
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import DATASETS
 from pipeline.errors import ArtifactMissing, UsageError
-from pipeline.files import WRITER_LOCK, locked
+from pipeline.files import WRITER_LOCK, is_locked, locked
 from pipeline.manifest import is_finished
 from pipeline.object_store import local_path, open_store
+from pipeline.owner import noted, writer_of
 from pipeline.run_dir import RESOLVED_CONFIG, RunDir, is_record, state_of
 from pipeline.text import one_line
 
@@ -67,7 +68,8 @@ def lock(run: RunDir) -> Iterator[None]:
     """Lock the run for writing; the system releases the lock when the process ends, even when it is killed.
 
     Raises:
-        UsageError: when another process is writing this run, its name is not shown as it is, or its folders are links.
+        UsageError: when another process is writing this run, which is named; when the run's name is not shown as it is,
+            or its folders are links.
     """
     if one_line(run.name) != run.name:
         raise UsageError(
@@ -79,16 +81,31 @@ def lock(run: RunDir) -> Iterator[None]:
             _refuse_links(run)
             held.enter_context(locked(run.root / WRITER_LOCK, wait=False))
         except BlockingIOError:
-            raise UsageError(
-                f"another process is writing {run.name}: wait for it, or give this run another directory"
-            ) from None
+            raise _is_written(run) from None
         except OSError as error:
             raise UsageError(f"{run.root} cannot be written ({error}): name a directory that can (--run)") from error
+        held.enter_context(noted(run.root))
         if run.copy is not None:
             held.enter_context(run.copy.writing())
             publish(run)  # what a killed process finished but did not publish
         yield
         publish(run)
+
+
+def check_unlocked(run: RunDir) -> None:
+    """Check that no process of this machine is writing a run; `lock` alone makes sure of it. Read-only.
+
+    Raises:
+        UsageError: naming the process.
+    """
+    if is_locked(run.root / WRITER_LOCK):
+        raise _is_written(run)
+
+
+def _is_written(run: RunDir) -> UsageError:
+    return UsageError(
+        f"another process is writing {run.name}{writer_of(run.root)}: wait for it, or give this run another directory"
+    )
 
 
 def _refuse_links(run: RunDir) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.errors import StoreError, UsageError
 from pipeline.files import write_text
 from pipeline.object_store import Store
+from pipeline.owner import described, is_note, this_process
 from pipeline.reading import parse_json
 
 STORE_LOCK = "lock.json"
@@ -37,9 +38,10 @@ def hold(store: Store, owner: str) -> Iterator[Callable[[], None]]:
     Raises:
         UsageError: when another working copy holds the lock.
     """
-    _take(store, owner)
+    process = this_process()
+    _take(store, owner, process)
     stop = threading.Event()
-    thread = threading.Thread(target=_renew, args=(store, owner, stop), name="store lock", daemon=True)
+    thread = threading.Thread(target=_renew, args=(store, owner, process, stop), name="store lock", daemon=True)
     thread.start()
     try:
         yield lambda: _check(store, owner)
@@ -59,37 +61,37 @@ def owner_of(work: Path) -> str:
     return f"{socket.gethostname()}/{note.read_text(encoding='utf-8')}"
 
 
-def _take(store: Store, owner: str) -> None:
+def _take(store: Store, owner: str, process: dict[str, Any]) -> None:
     found = _read(store)
     if found is None:
-        store.create(STORE_LOCK, _note(owner))  # `_check` sees a process that came first
+        store.create(STORE_LOCK, _note(owner, process))  # `_check` sees a process that came first
     elif found["owner"] == owner or time.time() - found["renewed_at"] >= LEASE_SECONDS:
-        store.write(STORE_LOCK, _note(owner))
+        store.write(STORE_LOCK, _note(owner, process))
     _check(store, owner)
 
 
 def _check(store: Store, owner: str) -> None:
     found = _read(store)
     if found is None or found["owner"] != owner:
-        holder = found["owner"].partition("/")[0] if found else "nobody"
+        holder = described(found["process"]) if found else "nobody"
         age = time.time() - found["renewed_at"] if found else 0.0
         raise UsageError(
-            f"another process is writing {store.url} (on {holder}, seen {age:.0f} seconds ago): wait for it, or give "
+            f"another process is writing {store.url} ({holder}; seen {age:.0f} seconds ago): wait for it, or give "
             f"this run another place; if it is dead, its lock ends {LEASE_SECONDS:.0f} seconds after it was last seen, "
             f"or when you delete {store.url}/{STORE_LOCK}"
         )
 
 
-def _renew(store: Store, owner: str, stop: threading.Event) -> None:
+def _renew(store: Store, owner: str, process: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(RENEW_SECONDS):
         with suppress(StoreError):  # the network may come back before the lease ends
             if (_read(store) or {}).get("owner") != owner:
                 return
-            store.write(STORE_LOCK, _note(owner))
+            store.write(STORE_LOCK, _note(owner, process))
 
 
-def _note(owner: str) -> bytes:
-    return json.dumps({"owner": owner, "renewed_at": time.time()}).encode()
+def _note(owner: str, process: dict[str, Any]) -> bytes:
+    return json.dumps({"owner": owner, "process": process, "renewed_at": time.time()}).encode()
 
 
 def _read(store: Store) -> dict[str, Any] | None:
@@ -98,8 +100,9 @@ def _read(store: Store) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = parse_json(data)
-        if not (isinstance(found["owner"], str) and isinstance(found["renewed_at"], int | float)):
-            raise ValueError("it names no owner and no time")
+        is_whole = isinstance(found["owner"], str) and isinstance(found["renewed_at"], int | float)
+        if not (is_whole and is_note(found["process"])):
+            raise ValueError("it names no owner, process and time")
     except (ValueError, LookupError, TypeError) as error:
         raise StoreError(
             f"{store.url}/{STORE_LOCK} cannot be read ({error}), expected the lock of a writer: delete it if nobody "

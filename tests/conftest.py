@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; els
 
 LONG = (
     "test_train",
+    "test_flows",
     "test_working_copy",
     "test_verify_forgeries",
     "test_bad_input",

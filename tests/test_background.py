@@ -1,45 +1,20 @@
 """Background tasks of the flow: what is waited for, when, and whose error is told. The tasks are stand-ins."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event
-from typing import Any
+from concurrent.futures import wait
+from contextvars import ContextVar
+from threading import Event, enumerate, get_ident
 
 import pytest
 
 from flows.background import Background
 
 
-class State:
-    """What Prefect's thread returns: here the value or the error itself."""
-
-    def __init__(self, error: Exception | None) -> None:
-        self.error = error
-
-    def is_completed(self) -> bool:
-        return self.error is None
-
-
-class StandInFuture:
-    """What `Background` uses of a future."""
-
-    def __init__(self, wrapped: "Future[State]") -> None:
-        self.wrapped_future = wrapped
-
-    def wait(self) -> None:
-        self.wrapped_future.result()
-
-    def result(self) -> None:
-        state = self.wrapped_future.result()
-        if state.error is not None:
-            raise state.error
-
-
 class StandIn:
-    """What `Background` uses of a task."""
+    """A task: it records its iteration, and raises for a negative one."""
 
-    def __init__(self, name: str, threads: ThreadPoolExecutor) -> None:
-        self.name, self.threads, self.ran = name, threads, list[int]()
+    def __init__(self, name: str) -> None:
+        self.name, self.ran = name, list[int]()
         self.before: Callable[[], object] = lambda: None
 
     def __call__(self, iteration: int) -> str:
@@ -49,24 +24,13 @@ class StandIn:
             raise ValueError(f"{self.name} of {iteration}")
         return self.name
 
-    def submit(self, iteration: int) -> StandInFuture:
-        return StandInFuture(self.threads.submit(self._state, iteration))
-
-    def _state(self, iteration: int) -> State:
-        try:
-            self(iteration)
-        except ValueError as error:
-            return State(error)
-        return State(None)
-
 
 @pytest.fixture
-def task() -> Any:
-    with ThreadPoolExecutor(1) as threads:
-        yield StandIn("prompts", threads)
+def task() -> StandIn:
+    return StandIn("prompts")
 
 
-def test_a_task_that_was_begun_is_not_run_again(task: Any) -> None:
+def test_a_task_that_was_begun_is_not_run_again(task: StandIn) -> None:
     background = Background({task.name: task})
     background.begin("prompts", 3)
     assert background.is_begun("prompts", 3)
@@ -76,12 +40,12 @@ def test_a_task_that_was_begun_is_not_run_again(task: Any) -> None:
     assert not background.is_begun("prompts", 3)
 
 
-def test_a_task_that_was_not_begun_runs_when_it_is_waited_for(task: Any) -> None:
+def test_a_task_that_was_not_begun_runs_when_it_is_waited_for(task: StandIn) -> None:
     Background({task.name: task}).wait_for("prompts", 5)
     assert task.ran == [5]
 
 
-def test_an_error_is_told_where_the_task_is_waited_for(task: Any) -> None:
+def test_an_error_is_told_where_the_task_is_waited_for(task: StandIn) -> None:
     background = Background({task.name: task})
     background.begin("prompts", -1)
     background.begin("prompts", 2)
@@ -91,8 +55,8 @@ def test_an_error_is_told_where_the_task_is_waited_for(task: Any) -> None:
     assert task.ran == [-1, 2]
 
 
-def test_a_stage_is_settled_and_others_go_on(task: Any) -> None:
-    other: Any = StandIn("metrics", task.threads)
+def test_a_stage_is_settled_and_others_go_on(task: StandIn) -> None:
+    other = StandIn("metrics")
     background = Background({"prompts": task, "metrics": other})
     for stage, iteration in (("metrics", 1), ("metrics", 2), ("prompts", 3)):
         background.begin(stage, iteration)
@@ -105,16 +69,15 @@ def test_a_stage_is_settled_and_others_go_on(task: Any) -> None:
         background.settle("metrics")
 
 
-def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task: Any) -> None:
+def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task: StandIn) -> None:
     goes_on = Event()
-    slow: Any = StandIn("slow", task.threads)
+    slow = StandIn("slow")
     slow.before = goes_on.wait
     background = Background({"prompts": task, "slow": slow})
     background.begin("prompts", 7)
     background.begin("prompts", -7)
     background.begin("slow", 1)
-    waited: Any = background._begun["prompts", -7]
-    waited.wait()  # the one thread has run both
+    wait([background._begun["prompts", -7]])  # the one thread has run both
     try:
         with pytest.raises(ValueError, match="prompts of -7"):
             background.raise_failed()
@@ -125,7 +88,7 @@ def test_a_failure_is_told_as_soon_as_it_is_known_and_nothing_is_waited_for(task
     background.wait_for_all()
 
 
-def test_an_interrupted_wait_leaves_the_task_to_the_end(task: Any) -> None:
+def test_an_interrupted_wait_leaves_the_task_to_the_end(task: StandIn) -> None:
     goes_on = Event()
     task.before = goes_on.wait
     background = Background({task.name: task})
@@ -144,10 +107,25 @@ def interrupted() -> str:
     raise KeyboardInterrupt
 
 
-def test_at_the_end_errors_are_not_told_but_nothing_runs_any_more(task: Any) -> None:
+def test_at_the_end_errors_are_not_told_but_nothing_runs_any_more(task: StandIn) -> None:
     background = Background({task.name: task})
     background.begin("prompts", 1)
     background.begin("prompts", -2)
     background.end()
     assert task.ran == [1, -2]
     background.wait_for_all()
+
+
+def test_a_task_runs_in_the_context_of_the_one_who_begins_it_and_leaves_no_thread(task: StandIn) -> None:
+    """Prefect knows by the context to which flow run a task belongs."""
+    flow_run: ContextVar[str] = ContextVar("flow_run", default="none")
+    seen: list[tuple[str, bool]] = []
+    task.before = lambda: seen.append((flow_run.get(), get_ident() == here))
+    here, before = get_ident(), enumerate()
+    background = Background({task.name: task})
+    for name in ("first", "second"):
+        flow_run.set(name)
+        background.begin("prompts", 1)
+    background.end()
+    assert seen == [("first", False), ("second", False)]
+    assert enumerate() == before

@@ -20,7 +20,7 @@ from flows.planning.ranges import lines
 from flows.planning.rehearsal import AtOnce, Reason, Verdict
 from flows.prepare import check
 from flows.session import Session, SilentReporter
-from flows.train import METRICS, train_all
+from flows.training import METRICS, PlainWork, train_all
 from pipeline.artifact import open_artifact
 from pipeline.chain import CHAIN
 from pipeline.config import load_toml, validate
@@ -80,7 +80,7 @@ def train(settings: RunConfig, run: RunDir) -> Recorder:
     with closing(Session(settings, run, recorder, _engine=ScriptedEngine(answer))) as session:
         tasks: Any = {step.name: performing(session, step.name) for step in CHAIN} | {METRICS: session.metrics}
         background: Any = AtOnce(tasks)
-        train_all(session, tasks, background, lambda make, *arguments: make(*arguments))
+        train_all(session, PlainWork(), tasks, background)
     return recorder
 
 

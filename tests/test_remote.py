@@ -13,6 +13,7 @@ import s3fs
 from pipeline import object_store, store_lock
 from pipeline.errors import ArtifactMissing, StoreError, UsageError
 from pipeline.object_store import open_store
+from pipeline.owner import this_process
 from pipeline.run_dir import RunDir
 from pipeline.runs import lock, open_run, run_at
 from stages.config import RunConfig
@@ -28,7 +29,7 @@ def test_a_second_writer_on_another_machine_is_refused(
     url = f"{base}/demo"
     with lock(run_at(url)):
         new_machine(tmp_path / "other", monkeypatch)
-        message = rf"another process is writing {url} \(on .*, seen \d+ seconds ago\)"
+        message = rf"another process is writing {url} \(pid {os.getpid()} on .*; seen \d+ seconds ago\)"
         with pytest.raises(UsageError, match=message), lock(run_at(url)):
             pass
     with lock(run_at(url)):
@@ -36,7 +37,7 @@ def test_a_second_writer_on_another_machine_is_refused(
 
 
 def test_a_second_writer_on_this_machine_is_refused(base: str) -> None:
-    message = f"another process is writing {base}/demo:"
+    message = rf"another process is writing {base}/demo \(pid {os.getpid()} on "
     with lock(run_at(f"{base}/demo")), pytest.raises(UsageError, match=message), lock(run_at(f"{base}/demo")):
         pass
 
@@ -63,7 +64,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_here_at_once_and_elsewhere_w
 
 def test_one_who_has_lost_the_lock_publishes_nothing(base: str, config: RunConfig) -> None:
     url = f"{base}/demo"
-    elsewhere = b'{"owner": "elsewhere/1", "renewed_at": 4e9}'
+    elsewhere = json.dumps({"owner": "elsewhere/1", "process": this_process(), "renewed_at": 4e9}).encode()
     with pytest.raises(UsageError, match="another process is writing"):
         start(url, config, before_work=lambda: overwrite(url, "lock.json", elsewhere))
     assert sorted(objects(url)) == ["lock.json"]

@@ -11,11 +11,11 @@ import pytest
 
 from flows.commands.diff import diff_rewards
 from flows.commands.fork import fork_tables
-from flows.commands.rescore import choose_iterations, parse_iterations, rescore_run
 from flows.commands.reward import try_
 from flows.commands.verify import print_verification
 from flows.commands.whatif import whatif
 from flows.printing import Format
+from flows.rescoring import choose_iterations, parse_iterations, rescore_run
 from flows.session import Session, SilentReporter
 from pipeline.config import load_toml, validate
 from pipeline.errors import (

@@ -38,7 +38,7 @@ def fork(
     from flows.environment import prepare_environment
 
     prepare_environment()
-    from flows.commands.run import train_run
+    from flows.commands.run import train_in_flow
     from flows.prepare import check
     from pipeline.config import load_toml, validate
     from stages.config import config_class
@@ -53,7 +53,7 @@ def fork(
     prepared = check(validate(config_class(), tables, str(config)), place, toml)
     place.root.mkdir(parents=True, exist_ok=True)
     write_text(place.root / "fork.toml", toml)
-    train_run(prepared, place.root / "fork.toml", None)
+    train_in_flow(prepared, place.root / "fork.toml", None)
 
 
 def fork_tables(

@@ -25,26 +25,19 @@ def stage(
 
     Example: grpo stage score runs/demo --iteration 3
     """
+    from flows.one_stage import check_stage, perform_stage
     from flows.progress import TerminalReporter
-    from flows.session import open_session
     from pipeline.functions import permit
-    from pipeline.manifest import is_finished
     from pipeline.runs import open_run
-    from stages.config import recorded_config
-    from stages.wiring import check_settings
 
     if name not in STEPS:
         raise UsageError(f"there is no stage {name!r}: choose one of {', '.join(STEPS)}")
     run_dir = open_run(run)
     if trust:
         permit(None)
-    config = recorded_config(run_dir)
-    check_settings(config, run_dir, name, iteration)
+    config = check_stage(run_dir, name, iteration)
     start_working()
     reporter = TerminalReporter()
-    with reporter.shown(), open_session(config, run_dir, reporter) as session:
-        is_new = name == "update" and not is_finished(run_dir.place(iteration, "policy"))
-        made = session.perform(name, iteration)
-        if is_new:
-            session.perform("optimizer", iteration)  # else the next update would have to train on these rows again
-    say(run_dir.shown(made.path))
+    with reporter.shown():
+        made = perform_stage(config, run_dir, name, iteration, reporter)
+    say(run_dir.shown(made))

@@ -315,12 +315,12 @@ class NoteKeeper(SilentReporter):
 
 def rehearse(config: RunConfig, run: RunDir) -> Rehearsal:
     """Return the rehearsal of a run to its end. Read-only."""
-    from flows.train import train_all
+    from flows.training import PlainWork, train_all
 
     rehearsal = Rehearsal(config, RehearsedRun(run.root, run.copy), NoteKeeper())
     tasks: Any = ChainAlone({step.name: _performing(rehearsal, step.name) for step in CHAIN})
     background: Any = AtOnce(tasks)
-    train_all(rehearsal, tasks, background, lambda make, *arguments: make(*arguments))
+    train_all(rehearsal, PlainWork(), tasks, background)
     return rehearsal
 
 

@@ -1,0 +1,119 @@
+"""What Prefect is told of a run: its tasks, its title, its lines; and which of its flow runs have died."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any, ParamSpec
+from uuid import UUID
+
+from prefect import Task, get_run_logger, runtime
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+
+from flows.prepare import Prepared
+from flows.progress import LogReporter
+from pipeline.chain import INITIAL
+from pipeline.files import write_text
+from pipeline.manifest import is_finished
+from pipeline.reading import parse_json, read_limited
+from pipeline.run_dir import RunDir
+
+P = ParamSpec("P")
+RECORD = "flow_runs.json"
+"""In the run's logs: the ids of the flow runs that have begun to work on it and did not end by themselves."""
+RECORD_BYTES = 1 << 16
+MOST_RECORDED = 20
+GOING_ON = (StateType.RUNNING, StateType.CANCELLING)
+DIED = "its process has ended without a word; the run was started again"
+
+
+class PrefectWork:
+    """Executes tasks as Prefect's, named after step and iteration: ``generate 3``."""
+
+    @contextmanager
+    def on(self, run: RunDir) -> Iterator[None]:
+        """Mark this run's flow runs that have died as Crashed, and record this one until it stops in order.
+
+        One that a signal stops stays on record: Prefect's runner, which is to say so, may have been stopped too.
+        """
+        own = UUID(runtime.flow_run.id)
+        others = mark_dead([one for one in recorded(run) if one != own])
+        record(run, [*others, own])
+        try:
+            yield
+        except Exception:
+            record(run, others)
+            raise
+        record(run, others)
+
+    def task(self, name: str, work: Callable[P, str]) -> Callable[P, str]:
+        def task_run_name(parameters: dict[str, Any]) -> str:
+            return " ".join([name, *("initial" if value == INITIAL else str(value) for value in parameters.values())])
+
+        named: Any = task_run_name  # Prefect's type of it is a protocol that no function has
+        return Task(work, name=name, task_run_name=named, cache_policy=NO_CACHE, persist_result=False)
+
+
+def title(prepared: Prepared) -> str:
+    """Return what a person recognizes a flow run by: the run, and the iterations that are missing. Read-only."""
+    run, count = prepared.run, prepared.settings.iterations
+    name = PurePosixPath(run.name).name
+    first = next((i for i in range(count) if not is_finished(run.place(i, "policy"))), count)
+    if first == count:
+        return f"{name} finished"
+    return f"{name} {first}-{count - 1}" if first < count - 1 else f"{name} {first}"
+
+
+def logged(prepared: Prepared) -> Prepared:
+    """Return a prepared run whose lines go to the flow run's log, too."""
+    return replace(prepared, reporter=LogReporter(prepared.reporter, get_run_logger().info))
+
+
+def recorded(run: RunDir) -> list[UUID]:
+    """Return the ids of the flow runs that have begun to work on this run and did not end by themselves. Read-only.
+
+    In a copy of a run they are those of the original, which may go on: then there are none.
+    """
+    try:
+        found = parse_json(read_limited(run.logs / RECORD, RECORD_BYTES))
+        if found["run"] != _place(run):
+            return []
+        return [UUID(text) for text in found["flow_runs"]][-MOST_RECORDED:]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or no record of ours
+        return []
+
+
+def record(run: RunDir, ids: list[UUID]) -> None:
+    """Write the ids of the flow runs that work on a run, or have died and are unknown to the server."""
+    run.logs.mkdir(parents=True, exist_ok=True)
+    note = {"run": _place(run), "flow_runs": [str(one) for one in ids]}
+    write_text(run.logs / RECORD, json.dumps(note) + "\n")
+
+
+def mark_dead(ids: list[UUID]) -> list[UUID]:
+    """Mark those flow runs that still count as running as Crashed; return those that the server does not know.
+
+    The caller holds the lock of the run on which they worked, so none of them works any more.
+    """
+    unknown: list[UUID] = []
+    if not ids:
+        return unknown
+    with get_client(sync_client=True) as client:
+        for one in ids:
+            try:
+                found = client.read_flow_run(one)
+            except ObjectNotFound:
+                unknown.append(one)
+                continue
+            if found.state_type in GOING_ON:
+                client.set_flow_run_state(one, Crashed(message=DIED), force=True)
+    return unknown
+
+
+def _place(run: RunDir) -> str:
+    return str(run.root.absolute())
