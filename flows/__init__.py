@@ -6,6 +6,7 @@ crash           how a command ends; one that failed with one message and exit co
 commands        the commands, one per file
 report          the page of `grpo report`
 planning        what a run would do, before it does it
+schedule        schedules over Prefect's deployments
 train           the Prefect flow that trains: one task for each stage
 rescore         the flow of `grpo rescore`
 audit           the flow of `grpo audit`; a warning fails it

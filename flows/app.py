@@ -40,6 +40,9 @@ COMMANDS = (
     "stage",
     "starter",
     "reward",
+    "server",
+    "worker",
+    "schedule",
 )
 """In the order of `grpo --help`."""
 INTERRUPTED = 130

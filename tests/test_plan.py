@@ -11,18 +11,18 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.app import build_app
+from flows.background import Background
 from flows.commands.fork import fork_tables
 from flows.commands.plan import other_ways
-from flows.commands.rescore import rescore_run
 from flows.planning.estimate import Estimator
 from flows.planning.plan import Plan, because, document, make_plan
 from flows.planning.ranges import lines
-from flows.planning.rehearsal import AtOnce, Reason, Verdict
+from flows.planning.rehearsal import Reason, Verdict
 from flows.prepare import check
+from flows.rescoring import rescore_run
 from flows.session import Session, SilentReporter
-from flows.training import METRICS, PlainWork, train_all
+from flows.training import PlainWork, step_tasks, train_all
 from pipeline.artifact import open_artifact
-from pipeline.chain import CHAIN
 from pipeline.config import load_toml, validate
 from pipeline.errors import ArtifactMissing, GrpoError, RecipeMismatch
 from pipeline.prune import prunable, prune
@@ -77,15 +77,15 @@ def train(settings: RunConfig, run: RunDir) -> Recorder:
     recorder = Recorder()
     check(settings, run, "")
     run.record_config("", settings.model_dump(mode="json"))
+    work = PlainWork()
     with closing(Session(settings, run, recorder, _engine=ScriptedEngine(answer))) as session:
-        tasks: Any = {step.name: performing(session, step.name) for step in CHAIN} | {METRICS: session.metrics}
-        background: Any = AtOnce(tasks)
-        train_all(session, PlainWork(), tasks, background)
+        tasks = step_tasks(session, work)
+        background = Background(tasks)
+        try:
+            train_all(session, work, tasks, background)
+        finally:
+            background.end()
     return recorder
-
-
-def performing(session: Session, name: str) -> Any:
-    return lambda iteration: session.perform(name, iteration)
 
 
 def places(plan: Plan, verdict: Verdict) -> set[Path]:

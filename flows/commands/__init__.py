@@ -29,4 +29,7 @@ show          one group: its prompt and its completions
 groups        one row per group
 metrics       one row per iteration
 schema        datasets and columns, and what they mean
+server        the Prefect server of this machine
+worker        runs what schedules want
+schedule      runs at set times, or when data has changed
 """

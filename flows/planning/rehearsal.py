@@ -10,7 +10,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from flows.background import Background
 from flows.session import Session, SilentReporter, starters_root
+from flows.training import PlainWork, step_tasks, train_all
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, WRITER, From, Step
 from pipeline.errors import GrpoError, RecipeMismatch
@@ -315,59 +317,57 @@ class NoteKeeper(SilentReporter):
 
 def rehearse(config: RunConfig, run: RunDir) -> Rehearsal:
     """Return the rehearsal of a run to its end. Read-only."""
-    from flows.training import PlainWork, train_all
-
     rehearsal = Rehearsal(config, RehearsedRun(run.root, run.copy), NoteKeeper())
-    tasks: Any = ChainAlone({step.name: _performing(rehearsal, step.name) for step in CHAIN})
-    background: Any = AtOnce(tasks)
-    train_all(rehearsal, PlainWork(), tasks, background)
+    work = PlainWork()
+    steps = step_tasks(rehearsal, work)
+    tasks = ChainAlone({step.name: steps[step.name] for step in CHAIN})
+    train_all(rehearsal, work, tasks, AtOnce(tasks))
     return rehearsal
 
 
-class ChainAlone(dict[str, Callable[[int], object]]):
+class ChainAlone(dict[str, Callable[[int], str]]):
     """The tasks of a rehearsal: those that are no steps of the chain, which make no artifact, do nothing."""
 
-    def __missing__(self, name: str) -> Callable[[int], object]:
-        return lambda iteration: None
+    def __missing__(self, name: str) -> Callable[[int], str]:
+        return lambda iteration: ""
 
 
-class AtOnce:
-    """In place of the background tasks of a flow: each runs when it is begun."""
+class AtOnce(Background):
+    """Background tasks that run when they are begun."""
 
-    def __init__(self, tasks: Mapping[str, Callable[[int], object]]) -> None:
-        """``tasks``: step name -> what takes an iteration."""
-        self._tasks = tasks
-        self._begun: set[tuple[str, int]] = set()
+    def __init__(self, tasks: Mapping[str, Callable[[int], str]]) -> None:
+        """``tasks``: step name -> its task, which takes an iteration."""
+        self._of_name = tasks
+        self._left: set[tuple[str, int]] = set()
 
     def begin(self, name: str, iteration: int) -> None:
         """Run the task."""
-        self._begun.add((name, iteration))
-        self._tasks[name](iteration)
+        self._left.add((name, iteration))
+        self._of_name[name](iteration)
 
     def is_begun(self, name: str, iteration: int) -> bool:
         """Return whether the task was begun and not yet waited for."""
-        return (name, iteration) in self._begun
+        return (name, iteration) in self._left
 
     def wait_for(self, name: str, iteration: int) -> None:
         """Run the task unless it was begun."""
         if not self.is_begun(name, iteration):
-            self._tasks[name](iteration)
-        self._begun.discard((name, iteration))
+            self._of_name[name](iteration)
+        self._left.discard((name, iteration))
 
     def settle(self, name: str) -> None:
         """Count the step's tasks as waited for."""
-        self._begun = {key for key in self._begun if key[0] != name}
+        self._left = {key for key in self._left if key[0] != name}
 
     def raise_failed(self) -> None:
         """Nothing has failed: a failed task has raised when it was begun."""
 
     def wait_for_all(self) -> None:
         """Count all tasks as waited for."""
-        self._begun.clear()
+        self._left.clear()
 
-
-def _performing(rehearsal: Rehearsal, name: str) -> Callable[[int], object]:
-    return lambda iteration: rehearsal.perform(name, iteration)
+    def end(self) -> None:
+        """No thread is there to end."""
 
 
 def _trainer_at(name: str, iteration: int | None) -> int | None:

@@ -1,0 +1,111 @@
+"""The flow of every schedule: look whether its data changed, wait for the device, run the command, remember."""
+
+import os
+import platform
+import signal
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.concurrency.sync import concurrency
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Completed, Failed
+
+from flows.environment import is_started_by_prefect
+from flows.schedule import child, firings, record, triggers
+from flows.schedule.client import have_limit
+from flows.schedule.spec import Job, seconds_of
+from pipeline.config import validate
+from pipeline.errors import GrpoError
+from pipeline.processes import when_parent_ends
+
+DEVICE = "GRPO_DEVICE"
+"""Environment variable of a worker: the name of its device."""
+LEASE_SECONDS = 60
+"""After so long the device of a killed flow run is free again."""
+UNLIMITED = float("inf")
+
+
+@flow(name="scheduled", flow_run_name="{name}: {action} {run}", persist_result=False)
+def scheduled(
+    name: str,
+    folder: str,
+    config: str,
+    run: str,
+    action: str = "continue",
+    iterations: int | None = None,
+    overrides: list[str] | None = None,
+    when: dict[str, Any] | None = None,
+    time_limit: str | None = None,
+) -> State[Any]:
+    """Run a schedule's command, if its data changed; return the state that says why it ran, or why not.
+
+    Args:
+        name: of the schedule.
+        folder: where relative paths begin; absolute.
+        config: path of the TOML file.
+        run: directory or URL of the run.
+        action: continue, fresh, rescore or audit.
+        iterations: how many more, for ``continue``.
+        overrides: ``key=value`` settings that take precedence over the file.
+        when: ``changed`` or ``new_rows`` with their patterns.
+        time_limit: a duration such as 8h.
+    """
+    if is_started_by_prefect():  # a killed worker would leave this process; an interrupt makes its state Crashed
+        when_parent_ends(os.getppid(), partial(os.kill, os.getpid(), signal.SIGINT))
+    tables = {
+        "name": name,
+        "folder": folder,
+        "config": config,
+        "run": run,
+        "action": action,
+        "iterations": iterations,
+        "overrides": overrides or [],
+        "when": when,
+        "time_limit": time_limit,
+    }
+    try:
+        with firings.marked(str(flow_run.get_id() or os.getpid())):
+            return _fire(validate(Job, tables, f"schedule {name}"))
+    except GrpoError as error:
+        return Failed(message=str(error))
+
+
+def _fire(job: Job) -> State[Any]:
+    log = get_run_logger()
+    data = triggers.look(job.when, record.folder_of(job)) if job.when else {}
+    is_due, why = triggers.reason(job, data, record.seen(job))
+    log.info(why)
+    if not is_due:
+        return Completed(name="Skipped", message=why)
+    device = os.environ.get(DEVICE) or platform.node()
+    limit = have_limit(device)
+    log.info("waiting for the device %s", device)
+    with concurrency(limit, strict=True, lease_duration=LEASE_SECONDS):
+        outcome = child.perform(
+            job,
+            flow_run.get_scheduled_start_time() or datetime.now(UTC),
+            record.log_path(job),
+            child.environment(str(PREFECT_API_URL.value())),
+            log.info,
+            seconds_of(job.time_limit) if job.time_limit else UNLIMITED,
+        )
+    return _state(job, outcome, why, data)
+
+
+def _state(job: Job, outcome: child.Outcome, why: str, data: triggers.Data) -> State[Any]:
+    """Return the state of a command's end; remember the data if it has worked."""
+    said = f"{outcome.command or job.action} ({why})"
+    if outcome.is_too_long:
+        return Failed(message=f"ended after its time limit of {job.time_limit}: {said}")
+    if outcome.exit_code not in (0, child.NOTHING_NEW):
+        how = f"signal {-outcome.exit_code}" if outcome.exit_code < 0 else f"exit code {outcome.exit_code}"
+        return Failed(message=f"{said} ended with {how}: {outcome.last_line}")
+    record.remember(job, data, {"finished_at": datetime.now(UTC).isoformat(timespec="seconds"), "why": why})
+    if outcome.exit_code == child.NOTHING_NEW:
+        return Completed(name="Skipped", message=outcome.last_line)
+    return Completed(message=said)
