@@ -25,7 +25,8 @@ from flows.training import PlainWork, step_tasks, train_all
 from pipeline.artifact import open_artifact
 from pipeline.config import load_toml, validate
 from pipeline.errors import ArtifactMissing, GrpoError, RecipeMismatch
-from pipeline.prune import prunable, prune
+from pipeline.prune import has_weights, prunable, prune
+from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from pipeline.runs import lock
 from pipeline.stage import StageResult
@@ -277,16 +278,23 @@ def test_offline_iterations_are_not_generated(config: Path, run: RunDir, tmp_pat
 
 
 def test_a_pruned_run_goes_on(config: Path, run: RunDir) -> None:
-    assert list(prune(prunable(run, 1, set(), initial=False)))
+    assert list(prune(prunable(run, RetentionConfig(keep_last=1), set())))
     settings = load_config(config, ["iterations=3"])
     plan = planned(settings, run)
     assert places(plan, Verdict.reuse) >= {run.place(0, "policy"), run.place(0, "optimizer")}
     check_equal(plan, train(settings, run))
 
 
+def test_a_plan_drops_nothing_that_retention_would(config: Path, run: RunDir) -> None:
+    settings = load_config(config, ["iterations=5", "retention.keep_last=1"])
+    plan = planned(settings, run)
+    check_equal(plan, train(settings, run))
+    assert not has_weights(open_artifact(run.policy_before(1)))
+
+
 @pytest.mark.parametrize("lost", [[], ["batches"]], ids=["now", "after a batch"])
 def test_a_pruned_policy_that_is_needed_is_told(config: Path, run: RunDir, lost: list[str]) -> None:
-    list(prune(prunable(run, 1, set(), initial=False)))
+    list(prune(prunable(run, RetentionConfig(keep_last=1), set())))
     drop(run, 1, *lost, "training_records", "optimizer_steps", "policy", "optimizer", "evaluations")
     settings = load_config(config)
     plan = planned(settings, run)
@@ -306,7 +314,7 @@ def test_a_pruned_member_of_a_coming_group_is_told(config: Path, run: RunDir, tm
     own.write_text(config.read_text().replace("group_size = 4\n", "").replace("[[score", f"{members}\n[[score"))
     place = RunDir(tmp_path / "runs" / "new")
     train(load_config(own), place)
-    list(prune(prunable(place, 1, set(), initial=False)))
+    list(prune(prunable(place, RetentionConfig(keep_last=1), set())))
     settings = load_config(own, ["iterations=3"])
     plan = planned(settings, place)
     assert [item.step for item, _ in plan.artifacts if item.verdict is Verdict.refuse] == ["generate"]
