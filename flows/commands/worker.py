@@ -33,10 +33,11 @@ def worker(
     url = use_server()
     from flows.schedule.client import POOL, connected, have_limit, have_pool
     from flows.schedule.firings import end_lost
-    from flows.schedule.scheduled import DEVICE
+    from flows.schedule.scheduled import DEVICE, WORKER
 
     name = device or os.environ.get(DEVICE) or platform.node()
     os.environ[DEVICE] = name
+    os.environ[WORKER] = str(os.getpid())  # execv keeps it
     os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)  # where flows is found
     with connected() as client:
         have_pool(client)

@@ -25,6 +25,8 @@ from pipeline.processes import when_parent_ends
 
 DEVICE = "GRPO_DEVICE"
 """Environment variable of a worker: the name of its device."""
+WORKER = "GRPO_WORKER"
+"""Environment variable of a worker: its process id, which the parent's no longer is when it dies early."""
 LEASE_SECONDS = 60
 """After so long the device of a killed flow run is free again."""
 UNLIMITED = float("inf")
@@ -56,7 +58,7 @@ def scheduled(
         time_limit: a duration such as 8h.
     """
     if is_started_by_prefect():  # a killed worker would leave this process; an interrupt makes its state Crashed
-        when_parent_ends(os.getppid(), partial(os.kill, os.getpid(), signal.SIGINT))
+        when_parent_ends(int(os.environ.get(WORKER, os.getppid())), partial(os.kill, os.getpid(), signal.SIGINT))
     tables = {
         "name": name,
         "folder": folder,
