@@ -18,7 +18,7 @@ import yaml
 
 from flows.app import COMMANDS, build_app
 from flows.cli import main
-from flows.commands.rescore import rescore_run
+from flows.rescoring import rescore_run
 from flows.schedule import child, firings, local, record
 from flows.schedule.actions import command
 from flows.schedule.deployments import Deployed

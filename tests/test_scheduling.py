@@ -15,6 +15,8 @@ import pytest
 from pipeline.run_dir import RunDir
 from tests.processes import descendants, survivors, until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PATIENCE = 600.0
 """Seconds after which a process hangs, on however busy a machine."""

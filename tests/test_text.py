@@ -121,10 +121,13 @@ def looking(run: Path, completion: str) -> dict[str, list[list[str]]]:
     """Return the arguments with which each looking command reads a run."""
     policy = str(run / "iterations" / "000000" / "policy")
     datasets = ("prompts", "completions", "rewards", "advantages", "batches", "training_records")
+    checks = run.parent / "checks.toml"
+    checks.write_text(f'[[checks]]\nname = {json.dumps(HOSTILE)}\nwhere = "num_tokens > 0"\n')
     return {
         "verify": [[str(run)]],
         "lineage": [[policy], [str(run), "-c", completion]],
         "tokens": [[str(run), "-c", completion]],
+        "check": [[str(run), "--checks", str(checks)]],
         "audit": [[str(run)]],
         "ls": [[str(run)], [str(run.parent)]],
         "rows": [*([str(run), dataset] for dataset in datasets), [str(run), "prompts", "-w", HOSTILE]],
@@ -134,6 +137,7 @@ def looking(run: Path, completion: str) -> dict[str, list[list[str]]]:
         "schema": [[], [HOSTILE]],
         "whatif": [[str(run), "--set", "normalize.baseline=none"]],
         "diff": [[str(run), str(run)], [str(run), f"{run.parent.parent}/clean"]],
+        "plan": [[str(run / "config.toml"), "--run", str(run)]],
         "reward": [["try", "tests.rewards:share_of_digits", str(run)]],
     }
 
@@ -158,7 +162,8 @@ def test_no_looking_command_prints_a_character_that_steers(
     shown = set()
     for name, arguments in calls:
         for format_ in Format:
-            monkeypatch.setattr(sys, "argv", ["grpo", name, *arguments, "-f", format_])
+            given = ["-f", format_] if name != "plan" else ["--json"] * (format_ is Format.jsonl)
+            monkeypatch.setattr(sys, "argv", ["grpo", name, *arguments, *given])
             with pytest.raises(SystemExit):
                 main()
             out, err = capsys.readouterr()

@@ -31,7 +31,8 @@ def found(run: RunDir) -> set[tuple[str, str]]:
 def test_a_finished_run_is_fine_and_every_check_has_looked_at_something(original: Path) -> None:
     findings = verify_run(RunDir(original))
     assert findings.problems == []
-    assert [name for name in CHECKS if findings.tallies[name].checked == 0] == []
+    # what [[checks]] have said is looked at in tests/test_brakes.py
+    assert [name for name in CHECKS if findings.tallies[name].checked == 0] == ["checks"]
     # 2 iterations of 4 groups of 4, and 2 evaluations of 2 prompts with a greedy and 2 sampled answers
     assert findings.tallies["sampling plan"].checked == 32
     assert findings.tallies["text"].checked == 32 + 12
