@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import regex
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.progress import TextColumn
@@ -22,6 +23,7 @@ from flows.app import COMMANDS, module_of
 from flows.cli import main
 from flows.commands.rows import rows
 from flows.printing import Format, complain, print_anything, print_rows, say, say_text
+from pipeline.config import without_nulls
 from pipeline.conformance import conform
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
@@ -122,7 +124,9 @@ def looking(run: Path, completion: str) -> dict[str, list[list[str]]]:
     policy = str(run / "iterations" / "000000" / "policy")
     datasets = ("prompts", "completions", "rewards", "advantages", "batches", "training_records")
     checks = run.parent / "checks.toml"
-    checks.write_text(f'[[checks]]\nname = {json.dumps(HOSTILE)}\nwhere = "num_tokens > 0"\n')
+    checks.write_text(tomli_w.dumps({"checks": [{"name": "some", "where": "num_tokens > 0"}]}))
+    config = run.parent / "config.toml"
+    config.write_text(tomli_w.dumps(without_nulls(RunDir(run).settings())))
     return {
         "verify": [[str(run)]],
         "lineage": [[policy], [str(run), "-c", completion]],
@@ -137,7 +141,7 @@ def looking(run: Path, completion: str) -> dict[str, list[list[str]]]:
         "schema": [[], [HOSTILE]],
         "whatif": [[str(run), "--set", "normalize.baseline=none"]],
         "diff": [[str(run), str(run)], [str(run), f"{run.parent.parent}/clean"]],
-        "plan": [[str(run / "config.toml"), "--run", str(run)]],
+        "plan": [[str(config), "--run", str(run)]],
         "reward": [["try", "tests.rewards:share_of_digits", str(run)]],
     }
 
