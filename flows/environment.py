@@ -23,7 +23,8 @@ DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-PROBE_SECONDS = 5
+PROBE_SECONDS = 30
+"""A busy server answers late; where there is none, the connection is refused at once."""
 
 
 def prepare_environment() -> None:
