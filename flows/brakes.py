@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from flows.reporter import Reporter
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import CheckFailed
 from pipeline.manifest import is_finished
@@ -33,18 +34,19 @@ def set_aside(run: RunDir, call: StageCall[Any, Any], iteration: int, note: Call
         note(f"iteration {iteration}: {found.manifest.dataset} are made again; those before are in {run.shown(aside)}")
 
 
-def report(run: RunDir, iteration: int, checks: Artifact, note: Callable[[str], None]) -> None:
-    """Tell the user of every check that failed.
+def report(run: RunDir, iteration: int, checks: Artifact, reporter: Reporter) -> None:
+    """Tell of every check that failed.
 
     Raises:
         CheckFailed: when one of severity block has.
     """
     rows = checks.read()
     for row in rows.filter(~rows["passed"]).to_dicts():
+        reporter.check(iteration, row)
         if row["severity"] == "warn":
-            note(f"warning: iteration {iteration}: {_said(row)}")
+            reporter.note(f"warning: iteration {iteration}: {_said(row)}")
         elif row["severity"] == "quarantine":
-            note(f"iteration {iteration}: {_said(row)}; {len(row['failed_ids']):,} completions do not train")
+            reporter.note(f"iteration {iteration}: {_said(row)}; {len(row['failed_ids']):,} completions do not train")
     refuse_held(run, iteration, checks)
 
 

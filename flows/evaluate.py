@@ -8,7 +8,7 @@ from flows.environment import set_defaults
 from flows.flow_runs import PrefectWork
 from flows.one_stage import check_stage, perform_stage
 from flows.progress import LogReporter, evaluation_line
-from flows.session import SilentReporter
+from flows.reporter import SilentReporter
 from pipeline.artifact import open_artifact
 from pipeline.functions import permit, permitting_only
 from pipeline.manifest import is_finished

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from flows.session import Reporter, open_session
+from flows.reporter import Reporter
+from flows.session import open_session
 from flows.training import PlainWork, Work, step_tasks
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.session import Reporter, SilentReporter
+from flows.reporter import Reporter, SilentReporter
 from pipeline.config import read_toml
 from pipeline.run_dir import RunDir
 from pipeline.runs import check_unlocked, run_at

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from flows.session import Reporter
+from flows.reporter import ForwardingReporter
 from pipeline import stage
 from pipeline.stage import StageResult
 from pipeline.text import one_line
@@ -80,24 +80,20 @@ class TerminalReporter:
         self.lines += 1
         self.bar.console.print(iteration_line(row))
 
+    def check(self, iteration: int, row: dict[str, Any]) -> None:
+        """Print nothing: a note has it."""
+
     def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
         """Print the policy's pass rates on the held-out prompts."""
         self.bar.console.print(evaluation_line(num_updates, figures), style="bold")
 
 
 @dataclass(slots=True)
-class LogReporter:
-    """Tells another reporter everything, and a log the lines."""
+class LogReporter(ForwardingReporter):
+    """Tells a log the lines."""
 
-    reporter: Reporter
     log: Callable[[str], None]
     lines: int = 0
-
-    def stage(self, label: str) -> stage.Progress:
-        return self.reporter.stage(label)
-
-    def finished(self, label: str, result: StageResult) -> None:
-        self.reporter.finished(label, result)
 
     def iteration(self, row: dict[str, Any]) -> None:
         """Log the iteration's line, with a heading now and then."""
@@ -105,15 +101,15 @@ class LogReporter:
             self.log(heading())
         self.lines += 1
         self.log(iteration_line(row))
-        self.reporter.iteration(row)
+        ForwardingReporter.iteration(self, row)
 
     def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
         self.log(evaluation_line(num_updates, figures))
-        self.reporter.evaluation(num_updates, figures)
+        ForwardingReporter.evaluation(self, num_updates, figures)
 
     def note(self, text: str) -> None:
         self.log(one_line(text))
-        self.reporter.note(text)
+        ForwardingReporter.note(self, text)
 
 
 def heading() -> str:

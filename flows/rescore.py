@@ -8,8 +8,8 @@ from flows.commands.options import named_after, permit_named
 from flows.environment import set_defaults
 from flows.flow_runs import PrefectWork
 from flows.progress import LogReporter
+from flows.reporter import SilentReporter
 from flows.rescoring import parse_iterations, rescore_run, summary
-from flows.session import SilentReporter
 from pipeline.config import load_toml
 from pipeline.files import user_path
 from pipeline.functions import permitting_only

@@ -9,7 +9,7 @@ from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from flows.session import Reporter
+    from flows.reporter import Reporter
     from flows.training import Work
     from stages.config import RunConfig
 

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 from flows.brakes import refuse_held, report, set_aside
+from flows.reporter import Reporter, SilentReporter
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, STEPS, From, Step, When
 from pipeline.errors import GrpoError, UsageError
@@ -32,45 +33,6 @@ from stages.trainers.base import Trainer
 from stages.trainers.local import LocalTrainer, resolve_device
 from stages.trainers.resume import resume
 from stages.wiring import Call, Wiring
-
-
-class Reporter(Protocol):
-    """Called with the progress of a run."""
-
-    def stage(self, label: str) -> Progress:
-        """A stage begins; the returned callable takes its progress."""
-        ...
-
-    def finished(self, label: str, result: StageResult) -> None:
-        """A stage has finished, or had finished before."""
-        ...
-
-    def iteration(self, row: dict[str, Any]) -> None:
-        """An iteration has finished; the row is that of `metrics.parquet`."""
-        ...
-
-    def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
-        """The policy after ``num_updates`` iterations was evaluated; called for the first and the last policy."""
-        ...
-
-    def note(self, text: str) -> None:
-        """A line for the user."""
-        ...
-
-
-class SilentReporter:
-    """Ignores all progress."""
-
-    def stage(self, label: str) -> Progress:
-        return silent
-
-    def finished(self, label: str, result: StageResult) -> None: ...
-
-    def iteration(self, row: dict[str, Any]) -> None: ...
-
-    def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -125,7 +87,7 @@ class Session:
         in_background = step.when in (When.ahead, When.late)  # the reporter shows one stage at a time
         result = self._run(step.name, call, resources, silent if in_background else None)
         if step.name == "check":
-            report(self.run, iteration, result.main, self.reporter.note)
+            report(self.run, iteration, result.main, self.reporter)
         return result.main
 
     def _refer(self, iteration: int) -> Artifact:

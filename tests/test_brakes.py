@@ -13,7 +13,8 @@ import typer
 
 from flows.commands.check import check
 from flows.printing import Format
-from flows.session import Session, SilentReporter
+from flows.reporter import SilentReporter
+from flows.session import Session
 from pipeline.errors import ArtifactMissing, CheckFailed, ConfigError, RecipeMismatch, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.stage import run_stage

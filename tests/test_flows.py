@@ -270,9 +270,9 @@ def test_the_flows_rescore_and_evaluate_do_what_the_commands_do(here: Path, clie
     import shutil
 
     from flows.evaluate import evaluate
+    from flows.reporter import SilentReporter
     from flows.rescore import rescore
     from flows.rescoring import rescore_run
-    from flows.session import SilentReporter
     from pipeline.config import load_toml
     from pipeline.runs import open_run
 

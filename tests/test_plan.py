@@ -19,8 +19,9 @@ from flows.planning.plan import Plan, because, document, make_plan
 from flows.planning.ranges import lines
 from flows.planning.rehearsal import Reason, Verdict
 from flows.prepare import check
+from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run
-from flows.session import Session, SilentReporter
+from flows.session import Session
 from flows.training import PlainWork, step_tasks, train_all
 from pipeline.artifact import open_artifact
 from pipeline.config import load_toml, validate

@@ -15,8 +15,9 @@ from flows.commands.reward import try_
 from flows.commands.verify import print_verification
 from flows.commands.whatif import whatif
 from flows.printing import Format
+from flows.reporter import SilentReporter
 from flows.rescoring import choose_iterations, parse_iterations, rescore_run
-from flows.session import Session, SilentReporter
+from flows.session import Session
 from pipeline.config import load_toml, validate
 from pipeline.errors import (
     ArtifactDamaged,

@@ -18,6 +18,7 @@ import yaml
 
 from flows.app import COMMANDS, build_app
 from flows.cli import main
+from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run
 from flows.schedule import child, firings, local, record
 from flows.schedule.actions import command
@@ -26,7 +27,6 @@ from flows.schedule.diff import changes
 from flows.schedule.export import prefect_yaml
 from flows.schedule.spec import Job, Schedule, duration_of, load_schedules, parse_schedules, seconds_of
 from flows.schedule.triggers import look, reason
-from flows.session import SilentReporter
 from pipeline.config import load_toml, validate
 from pipeline.errors import ArtifactDamaged, ConfigError, SourceError, UsageError
 from pipeline.object_store import open_store

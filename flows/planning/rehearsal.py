@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.background import Background
-from flows.session import Session, SilentReporter, starters_root
+from flows.reporter import SilentReporter
+from flows.session import Session, starters_root
 from flows.training import PlainWork, step_tasks, train_all
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, WRITER, From, Step
