@@ -21,17 +21,23 @@ AFTER_CHECKS = ("check", "batch", "logprobs")
 
 def set_aside(run: RunDir, call: StageCall[Any, Any], iteration: int, note: Callable[[str], None]) -> None:
     """Move what a repaired reward, or another check, takes the place of to `RunDir.held`: nothing was trained on it."""
-    name, main = call.stage.name, list(call.places.values())[-1]
-    if not is_finished(main) or is_finished(run.place(iteration, "policy")):
+    main = list(call.places.values())[-1]
+    if not is_finished(main) or not may_change(run, call.stage.name, iteration):
         return
-    may_change = name in REMADE and is_held(run, iteration)
-    may_change |= name in AFTER_CHECKS and is_finished(run.place(iteration, "checks"))
     found = open_artifact(main)
-    if may_change and found.manifest.recipe != call.recipe():
+    if found.manifest.recipe != call.recipe():
         aside = run.held(iteration, found.manifest.dataset, found.digest)
         aside.parent.mkdir(parents=True, exist_ok=True)
         main.rename(aside)
         note(f"iteration {iteration}: {found.manifest.dataset} are made again; those before are in {run.shown(aside)}")
+
+
+def may_change(run: RunDir, step: str, iteration: int) -> bool:
+    """Return whether another artifact may take the place of what a step has left in an iteration. Read-only."""
+    if is_finished(run.place(iteration, "policy")):
+        return False
+    is_checked = is_finished(run.place(iteration, "checks"))
+    return (step in REMADE and is_held(run, iteration)) or (step in AFTER_CHECKS and is_checked)
 
 
 def report(run: RunDir, iteration: int, checks: Artifact, reporter: Reporter) -> None:

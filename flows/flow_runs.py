@@ -11,13 +11,15 @@ from uuid import UUID
 from prefect import Task, get_run_logger, runtime
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from flows.prepare import Prepared
 from flows.progress import LogReporter
+from flows.training import Retries
 from pipeline.chain import INITIAL
+from pipeline.errors import MAY_PASS
 from pipeline.files import write_text
 from pipeline.manifest import is_finished
 from pipeline.reading import parse_json, read_limited
@@ -51,12 +53,34 @@ class PrefectWork:
             raise
         record(run, others)
 
-    def task(self, name: str, work: Callable[P, str]) -> Callable[P, str]:
+    def task(self, name: str, work: Callable[P, str], retries: Retries | None = None) -> Callable[P, str]:
         def task_run_name(parameters: dict[str, Any]) -> str:
             return " ".join([name, *("initial" if value == INITIAL else str(value) for value in parameters.values())])
 
         named: Any = task_run_name  # Prefect's type of it is a protocol that no function has
-        return Task(work, name=name, task_run_name=named, cache_policy=NO_CACHE, persist_result=False)
+        return Task(
+            work,
+            name=name,
+            task_run_name=named,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            **(retry_options(retries) if retries else {}),
+        )
+
+
+def retry_options(retries: Retries) -> dict[str, Any]:
+    """Return the options of a Prefect task that is tried again after what may pass, and tells of it."""
+
+    def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
+        error = state.data
+        if not isinstance(error, MAY_PASS):
+            return False
+        seconds = delays[min(task_run.run_count, retries.most) - 1]
+        retries.note(f"warning: {task_run.name} is tried again in {seconds:g} s: {str(error).splitlines()[0]}")
+        return True
+
+    delays = [retries.seconds * 2**attempt for attempt in range(retries.most)]
+    return {"retries": retries.most, "retry_delay_seconds": delays, "retry_condition_fn": may_pass}
 
 
 def title(prepared: Prepared) -> str:

@@ -11,7 +11,7 @@ from flows.brakes import refuse_held, report, set_aside
 from flows.reporter import Reporter, SilentReporter
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, STEPS, From, Step, When
-from pipeline.errors import GrpoError, UsageError
+from pipeline.errors import EngineError, GrpoError, UsageError
 from pipeline.manifest import is_finished
 from pipeline.prune import num_finished, prunable, prune
 from pipeline.run_dir import RunDir, state_of
@@ -83,9 +83,13 @@ class Session:
         call = self.wiring.call(step.name, iteration)
         if self.config.executes("check", iteration):
             set_aside(self.run, call, iteration, self.reporter.note)
-        resources = None if find_finished(call) else self._resources(step, iteration)
         in_background = step.when in (When.ahead, When.late)  # the reporter shows one stage at a time
-        result = self._run(step.name, call, resources, silent if in_background else None)
+        try:
+            resources = None if find_finished(call) else self._resources(step, iteration)
+            result = self._run(step.name, call, resources, silent if in_background else None)
+        except EngineError:
+            self._end_engine()  # a retry starts another one
+            raise
         if step.name == "check":
             report(self.run, iteration, result.main, self.reporter)
         return result.main
@@ -102,6 +106,9 @@ class Session:
             try:
                 self._is_due = False
                 publish(self.run)
+            except BaseException:
+                self._is_due = True
+                raise
             finally:
                 self._publishing.release()
         self.reporter.finished(label, result)
@@ -274,15 +281,18 @@ class Session:
 
     def close(self) -> None:
         """End the processes of engine and reward functions, with their descendants; release the trainer."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self._end_engine()
         if self._scorer is not None:
             self._scorer.close()
             self._scorer = None
         if self._trainer is not None:
             self._trainer.close()
             self._trainer = None
+
+    def _end_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
 
 def engine_settings(config: RunConfig, policy: Path) -> EngineSettings:

@@ -6,6 +6,7 @@ says how a task is executed, and decides no result. What lives as long as the ru
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import ParamSpec, Protocol
 
 from flows.background import Background
@@ -26,6 +27,17 @@ RETENTION = "retention"
 """Not a step either: drops the checkpoints that [retention] does not keep."""
 
 
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How often a task that met what may pass is tried again, see `pipeline.errors.MAY_PASS`."""
+
+    most: int
+    seconds: float
+    """Before the first; each later one waits twice as long."""
+    note: Callable[[str], None]
+    """Takes a line for the user."""
+
+
 class Work(Protocol):
     """How the tasks of a run are executed, and who is told."""
 
@@ -33,18 +45,18 @@ class Work(Protocol):
         """Work on a run in this context; its lock is held."""
         ...
 
-    def task(self, name: str, work: Callable[P, str]) -> Callable[P, str]:
+    def task(self, name: str, work: Callable[P, str], retries: Retries | None = None) -> Callable[P, str]:
         """Return a function that does the work as a task of this name."""
         ...
 
 
 class PlainWork:
-    """Executes tasks by calling them, and tells nobody."""
+    """Executes tasks by calling them, once, and tells nobody."""
 
     def on(self, run: RunDir) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def task(self, name: str, work: Callable[P, str]) -> Callable[P, str]:
+    def task(self, name: str, work: Callable[P, str], retries: Retries | None = None) -> Callable[P, str]:
         return work
 
 
@@ -56,13 +68,18 @@ def train_run(prepared: Prepared, work: Work) -> str:
     with open_session(settings, run, prepared.reporter) as session, work.on(run):
         run.record_config(prepared.toml, settings.model_dump(mode="json"))
         run.record_environment(recorded_environment(with_diff=prepared.records_diff))
-        tasks = step_tasks(session, work)
-        background = Background(tasks)
-        try:
-            train_all(session, work, tasks, background)
-        finally:
-            background.end()
+        train_in(session, work)
     return str(run.policy_before(settings.iterations))
+
+
+def train_in(session: Session, work: Work) -> None:
+    """Train in an open session; the background tasks have ended afterwards, whatever happens."""
+    tasks = step_tasks(session, work)
+    background = Background(tasks)
+    try:
+        train_all(session, work, tasks, background)
+    finally:
+        background.end()
 
 
 def train_all(session: Session, work: Work, tasks: Tasks, background: Background) -> None:
@@ -146,7 +163,9 @@ def step_tasks(session: Session, work: Work) -> Tasks:
     def perform(name: str) -> Callable[[int], str]:
         return lambda iteration: str(session.perform(name, iteration).path)
 
-    tasks = {step.name: work.task(step.name, perform(step.name)) for step in CHAIN}
+    resources = session.config.resources
+    retries = Retries(resources.retries, resources.retry_seconds, session.reporter.note)
+    tasks = {step.name: work.task(step.name, perform(step.name), retries) for step in CHAIN}
     return {
         **tasks,
         METRICS: work.task(METRICS, lambda iteration: str(session.metrics(iteration))),

@@ -2,6 +2,7 @@
 
 chain         the list of stages, from which everything that names a stage or a dataset is derived
 schema        the columns of every dataset
+columns       how a column is written down; those that several datasets have
 conformance   checks rows against their schema
 config        strict TOML; which settings are part of a recipe
 errors        every error that a user can see

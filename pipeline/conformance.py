@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 import polars as pl
 import pyarrow as pa
 
+from pipeline.columns import TOKEN_COLUMNS
 from pipeline.errors import SchemaError
-from pipeline.schema import SCHEMAS, TOKEN_COLUMNS
+from pipeline.schema import SCHEMAS
 
 
 def conform(frame: pl.DataFrame | pa.Table, name: str, schema: pa.Schema | None = None) -> pa.Table:

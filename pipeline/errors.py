@@ -4,7 +4,8 @@ GrpoError
   UsageError            wrong option, argument or combination of them
   ConfigError           the configuration does not say one clear thing
   SourceError           prompts cannot be read from where the config points
-  StoreError            an object store cannot be reached, read or written
+  StoreError            an object store cannot be read or written
+    StoreUnreachable    by what may pass: the network, a busy store
   ArtifactError         an artifact is not what its manifest says
     ArtifactMissing     no finished artifact at this place
     ArtifactDamaged     a file differs from the manifest, or cannot be read
@@ -14,7 +15,8 @@ GrpoError
   RewardError           a reward function cannot be imported, or fails too often
   CheckFailed           a check of severity block holds an iteration
   PolicyError           a checkpoint cannot be used as a policy
-  EngineError           the inference engine cannot start, or died
+  EngineError           the inference engine cannot start, or fails
+    EngineDied          its process has ended in mid-work
   ServerError           Prefect's server cannot start, or died
   UntrustedFunction     only a recorded config names a function from outside of the library, or an address
   OutOfSpace            the device is full
@@ -41,7 +43,11 @@ class SourceError(GrpoError, ValueError):
 
 
 class StoreError(GrpoError, OSError):
-    """An object store cannot be reached, read or written."""
+    """An object store cannot be read or written."""
+
+
+class StoreUnreachable(StoreError):
+    """An object store cannot be read or written for now: the network, a busy store."""
 
 
 class ArtifactError(GrpoError, ValueError):
@@ -81,7 +87,11 @@ class PolicyError(GrpoError, ValueError):
 
 
 class EngineError(GrpoError, RuntimeError):
-    """The inference engine cannot start, or died."""
+    """The inference engine cannot start, or fails."""
+
+
+class EngineDied(EngineError):
+    """The process of the inference engine has ended in mid-work."""
 
 
 class ServerError(GrpoError, RuntimeError):
@@ -94,3 +104,7 @@ class UntrustedFunction(GrpoError, ValueError):
 
 class OutOfSpace(GrpoError, OSError):
     """The device that holds the run is full."""
+
+
+MAY_PASS = (EngineDied, StoreUnreachable)
+"""What the same work may not meet again."""

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import GrpoError, StoreError, UsageError
+from pipeline.errors import GrpoError, StoreError, StoreUnreachable, UsageError
 from pipeline.files import atomic_write, locked, sha256_text, user_path, write_text
 from pipeline.functions import check_permitted
 from pipeline.reading import is_plain, read_json, resolved
@@ -287,21 +287,24 @@ def _explained(url: str, doing: str) -> Iterator[None]:
         raise
     except Exception as error:  # storage clients raise many unrelated classes
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise StoreError(f"{url} cannot be {doing} ({lines[0]}): {_remedy(url, error)}") from error
+        kind, remedy = _remedy(url, error)
+        raise kind(f"{url} cannot be {doing} ({lines[0]}): {remedy}") from error
 
 
-def _remedy(url: str, error: Exception) -> str:
+def _remedy(url: str, error: Exception) -> tuple[type[StoreError], str]:
+    """Return what an error of a storage client is to a user, and what to do."""
     protocol = url.partition("://")[0]
     name = type(error).__name__
     if isinstance(error, ImportError):
         package = PACKAGES.get(protocol)
-        return f"pip install {package}" if package else f"install what fsspec needs for {protocol}://"
+        return StoreError, f"pip install {package}" if package else f"install what fsspec needs for {protocol}://"
     if isinstance(error, ValueError) and "rotocol not known" in str(error):
-        return "expected a protocol that fsspec knows, such as s3://, gs:// or abfs://"
+        return StoreError, "expected a protocol that fsspec knows, such as s3://, gs:// or abfs://"
     if isinstance(error, FileNotFoundError):
-        return "create the bucket, or correct the URL"
+        return StoreError, "create the bucket, or correct the URL"
     if isinstance(error, PermissionError) or "Credential" in name:
         keys = "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if PACKAGES.get(protocol) == "s3fs" else ""
-        return f"set credentials that may do so{f' ({keys})' if keys else ''}"
+        return StoreError, f"set credentials that may do so{f' ({keys})' if keys else ''}"
     endpoint = ", and AWS_ENDPOINT_URL for a store that is not Amazon's" if PACKAGES.get(protocol) == "s3fs" else ""
-    return f"check the URL, the network{endpoint}; then run the same command again, it goes on where it stopped"
+    remedy = f"check the URL, the network{endpoint}; then run the same command again, it goes on where it stopped"
+    return StoreUnreachable, remedy

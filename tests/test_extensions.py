@@ -28,7 +28,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.config import StrictModel
-from pipeline.schema import COMPLETION_ID, column, dataset
+from pipeline.columns import COMPLETION_ID, column, dataset
 from pipeline.stage import Stage, StageTask
 
 

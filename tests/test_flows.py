@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -23,14 +24,24 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 1200
 """Seconds after which a process hangs, on however busy a machine."""
 ENGINE = '''
-"""An engine: answers 2 or 3, as the seed says."""
+"""An engine: answers 2 or 3, as the seed says; dies once if there is a file `die`."""
+
+import os
+from pathlib import Path
 
 from stages.engines.base import Engine, EngineSettings
 from stages.engines.scripted import ScriptedEngine
 
 
 def make(settings: EngineSettings) -> Engine:
-    return ScriptedEngine(lambda request: [21 + request.seed % 2, 1], logprob=-0.5)
+    return ScriptedEngine(answer, logprob=-0.5)
+
+
+def answer(request):
+    if Path("die").exists():
+        Path("die").unlink()
+        os._exit(9)
+    return [21 + request.seed % 2, 1]
 '''
 CONFIG = """
 iterations = 2
@@ -243,6 +254,52 @@ def test_flow_runs_that_died_are_marked_crashed_at_the_next_start(here: Path, cl
     assert after[0].message == DIED
     assert client.read_flow_run(found.id).state_name == "Completed"
     assert recorded(run) == [nowhere]
+
+
+def test_a_stage_whose_engine_dies_is_tried_again(here: Path, client: Any, trained: Any) -> None:
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    from flows.train import train
+    from pipeline.errors import EngineDied
+
+    (here / "die").touch()
+    overrides = ["seed=1", "resources.retry_seconds=0.01"]
+    (found,) = new_flow_runs(client, lambda: train("small.toml", "runs/mortal", overrides))
+    assert not (here / "die").exists()
+    assert digests(here / "runs" / "mortal") == digests(here / "runs" / "flow")
+    told = "warning: evaluate initial is tried again in 0.01 s: the scripted_answers:make engine's process ended with"
+
+    def is_told() -> bool:
+        logs = client.read_logs(log_filter=LogFilter(flow_run_id=LogFilterFlowRunId(any_=[found.id])))
+        return any(log.message.startswith(told) for log in logs)
+
+    assert until(is_told)
+    (here / "die").touch()
+    with pytest.raises(EngineDied):
+        train("small.toml", "runs/once", [*overrides, "resources.retries=0"])
+
+
+def test_what_cannot_pass_is_not_tried_again() -> None:
+    from prefect.states import Failed
+
+    from flows.flow_runs import retry_options
+    from flows.training import Retries
+    from pipeline.errors import CheckFailed, EngineDied, EngineError, StoreError, StoreUnreachable
+
+    notes: list[str] = []
+    options = retry_options(Retries(3, 0.5, notes.append))
+    assert (options["retries"], options["retry_delay_seconds"]) == (3, [0.5, 1.0, 2.0])
+    task_run = SimpleNamespace(name="generate 3", run_count=2)
+    ask = options["retry_condition_fn"]
+    for error in (EngineError("a"), StoreError("b"), CheckFailed("c"), ValueError("d")):
+        assert not ask(None, task_run, Failed(data=error))
+    assert notes == []
+    for error in (EngineDied("it died\nlog"), StoreUnreachable("no network")):
+        assert ask(None, task_run, Failed(data=error))
+    assert notes == [
+        "warning: generate 3 is tried again in 1 s: it died",
+        "warning: generate 3 is tried again in 1 s: no network",
+    ]
 
 
 def test_a_copy_of_a_run_does_not_touch_the_flow_run_of_the_original(tmp_path: Path) -> None:

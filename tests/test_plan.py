@@ -16,8 +16,8 @@ from flows.commands.fork import fork_tables
 from flows.commands.plan import other_ways
 from flows.planning.estimate import Estimator
 from flows.planning.plan import Plan, because, document, make_plan
+from flows.planning.planned import Reason, Verdict
 from flows.planning.ranges import lines
-from flows.planning.rehearsal import Reason, Verdict
 from flows.prepare import check
 from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run

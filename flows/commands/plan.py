@@ -123,7 +123,7 @@ def other_ways(
 
 def _total(rehearsal: "Rehearsal", estimator: "Estimator") -> "Total":
     from flows.planning.estimate import Total
-    from flows.planning.rehearsal import Verdict
+    from flows.planning.planned import Verdict
 
     total = Total()
     for planned in rehearsal.planned.values():

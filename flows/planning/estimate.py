@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from flows.planning.rehearsal import Planned, Verdict
+from flows.planning.planned import Planned, Verdict
 from pipeline.artifact import open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS
 from pipeline.manifest import is_finished

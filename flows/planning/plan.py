@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.planning.estimate import Cost, Estimator, Total
-from flows.planning.rehearsal import Planned, Reason, Verdict, rehearse
+from flows.planning.planned import Planned, Reason, Verdict
+from flows.planning.rehearsal import rehearse
 from flows.prepare import check
 from pipeline.config import deciding
 from pipeline.errors import GrpoError, RecipeMismatch
@@ -153,7 +154,7 @@ def because(planned: Planned, inputs: Sequence[str] | None = None) -> str:
             text = f"stored, but {named} {are} refused"
         case Reason.recipe:
             text = "; ".join(_difference(planned.step, *odd) for odd in planned.differences)
-        case Reason.unusable:
+        case Reason.unusable | Reason.held:
             text = planned.error
     if planned.again:
         first, last = planned.again[0], planned.again[-1]

@@ -6,7 +6,7 @@ from typing import Any
 
 from flows.planning.estimate import Cost, Total, key_of
 from flows.planning.plan import Plan, because
-from flows.planning.rehearsal import Planned, Reason, Verdict
+from flows.planning.planned import Planned, Reason, Verdict
 from pipeline.chain import INITIAL, STEPS, From, When
 
 COLUMNS = ("iterations", "steps", "verdict", "because", "seconds", "bytes", "unknown")

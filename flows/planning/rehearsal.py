@@ -6,17 +6,17 @@ Nothing is written: what an offline iteration refers to is kept in memory.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from flows.background import Background
-from flows.reporter import SilentReporter
+from flows.brakes import may_change, refuse_held
+from flows.planning.planned import Planned, Reason, Verdict
+from flows.planning.stand_ins import AtOnce, ChainAlone, NoteKeeper, RehearsedRun
 from flows.session import Session, starters_root
 from flows.training import PlainWork, step_tasks, train_all
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, INITIAL, STEPS, WRITER, From, Step
-from pipeline.errors import GrpoError, RecipeMismatch
+from pipeline.errors import CheckFailed, GrpoError, RecipeMismatch
 from pipeline.manifest import MANIFEST_VERSION, Manifest, RecipeDifference, is_finished, recipe_differences
 from pipeline.run_dir import RunDir, state_of
 from pipeline.stage import Progress, StageResult, check_inputs, find_finished
@@ -24,74 +24,6 @@ from stages.config import RunConfig
 from stages.starter.starter import starter_call
 from stages.trainers.resume import resumed_from
 from stages.wiring import TAKEN, Call
-
-
-class Verdict(StrEnum):
-    """What a run does about an artifact."""
-
-    reuse = "it is stored and is used"
-    compute = "it is made"
-    refuse = "the run stops at it: another one is in its place, or what it needs cannot be used"
-
-
-class Reason(StrEnum):
-    """Why."""
-
-    finished = "stored, of the recipe that is wanted"
-    referred = "stored in another run, which [[offline]] names"
-    kept = "stored; what it was made from is not there any more as it was"
-    missing = "not stored"
-    stale = "stored, but of another policy"
-    inputs = "what it is made from is not stored"
-    recipe = "stored, of another recipe"
-    unusable = "it, or what it is made from, cannot be used"
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What a run does about the artifacts of a step in an iteration."""
-
-    step: str
-    """A step of `pipeline.chain`, ``starter`` or ``policy``."""
-    iteration: int | None
-    """None = of no iteration; INITIAL = before the first."""
-    places: Mapping[str, Path]
-    """Dataset -> directory; the last is the main one."""
-    verdict: Verdict
-    reason: Reason
-    inputs: tuple[str, ...] = ()
-    """Those that are not stored as they are wanted."""
-    differences: tuple[RecipeDifference, ...] = ()
-    """Between the stored recipe and the wanted one."""
-    error: str = ""
-    """What the run would say."""
-    again: range = range(0)
-    """Iterations whose stored batches are trained on again first, because an optimizer state is missing."""
-    inputs_are_refused: bool = False
-    """The inputs are not to be made, but stand in the way."""
-
-    @property
-    def main(self) -> Path:
-        return list(self.places.values())[-1]
-
-
-@dataclass(frozen=True)
-class RehearsedRun(RunDir):
-    """A run directory in which a reference to another run's artifact is kept in memory."""
-
-    references: dict[tuple[int, str], Artifact] = field(default_factory=dict, compare=False)
-
-    def open(self, index: int, dataset: str) -> Artifact:
-        """Return a finished artifact of an iteration; see `RunDir.open`."""
-        found = self.references.get((index, dataset))
-        return RunDir.open(self, index, dataset) if found is None else found
-
-    def refer(self, index: int, dataset: str, artifact: Artifact) -> None:
-        """Remember the artifact as a dataset of the iteration; see `RunDir.refer`."""
-        if self.has(index, dataset):
-            RunDir.refer(self, index, dataset, artifact)  # only compares
-        else:
-            self.references[index, dataset] = artifact
 
 
 @dataclass
@@ -169,9 +101,11 @@ class Rehearsal(Session):
         return _expected(self._decide_step(step.name, iteration))
 
     def _decide_step(self, name: str, iteration: int) -> Planned:
-        call = self.wiring.call
+        call, reads = self.wiring.call, self.wiring.reads(name, iteration)
         places = {dataset: self.run.place(iteration, dataset) for dataset in STEPS[name].writes}
-        return self._decide(name, iteration, places, lambda: call(name, iteration), self.wiring.reads(name, iteration))
+        if name == "batch" and self.config.executes("check", iteration):
+            reads = {**reads, "checks": self.run.place(iteration, "checks")}  # it waits for those that block, too
+        return self._decide(name, iteration, places, lambda: call(name, iteration), reads)
 
     def _starter(self) -> Path:
         assert self.config.starter is not None
@@ -247,7 +181,8 @@ class Rehearsal(Session):
         coming = tuple(name for name, place in reads.items() if self._is_coming(place))
         is_refused = any(self._is_refused(reads[name]) for name in coming)
         of_inputs: dict[str, Any] = {"inputs": coming, "inputs_are_refused": is_refused}
-        if coming and is_finished(main):
+        may_be_replaced = iteration is not None and self._may_change(step, iteration)
+        if coming and is_finished(main) and not may_be_replaced:
             return planned(Verdict.refuse if is_refused else Verdict.reuse, Reason.inputs, **of_inputs)
         call: Call | None = None
         try:
@@ -259,15 +194,25 @@ class Rehearsal(Session):
                 return planned(Verdict.compute, Reason.stale, again=self._trained_again(step, iteration))
             assert make_call is not None
             call = make_call()
+            if may_be_replaced and is_finished(main) and open_artifact(main).manifest.recipe != call.recipe():
+                return planned(Verdict.compute, Reason.replaced)
             if find_finished(call) is not None:
+                if step == "check" and iteration is not None:
+                    refuse_held(self.run, iteration, open_artifact(main))
                 return planned(Verdict.reuse, Reason.finished)
             check_inputs(call)
             return planned(Verdict.compute, Reason.missing, again=self._trained_again(step, iteration))
+        except CheckFailed as error:
+            return planned(Verdict.refuse, Reason.held, error=str(error))
         except RecipeMismatch as error:
             assert call is not None
             return planned(Verdict.refuse, Reason.recipe, differences=_differences(call), error=str(error))
         except GrpoError as error:
             return planned(Verdict.refuse, Reason.unusable, error=str(error))
+
+    def _may_change(self, step: str, iteration: int) -> bool:
+        """Return whether another artifact may take the place of what a step has left; see `Session._execute`."""
+        return self.config.executes("check", iteration) and may_change(self.run, step, iteration)
 
     def _open(self, iteration: int | None, name: str, place: Path) -> Artifact:
         """Return an input that is stored, here or in another run."""
@@ -306,16 +251,6 @@ class Rehearsal(Session):
         return self.reporter.notes
 
 
-@dataclass(slots=True)
-class NoteKeeper(SilentReporter):
-    """Keeps the lines for the user."""
-
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def rehearse(config: RunConfig, run: RunDir) -> Rehearsal:
     """Return the rehearsal of a run to its end. Read-only."""
     rehearsal = Rehearsal(config, RehearsedRun(run.root, run.copy), NoteKeeper())
@@ -324,51 +259,6 @@ def rehearse(config: RunConfig, run: RunDir) -> Rehearsal:
     tasks = ChainAlone({step.name: steps[step.name] for step in CHAIN})
     train_all(rehearsal, work, tasks, AtOnce(tasks))
     return rehearsal
-
-
-class ChainAlone(dict[str, Callable[[int], str]]):
-    """The tasks of a rehearsal: those that are no steps of the chain, which make no artifact, do nothing."""
-
-    def __missing__(self, name: str) -> Callable[[int], str]:
-        return lambda iteration: ""
-
-
-class AtOnce(Background):
-    """Background tasks that run when they are begun."""
-
-    def __init__(self, tasks: Mapping[str, Callable[[int], str]]) -> None:
-        """``tasks``: step name -> its task, which takes an iteration."""
-        self._of_name = tasks
-        self._left: set[tuple[str, int]] = set()
-
-    def begin(self, name: str, iteration: int) -> None:
-        """Run the task."""
-        self._left.add((name, iteration))
-        self._of_name[name](iteration)
-
-    def is_begun(self, name: str, iteration: int) -> bool:
-        """Return whether the task was begun and not yet waited for."""
-        return (name, iteration) in self._left
-
-    def wait_for(self, name: str, iteration: int) -> None:
-        """Run the task unless it was begun."""
-        if not self.is_begun(name, iteration):
-            self._of_name[name](iteration)
-        self._left.discard((name, iteration))
-
-    def settle(self, name: str) -> None:
-        """Count the step's tasks as waited for."""
-        self._left = {key for key in self._left if key[0] != name}
-
-    def raise_failed(self) -> None:
-        """Nothing has failed: a failed task has raised when it was begun."""
-
-    def wait_for_all(self) -> None:
-        """Count all tasks as waited for."""
-        self._left.clear()
-
-    def end(self) -> None:
-        """No thread is there to end."""
 
 
 def _trainer_at(name: str, iteration: int | None) -> int | None:

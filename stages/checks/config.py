@@ -36,34 +36,38 @@ class Condition(StrictModel):
         return self
 
 
-class JudgeAnswered(StrictModel):
+class _Shipped(StrictModel):
+    """What all checks that ship have."""
+
+    severity: Severity = "warn"
+    """What follows when it fails."""
+
+
+class JudgeAnswered(_Shipped):
     """The reward functions have given rewards: a judge that is down, a function that fails, give nulls."""
 
     check: Literal["judge_answered"]
     name: Name = "judge_answered"
-    severity: Severity = "warn"
     reward: Name | None = None
     """Name of the reward; null = each of them."""
     max_share: Share = 0.1
     """Share of the rewards of one function that may be null."""
 
 
-class GroupsInform(StrictModel):
+class GroupsInform(_Shipped):
     """Groups tell their members apart."""
 
     check: Literal["groups_inform"]
     name: Name = "groups_inform"
-    severity: Severity = "warn"
     max_share: Share = 0.9
     """Share of the groups that may tell nothing: all rewards equal, or fewer than two."""
 
 
-class NoRepetition(StrictModel):
+class NoRepetition(_Shipped):
     """Completions do not say the same again and again."""
 
     check: Literal["no_repetition"]
     name: Name = "no_repetition"
-    severity: Severity = "warn"
     repeated: float = Field(0.5, gt=0, lt=1)
     """Share of a completion's word 3-grams (of its character pairs, when it is short) that it has said before."""
     min_words: int = Field(8, ge=4)
@@ -76,34 +80,31 @@ class NoRepetition(StrictModel):
     """Share of the completions that may be repetitive."""
 
 
-class NoLeakedReference(StrictModel):
+class NoLeakedReference(_Shipped):
     """Prompts do not contain their own reference answer."""
 
     check: Literal["no_leaked_reference"]
     name: Name = "no_leaked_reference"
-    severity: Severity = "warn"
     min_characters: int = Field(2, ge=1)
     """Shorter references (A, B, 7) are found everywhere by chance."""
     max_share: Share = 0.05
     """Share of the completions whose prompt may contain the reference."""
 
 
-class RewardNotCollapsed(StrictModel):
+class RewardNotCollapsed(_Shipped):
     """Completions do not all get one and the same reward."""
 
     check: Literal["reward_not_collapsed"]
     name: Name = "reward_not_collapsed"
-    severity: Severity = "warn"
     max_share: Share = 0.98
     """Share of the scored completions that may have the most common reward."""
 
 
-class OffPolicy(StrictModel):
+class OffPolicy(_Shipped):
     """The rows' policy is not too far from the one that trains."""
 
     check: Literal["off_policy"]
     name: Name = "off_policy"
-    severity: Severity = "warn"
     max_age: int | None = Field(None, ge=0)
     """Updates between the policy that wrote a row and the one that trains; a policy from outside the run has no age,
     and fails. null = not looked at. Does not apply to offline iterations, whose rows have no age here."""

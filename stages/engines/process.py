@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from pipeline.errors import EngineError, GrpoError
+from pipeline.errors import EngineDied, EngineError, GrpoError
 from stages.checkpoints import read_layout, vocabulary_size
 from stages.engines.base import Engine, EngineInfo, EngineSettings, Generated, OnProgress, Request, Sampling, not_loaded
 from stages.engines.child import Child
@@ -177,12 +177,12 @@ class EngineProcess:
             f"nothing in it may write to its parent. The last lines of {self.log_path}:\n{tail}"
         )
 
-    def _death(self, child: Child, doing: str) -> EngineError:
+    def _death(self, child: Child, doing: str) -> EngineDied:
         status = child.reap()
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         cause = "often memory ran out: lower generate.max_num_seqs or resources.kv_cache_gib"
         hint = f"{cause if status == -signal.SIGKILL else 'remove the cause'}, then run the same command again"
-        return EngineError(
+        return EngineDied(
             f"the {self.settings.engine} engine's process {how} while it should {doing}: expected it to live for the "
             f"whole run; {hint}. The last lines of {self.log_path}:\n{child.log_tail()}"
         )
