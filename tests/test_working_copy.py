@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from flows.commands.metrics import metrics
 from flows.commands.rows import rows
 from flows.commands.show import show
 from flows.printing import Format
+from flows.session import Session
 from pipeline.artifact import store_url
-from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError, UsageError
+from pipeline.errors import ArtifactDamaged, ArtifactMissing, StoreError, StoreUnreachable, UsageError
 from pipeline.manifest import is_finished
 from pipeline.object_store import Listed, Store, open_store
 from pipeline.reading import JSON_BYTES
@@ -158,6 +160,23 @@ def test_what_was_finished_here_and_not_published_is_published_by_the_next_start
     assert (policy / "manifest.json").stat().st_mtime_ns == written
     new_machine(tmp_path / "other", monkeypatch)
     assert digests(open_run(url)) == whole
+
+
+def test_what_a_failing_store_did_not_take_is_published_when_the_stage_is_tried_again(
+    base: str, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreUnreachable("no network")
+
+    run = run_at(f"{base}/demo")
+    with lock(run), closing(Session(config, run)) as session:
+        session.initial_policy()
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "upload", fail)
+            with pytest.raises(StoreUnreachable):
+                session.perform("prompts", 0)
+        session.perform("prompts", 0)
+        assert "iterations/000000/prompts/manifest.json" in objects(f"{base}/demo")
 
 
 @pytest.mark.parametrize(
