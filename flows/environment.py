@@ -27,15 +27,17 @@ PROBE_SECONDS = 30
 """A busy server answers late; where there is none, the connection is refused at once."""
 
 
-def prepare_environment() -> None:
+def prepare_environment(*, with_prefect: bool = True) -> None:
     """Set the environment for this process and its children; call before the first import of prefect.
+
+    ``with_prefect``: find out whether the server that PREFECT_API_URL names, if any, answers.
 
     Raises:
         UsageError: when PREFECT_API_URL names a server that does not answer.
     """
     set_defaults()
     url = os.environ.get("PREFECT_API_URL")
-    if url:
+    if url and with_prefect:
         _probe(url)
 
 

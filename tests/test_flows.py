@@ -208,6 +208,10 @@ def test_without_prefect_the_command_does_the_same(folder: Path, trained: Any) -
     assert len(digests(folder / "runs" / "plain")) == 22
     rows = [RunDir(folder / "runs" / name).read_metrics().drop("seconds") for name in ("plain", "flow")]
     assert rows[0].select("iteration", "reward_mean", "loss").equals(rows[1].select("iteration", "reward_mean", "loss"))
+    command = ("-c", NO_PREFECT, "fork", "runs/plain", "small.toml", "--at", "1", "--run", "runs/fork", "--no-prefect")
+    output = finish(start(folder, *command, "--set", "iterations=1", server="http://127.0.0.1:9/api"))
+    assert output.splitlines()[-1] == "[]"
+    assert RunDir(folder / "runs" / "fork").has(0, "policy")
 
 
 def test_a_finished_run_is_found_and_says_so(here: Path, client: Any, trained: Any) -> None:

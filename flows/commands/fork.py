@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.options import Config, NewRun, Overrides, Run, Trust, named_after, permit_named
+from flows.commands.options import Config, NewRun, NoPrefect, Overrides, Run, Trust, named_after, permit_named
 from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactMissing, ConfigError, UsageError
 from pipeline.files import write_text
@@ -28,6 +28,7 @@ def fork(
     ] = None,
     overrides: Overrides = None,
     trust: Trust = False,
+    no_prefect: NoPrefect = False,
 ) -> None:
     """Start a new run from a policy of another one: first on its stored completions, then generating.
 
@@ -37,8 +38,8 @@ def fork(
     """
     from flows.environment import prepare_environment
 
-    prepare_environment()
-    from flows.commands.run import train_in_flow
+    prepare_environment(with_prefect=not no_prefect)
+    from flows.commands.run import train
     from flows.prepare import check
     from pipeline.config import load_toml, validate
     from stages.config import config_class
@@ -53,7 +54,7 @@ def fork(
     prepared = check(validate(config_class(), tables, str(config)), place, toml)
     place.root.mkdir(parents=True, exist_ok=True)
     write_text(place.root / "fork.toml", toml)
-    train_in_flow(prepared, place.root / "fork.toml", None)
+    train(prepared, place.root / "fork.toml", None, with_prefect=not no_prefect)
 
 
 def fork_tables(

@@ -25,6 +25,7 @@ Overrides = Annotated[
 ]
 Iteration = Annotated[int | None, typer.Option("--iteration", "-i", help="Which iteration; default: the last one.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Execute, and ask for, what only the run's own config names.")]
+NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="Do the same without Prefect.")]
 Output = Annotated[Format, typer.Option("--format", "-f", help="How to print.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="Rows at most; 0 = all.")]
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.options import Config, Overrides, start_working
+from flows.commands.options import Config, NoPrefect, Overrides, start_working
 from flows.printing import say
-from pipeline.run_dir import RunDir
 
 if TYPE_CHECKING:
     from flows.prepare import Prepared
@@ -29,30 +28,40 @@ def run(
     record_diff: Annotated[
         bool, typer.Option("--record-diff", help="Keep this program's uncommitted changes in environment.json.")
     ] = False,
-    no_prefect: Annotated[bool, typer.Option("--no-prefect", help="Do the same without Prefect.")] = False,
+    no_prefect: NoPrefect = False,
 ) -> None:
     """Train. The same command again continues where the last one stopped.
 
     Example: grpo run configs/demo.toml --run runs/demo --set seed=1
     """
-    from flows.environment import prepare_environment, set_defaults
+    from flows.environment import prepare_environment
     from pipeline.functions import permit
 
-    set_defaults() if no_prefect else prepare_environment()
+    prepare_environment(with_prefect=not no_prefect)
     permit(None)  # the config is the user's
     from flows.prepare import prepare
 
     prepared = prepare(config, run or f"runs/{config.stem}", overrides)
     prepared = replace(prepared, records_diff=record_diff)
-    if no_prefect:
-        train_alone(prepared, config)
-    else:
-        train_in_flow(prepared, config, overrides)
+    train(prepared, config, overrides, with_prefect=not no_prefect)
 
 
-def train_in_flow(prepared: "Prepared", config: Path, overrides: list[str] | None) -> None:
-    """Train as a flow run of Prefect, with progress on the terminal."""
+def train(prepared: "Prepared", config: Path, overrides: list[str] | None, *, with_prefect: bool) -> None:
+    """Train with progress on the terminal: as a flow run of Prefect, or without it."""
     start_working()
+    if with_prefect:
+        policy = train_in_flow(prepared, config, overrides)
+    else:
+        from flows.training import PlainWork, train_run
+
+        with shown(prepared, config) as (told, _):
+            policy = train_run(told, PlainWork())
+    say(f"last policy: {prepared.run.shown(Path(policy))}")
+    say(f"look at it: grpo metrics {quote(prepared.run.name)}; grpo show {quote(prepared.run.name)}")
+
+
+def train_in_flow(prepared: "Prepared", config: Path, overrides: list[str] | None) -> str:
+    """Train as a flow run of Prefect; return the path of the last policy."""
     from flows.prefect_server import prefect_server
 
     with prefect_server() as wait_for_server:
@@ -61,18 +70,7 @@ def train_in_flow(prepared: "Prepared", config: Path, overrides: list[str] | Non
         with shown(prepared, config) as (told, reporter):
             reporter.stage("Prefect's server")
             wait_for_server()
-            policy = train_prepared(told, config, overrides)
-    say_where(prepared.run, policy)
-
-
-def train_alone(prepared: "Prepared", config: Path) -> None:
-    """Train without Prefect, with progress on the terminal."""
-    start_working()
-    from flows.training import PlainWork, train_run
-
-    with shown(prepared, config) as (told, _):
-        policy = train_run(told, PlainWork())
-    say_where(prepared.run, policy)
+            return train_prepared(told, config, overrides)
 
 
 @contextmanager
@@ -84,9 +82,3 @@ def shown(prepared: "Prepared", config: Path) -> "Iterator[tuple[Prepared, Termi
     reporter.note(f"{config} -> {prepared.run.name}")
     with reporter.shown():
         yield replace(prepared, reporter=reporter), reporter
-
-
-def say_where(run: RunDir, policy: str) -> None:
-    """Print where the last policy is."""
-    say(f"last policy: {run.shown(Path(policy))}")
-    say(f"look at it: grpo metrics {quote(run.name)}; grpo show {quote(run.name)}")
