@@ -331,6 +331,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("num_completions", pa.int64(), "completions generated"),
             column("num_trained", pa.int64(), "completions that trained"),
             column("num_tokens", pa.int64(), "tokens that trained"),
+            column("num_failed_checks", pa.int64(), "of [[checks]]; null = the iteration has none", nullable=True),
+            column("num_quarantined", pa.int64(), "completions that checks kept from training", nullable=True),
             column(
                 "entropy",
                 pa.float64(),

@@ -69,6 +69,23 @@ def advantage_rows(*rows: dict[str, Any]) -> pl.DataFrame:
     return fill("advantages", [{"completion_id": f"c{i}", **row} for i, row in enumerate(rows)], **defaults)
 
 
+def check_rows(*rows: dict[str, Any]) -> pl.DataFrame:
+    """Return checks rows of one failed completion of two, c0; each dict names what matters to the test."""
+    defaults = {
+        "name": "short",
+        "severity": "warn",
+        "dataset": "completions",
+        "condition": "num_tokens > 1",
+        "max_share": 0.0,
+        "num_rows": 2,
+        "num_failed": 1,
+        "failed_ids": ["c0"],
+        "passed": False,
+        "note": "1 of 2 rows (50.0%)",
+    }
+    return fill("checks", [{**defaults, **row} for row in rows or ({},)])
+
+
 def prompt_rows(*rows: dict[str, Any]) -> pl.DataFrame:
     """Return prompts rows; each dict names what matters to the test."""
     defaults = {

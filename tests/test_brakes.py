@@ -121,6 +121,7 @@ def test_quarantined_rows_do_not_train_and_verify_says_so_of_others(place: Place
     assert sorted(dropped["completion_id"]) == sorted(ids)
     assert len(ids) == 2
     assert batches.manifest.drops["quarantined"] == 2
+    assert place.run.read_metrics()["num_quarantined"].to_list() == [2]
     assert not set(place.run.open(0, "training_records").read()["completion_id"]) & set(ids)
     assert batches.manifest.inputs["checks"]["digest"] == place.run.open(0, "checks").digest
     assert any("2 completions do not train" in line for line in place.notes.lines)

@@ -157,6 +157,21 @@ def test_metrics_are_those_of_the_rows(run: Path, capsys: pytest.CaptureFixture[
     assert {key: row[key] for key in expected} == expected
 
 
+def test_the_table_of_metrics_has_failed_checks_where_there_are_checks(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    copy = RunDir(tmp_path / "copy")
+    metrics(copy.root, Format.table)
+    assert "failed checks" not in capsys.readouterr().out
+    known = copy.read_metrics()
+    for checked, is_shown in ((known.with_columns(num_failed_checks=pl.lit(2)), True),
+                              (known.drop("num_failed_checks"), False)):  # fmt: skip
+        checked.write_parquet(copy.metrics)
+        metrics(copy.root, Format.table)
+        assert ("failed checks" in capsys.readouterr().out) is is_shown
+
+
 def test_metrics_that_stand_in_the_table_are_used_while_the_artifacts_are_the_same(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "copy")
     copy = RunDir(tmp_path / "copy")

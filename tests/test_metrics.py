@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.run_dir import RunDir
-from stages.inspect.metrics import iteration_metrics, training_measures
-from tests.builders import advantage_rows, completion_rows, fill, reward_rows, write_artifact
+from stages.inspect.metrics import append_metrics, iteration_metrics, training_measures
+from tests.builders import advantage_rows, check_rows, completion_rows, fill, reward_rows, write_artifact
 
 STEPS = [
     {"optimizer_step": 0, "learning_rate": 0.25, "grad_norm": 2.0, "loss": 0.5, "num_tokens": 12, "num_rows": 2},
@@ -81,3 +81,26 @@ def test_the_row_of_an_iteration_is_what_its_artifacts_say(run: RunDir) -> None:
     }
     numbers = {name: row[name] for name in expected}
     assert numbers == {n: pytest.approx(v) if isinstance(v, float) else v for n, v in expected.items()}
+
+
+def test_failed_checks_are_counted_and_so_are_the_completions_that_they_quarantine(run: RunDir) -> None:
+    row = iteration_metrics(run, 0, pass_threshold=0.5)
+    assert (row["num_failed_checks"], row["num_quarantined"]) == (None, None)
+    rows = [
+        {"name": "passed", "severity": "quarantine", "failed_ids": ["g-2"], "passed": True},
+        {"name": "warned", "failed_ids": ["g-1"]},
+        *({"name": name, "severity": "quarantine", "failed_ids": ["g-0", name]} for name in ("h-0", "h-1")),
+    ]
+    write_artifact(run.place(0, "checks"), "checks", check_rows(*rows))
+    row = iteration_metrics(run, 0, pass_threshold=0.5)
+    assert (row["num_failed_checks"], row["num_quarantined"]) == (3, 3)
+
+
+def test_rows_of_an_earlier_version_that_knew_fewer_columns_stay(run: RunDir) -> None:
+    append_metrics(run, iteration_metrics(run, 0, pass_threshold=0.5))
+    run.read_metrics().drop("num_failed_checks", "num_quarantined").write_parquet(run.metrics)
+    write_artifact(run.place(0, "checks"), "checks", check_rows())
+    append_metrics(run, {**iteration_metrics(run, 0, pass_threshold=0.5), "iteration": 1})
+    found = run.read_metrics()
+    assert found["reward_mean"].to_list() == [0.25, 0.25]
+    assert found["num_failed_checks"].to_list() == [None, 1]

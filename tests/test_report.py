@@ -13,13 +13,14 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 
 from flows.report.figures import draw, figure_specs
 from flows.report.render import content_security_policy, for_script, say, write_report
 from pipeline.errors import ArtifactDamaged, ArtifactMissing, SchemaError, UsageError
 from pipeline.text import STEERING, visible
 from stages.inspect.report_data import Report, heat
-from tests.builders import advantage_rows, completion_rows, fill, prompt_rows, reward_rows, write_artifact
+from tests.builders import advantage_rows, check_rows, completion_rows, fill, prompt_rows, reward_rows, write_artifact
 from tests.manifests import fix_hashes
 from tests.report_runs import new_run, write_iteration
 
@@ -144,6 +145,30 @@ def test_errors_stand_before_warnings_and_what_is_too_much_is_counted(tmp_path: 
     assert "And 1 more, which the audit itself prints." in page
 
 
+def test_checks_that_failed_stand_by_severity_with_their_last_iterations(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    often = {"name": "often", "note": HOSTILE, "max_share": None}
+    for index in range(22):
+        held = [{"name": "held", "severity": "block", "condition": HOSTILE, "max_share": 0.05}] * (index == 21)
+        write_artifact(run.place(index, "checks"), "checks", check_rows(often, *held))
+    path, _ = write_report(run.root)
+    page = path.read_text(encoding="utf-8")
+    assert "22 iterations with checks. Those that failed:" in page
+    assert page.index("block</span> held</h3>") < page.index("warn</span> often</h3>")
+    assert "<li>iteration 21: 1 of 2 rows (50.0%), at most 5.0% may</li>" in page
+    assert f"<li>iteration 2: 1 of 2 rows (50.0%); {escape(visible(HOSTILE))}</li>" in page
+    assert "iteration 1: " not in page
+    assert "<li>and 2 earlier</li>" in page
+    assert "img" not in Page(page).tags
+
+
+def test_a_run_whose_checks_passed_says_so(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    write_artifact(run.place(0, "checks"), "checks", check_rows({"passed": True}))
+    path, _ = write_report(run.root)
+    assert "1 iteration with checks, in which none failed." in path.read_text(encoding="utf-8")
+
+
 def test_json_in_a_script_element_cannot_end_it() -> None:
     text = for_script({"a": "</script>&\u2028\u2029"})
     assert text == '{"a":"\\u003c/script\\u003e\\u0026\\u2028\\u2029"}'
@@ -197,6 +222,8 @@ def test_no_character_that_steers_is_on_the_page(tmp_path: Path) -> None:
         rewards = fill("rewards", parts, error=STEERS, detail=STEERS, reward_recipe="r")
         write_artifact(run.place(index, "rewards"), "rewards", rewards)
         advantages = advantage_rows({**ids, "reward": reward, "drop_reason": f"{STEERS}{index}"})
+        checks = check_rows(dict.fromkeys(("name", "severity", "condition", "note"), STEERS))
+        write_artifact(run.place(index, "checks"), "checks", checks)
         write_artifact(run.place(index, "advantages"), "advantages", advantages)
     named = {"iteration": 0, "group_id": f"g{STEERS}", "completion_id": f"c{STEERS}"}
     finding = {"check": STEERS, "severity": STEERS, "message": STEERS, "rows": [named]}

@@ -14,7 +14,7 @@ from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from stages.inspect.report_data import collect, heat, measure, read_findings
 from stages.inspect.report_groups import TokenText, choose_groups, group_views, number
-from tests.builders import advantage_rows, completion_rows, fill, reward_rows, write_artifact
+from tests.builders import advantage_rows, check_rows, completion_rows, fill, reward_rows, write_artifact
 from tests.report_runs import new_run, write_iteration
 
 RECORD = {
@@ -258,6 +258,17 @@ def test_every_measure_of_the_figures_exists() -> None:
     values, _ = measure(data, 0, 1.0)
     known = {*values, *SCHEMAS["metrics"].names}
     assert [name for spec in figure_specs() for name in spec.lines if name not in known] == []
+
+
+def test_the_checks_that_failed_are_those_of_each_iteration(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for index in range(3):
+        write_iteration(run, index)
+    write_artifact(run.place(1, "checks"), "checks", check_rows({"passed": True}))
+    write_artifact(run.place(2, "checks"), "checks", check_rows({"passed": True}, {"name": "long", "num_failed": 2}))
+    report = collect(run)
+    assert report.num_checked == 2
+    assert [(row["iteration"], row["name"], row["num_failed"]) for row in report.failed_checks] == [(2, "long", 2)]
 
 
 def test_answers_of_another_run_are_read_there_and_their_seconds_are_not_counted(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pipeline.errors import OutOfSpace, SchemaError, UsageError
 from pipeline.files import atomic_write
 from pipeline.runs import open_run
 from pipeline.text import STEERING, json_text, visible
+from stages.checks.outcome import counted
 from stages.inspect.report_data import FINDING_ROWS, Finding, Report, collect, read_findings
 from stages.inspect.report_groups import TAIL_TOKENS, number
 
@@ -142,6 +143,7 @@ def render(report: Report) -> str:
         findings=[_finding(finding, shown) for finding in ranked[:MOST_FINDINGS]],
         num_more_findings=max(0, len(ranked) - MOST_FINDINGS),
         severities=Counter(finding.severity for finding in ranked),
+        checks=_checks(report),
         selection=_selection(report),
         left_out=_left_out(report, missing),
         page_data=for_script(data),
@@ -295,6 +297,32 @@ def _finding(finding: Finding, shown: dict[int, set[str]]) -> dict[str, Any]:
         "rows": rows,
         "num_more": max(0, len(finding.rows) - FINDING_ROWS),
     }
+
+
+def _checks(report: Report) -> list[dict[str, Any]]:
+    """Return the checks that failed, those that hold the run first, each with its last iterations."""
+    by_check: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in report.failed_checks:
+        by_check.setdefault((row["severity"], row["name"], row["condition"]), []).append(row)
+    rank = {"block": 0, "quarantine": 1}
+    return [
+        {
+            "severity": severity,
+            "kind": "error" if severity == "block" else "warning",
+            "name": name,
+            "condition": condition,
+            "rows": [_failure(row) for row in rows[: -FINDING_ROWS - 1 : -1]],
+            "num_earlier": max(0, len(rows) - FINDING_ROWS),
+        }
+        for (severity, name, condition), rows in sorted(by_check.items(), key=lambda item: rank.get(item[0][0], 2))
+    ]
+
+
+def _failure(row: dict[str, Any]) -> str:
+    numbers = counted(row["num_failed"], row["num_rows"])
+    limit = "" if row["max_share"] is None else f", at most {say(row['max_share'], is_share=True)} may"
+    note = "" if row["note"] == numbers else f"; {row['note']}"
+    return f"iteration {row['iteration']}: {numbers}{limit}{note}"
 
 
 def _component(text: str) -> str:

@@ -13,6 +13,7 @@ from pipeline.files import atomic_write
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
+from stages.checks.outcome import quarantined
 from stages.evaluate import summarize
 from stages.rewards.results import has_timed_out
 
@@ -54,6 +55,7 @@ def iteration_metrics(run: RunDir, iteration: int, pass_threshold: float) -> dic
         **zero_variance.row(0, named=True),
         "rewards": parts.to_dicts(),
         **training,
+        **_checked(run, iteration),
         "generate_tokens_per_second": per_second(num_tokens, seconds.get("completions", 0.0)),
         "seconds": [{"stage": WRITER[name].name, "seconds": value} for name, value in seconds.items()],
     }
@@ -126,6 +128,14 @@ def _parts(rewards: pl.LazyFrame) -> pl.LazyFrame:
     )
 
 
+def _checked(run: RunDir, iteration: int) -> dict[str, int]:
+    """Return what the iteration's checks say; nothing where it has none."""
+    if not run.has(iteration, "checks"):
+        return {}
+    checks = run.open(iteration, "checks").read()
+    return {"num_failed_checks": int((~checks["passed"]).sum()), "num_quarantined": len(quarantined(checks))}
+
+
 def training_measures() -> dict[str, pl.Expr]:
     """Return the measures of training records: means over tokens, and shares of them."""
     tokens = pl.col("num_tokens")
@@ -174,7 +184,8 @@ def append_metrics(run: RunDir, row: dict[str, Any]) -> pl.DataFrame:
     frame = pl.DataFrame([row], schema=schema)
     if run.metrics.is_file():
         earlier = run.read_metrics().filter(pl.col("iteration") != row["iteration"])
-        frame = pl.concat([earlier, frame]).sort("iteration")
+        # an earlier version of the program may have known fewer columns
+        frame = pl.concat([frame, earlier], how="diagonal").sort("iteration")
     with atomic_write(run.metrics) as temporary:
         pq.write_table(conform(frame, "metrics"), temporary, compression="zstd")
     return frame

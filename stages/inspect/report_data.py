@@ -99,6 +99,10 @@ class Report:
     """The evaluation of the initial policy."""
     max_tokens: int | None = None
     pass_threshold: float | None = None
+    num_checked: int = 0
+    """Number of iterations with checks."""
+    failed_checks: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of `checks` with their iteration, in order."""
 
 
 def read_findings(text: str, where: object) -> list[Finding]:
@@ -157,6 +161,10 @@ def collect(
         _add(report.series, values, position)
         for family, members in families.items():
             _add(report.families.setdefault(family, {}), members, position)
+        if "checks" in data:
+            failed = data["checks"].filter(~pl.col("passed")).collect().to_dicts()
+            report.num_checked += 1
+            report.failed_checks += [{"iteration": iteration, **row} for row in failed]
         if "advantages" in data:
             scored.append(data["advantages"].select("reward", "advantage").collect())
         else:

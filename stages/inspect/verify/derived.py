@@ -305,6 +305,7 @@ METRIC_SOURCES = {
         "clip_low_share",
         "clip_high_share",
     ),
+    "checks": ("num_failed_checks", "num_quarantined"),
     "optimizer_steps": ("loss", "grad_norm", "learning_rate"),
     "evaluations": ("eval_pass_at_1", "eval_pass_rate", "eval_pass_at_k"),
 }
