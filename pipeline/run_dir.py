@@ -45,7 +45,8 @@ class RunDir:
                                         update), evaluations;
                                         <dataset>.reference.json points to one in another run
         held/000000/                    what a check has held before it was made again: <dataset>-<digest>
-        logs/                           output of the inference engine, ids of Prefect's flow runs
+        logs/                           output of the inference engine, ids of Prefect's flow runs, address of
+                                        the report
 
     A run on an object store has the same names there, without logs; ``root`` is its working copy on this machine.
     """

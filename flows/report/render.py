@@ -1,6 +1,6 @@
-"""`grpo report`: one HTML file about a run that opens anywhere, without a network.
+"""`grpo report`: one HTML page about a run, which as a file opens anywhere, without a network.
 
-The page is data plus a fixed script and style sheet, whose hashes are in its Content-Security-Policy: nothing that a
+The page is data plus fixed scripts and a style sheet, whose hashes are in its Content-Security-Policy: nothing that a
 model wrote can run, be loaded, or change how the page looks. Completions are stored as JSON and become text nodes. What
 steers text is an escape everywhere: the template and the script make every text visible.
 """
@@ -10,9 +10,9 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import jinja2
@@ -22,6 +22,7 @@ from markupsafe import Markup
 from flows.report.figures import Drawn, FigureSpec, draw, figure_specs
 from pipeline.errors import OutOfSpace, SchemaError, UsageError
 from pipeline.files import atomic_write
+from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 from pipeline.text import STEERING, json_text, visible
 from stages.checks.outcome import counted
@@ -72,22 +73,9 @@ def write_report(
         ArtifactDamaged: when a file of the run differs from its manifest.
         SchemaError: when rows lack a column that the report needs.
     """
-    if groups < 1 or not 0 < megabytes < float("inf"):
-        raise UsageError(f"groups is {groups} and megabytes {megabytes:g}: give at least one group and some room")
+    contents = collector(findings, groups=groups, megabytes=megabytes, seed=seed)
     directory = open_run(run)
-    found = None
-    if findings is not None:
-        try:
-            found = read_findings(findings.read_text(encoding="utf-8"), findings)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{findings} cannot be read ({error}): name a file of an audit's findings") from error
-    try:
-        report = collect(directory, found, groups=groups, most_bytes=int(megabytes * BYTES_PER_MEGABYTE), seed=seed)
-    except pl.exceptions.PolarsError as error:
-        raise SchemaError(
-            f"{directory.name} lacks what a report needs ({str(error).splitlines()[0]}): expected the columns of `grpo "
-            "schema`; make the run's datasets again with this version, or convert them"
-        ) from error
+    report = contents(directory)
     place = output or directory.root / "report.html"
     try:
         with atomic_write(place) as temporary:
@@ -99,9 +87,44 @@ def write_report(
     return place, report
 
 
-def render(report: Report) -> str:
-    """Return the page. The same report gives the same bytes."""
-    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+def collector(
+    findings: Path | None = None, *, groups: int = 12, megabytes: float = 10.0, seed: int = 0
+) -> Callable[[RunDir], Report]:
+    """Return what collects the report of a run, after checking its arguments; see `write_report`."""
+    if groups < 1 or not 0 < megabytes < float("inf"):
+        raise UsageError(f"groups is {groups} and megabytes {megabytes:g}: give at least one group and some room")
+    found: list[Finding] | None = None
+    if findings is not None:
+        try:
+            found = read_findings(findings.read_text(encoding="utf-8"), findings)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{findings} cannot be read ({error}): name a file of an audit's findings") from error
+
+    def contents(run: RunDir) -> Report:
+        try:
+            return collect(run, found, groups=groups, most_bytes=int(megabytes * BYTES_PER_MEGABYTE), seed=seed)
+        except pl.exceptions.PolarsError as error:
+            raise SchemaError(
+                f"{run.name} lacks what a report needs ({str(error).splitlines()[0]}): expected the columns of `grpo "
+                "schema`; make the run's datasets again with this version, or convert them"
+            ) from error
+
+    return contents
+
+
+class Following(NamedTuple):
+    """What a page that is served says of itself."""
+
+    state: str
+    """What `/state` answers as long as this page is the last one."""
+    text: str
+    """Of which iteration it is."""
+
+
+def render(report: Report, following: Following | None = None) -> str:
+    """Return the page, or one that follows the run. The same report gives the same bytes."""
+    style, script, live = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "live.js"))
+    scripts = [script] if following is None else [script, live]
     sections: dict[str, list[Drawn]] = {}
     missing: list[FigureSpec] = []
     for spec in figure_specs():
@@ -133,9 +156,10 @@ def render(report: Report) -> str:
     )
     return environment.get_template("page.html").render(
         report=report,
-        policy=content_security_policy(style, script),
+        policy=content_security_policy(style, *scripts, connects=following is not None),
         style=Markup(style),
-        script=Markup(script),
+        scripts=[Markup(script) for script in scripts],
+        following=following,
         num_iterations=count(len(report.iterations), "iteration"),
         count=count,
         glance=_glance(report),
@@ -156,11 +180,15 @@ def _shown(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def content_security_policy(style: str, script: str) -> str:
-    """Return a policy that loads nothing, and permits only this style sheet and this script."""
+def content_security_policy(style: str, *scripts: str, connects: bool = False) -> str:
+    """Return a policy that loads nothing, and permits only this style sheet and these scripts.
+
+    ``connects`` lets the scripts ask the server that the page came from.
+    """
+    hashes = " ".join(f"'{_hash(script)}'" for script in scripts)
+    own = "connect-src 'self'; " if connects else ""
     return (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {hashes}; style-src '{_hash(style)}'; {own}base-uri 'none'; form-action 'none'"
     )
 
 
@@ -320,7 +348,7 @@ def _checks(report: Report) -> list[dict[str, Any]]:
 
 def _failure(row: dict[str, Any]) -> str:
     numbers = counted(row["num_failed"], row["num_rows"])
-    limit = "" if row["max_share"] is None else f", at most {say(row['max_share'], is_share=True)} may"
+    limit = "" if not row["max_share"] else f", at most {say(row['max_share'], is_share=True)} may"
     note = "" if row["note"] == numbers else f"; {row['note']}"
     return f"iteration {row['iteration']}: {numbers}{limit}{note}"
 

@@ -34,6 +34,7 @@ FINDING_ROWS = 20
 HEAT_BINS = 24
 HEAT_COLUMNS = 90
 """Most columns of a distribution; more iterations share columns."""
+COUNTS = ("completions", "groups", "shown_groups", "shown_completions")
 LARGEST = 1e100
 """Larger magnitudes are not drawn: the width of a range that holds them could be infinite."""
 
@@ -81,16 +82,16 @@ class Report:
     """A run for a reader. Lists in ``series`` and ``families`` run along ``iterations``; None = not stored."""
 
     name: str
-    facts: dict[str, str]
-    iterations: list[int]
-    series: Series
-    families: dict[str, Series]
+    facts: dict[str, str] = field(default_factory=dict)
+    iterations: list[int] = field(default_factory=list)
+    series: Series = field(default_factory=dict)
+    families: dict[str, Series] = field(default_factory=dict)
     """parts, errors, members, drops, seconds: a series for each reward, policy name, drop reason or stage."""
-    rewards: Heat | None
-    advantages: Heat | None
-    groups: dict[int, list[dict[str, Any]]]
-    counts: dict[str, int]
-    findings: list[Finding] | None
+    rewards: Heat | None = None
+    advantages: Heat | None = None
+    groups: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    findings: list[Finding] | None = None
     absent: dict[str, int] = field(default_factory=dict)
     """Dataset -> number of iterations without it."""
     elsewhere: dict[str, int] = field(default_factory=dict)
@@ -139,12 +140,6 @@ def collect(
         name=run.root.resolve().name,
         facts=_facts(run, settings),
         iterations=iterations,
-        series={},
-        families={},
-        rewards=None,
-        advantages=None,
-        groups={},
-        counts=dict.fromkeys(("completions", "groups", "shown_groups", "shown_completions"), 0),
         findings=findings,
         max_tokens=settings.get("generate", {}).get("max_tokens"),
         pass_threshold=threshold,
