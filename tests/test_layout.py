@@ -36,6 +36,7 @@ def test_the_generic_package_names_resolve_inside_the_repository(name: str) -> N
     [
         "flows.planning.plan",
         "flows.replayer",
+        "flows.report.live",
         "flows.report.render",
         "pipeline.run_dir",
         "pipeline.schema",

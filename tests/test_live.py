@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from html import unescape
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from socket import create_connection
 from urllib.request import urlopen
 
 import pytest
@@ -22,9 +23,11 @@ from flows.report.render import PAGE, Following, collector, render
 from pipeline.errors import ArtifactMissing, UsageError
 from pipeline.files import locked
 from pipeline.run_dir import RunDir
+from pipeline.runs import lock, run_at
 from tests.builders import check_rows, completion_rows, write_artifact
 from tests.processes import until
 from tests.report_runs import new_run, write_iteration
+from tests.stores import new_machine
 
 
 class Served:
@@ -75,9 +78,15 @@ def test_the_page_is_the_report_and_a_line_that_says_what_it_follows(tmp_path: P
         assert page == render(collector()(run), Following(state, "as of iteration 0"))
         assert f'data-state="{state}"' in page
         assert ">Following the run, as of iteration 0.</p>" in page
-        answer, body = served.ask(method="HEAD")
-        assert (answer.status, body) == (200, b"")
-        assert answer.headers["Content-Length"] == str(len(served.body().encode()))
+
+
+def test_a_head_has_no_body(served: Served) -> None:
+    with create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+        connection.sendall(f"HEAD / HTTP/1.0\r\nHost: localhost:{served.port}\r\n\r\n".encode())
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 OK")
+    assert f"Content-Length: {len(served.body().encode())}\r\n".encode() in head
+    assert body == b""
 
 
 def test_a_page_that_is_served_may_ask_its_server_and_a_file_nobody(served: Served) -> None:
@@ -162,8 +171,8 @@ def test_a_run_that_cannot_be_read_for_a_moment_keeps_its_page(tmp_path: Path) -
     run = new_run(tmp_path)
     with Served(run).on() as served:
         before = served.body()
-        write_iteration(run, 0)
-        part = run.place(0, "rewards") / "part-00000.parquet"
+        write_artifact(run.place(0, "checks"), "checks", check_rows())
+        part = run.place(0, "checks") / "part-00000.parquet"
         whole = part.read_bytes()
         part.write_bytes(b"")
         served.live.look()
@@ -186,6 +195,24 @@ def test_a_run_that_cannot_be_read_from_the_start_has_a_page_that_waits(tmp_path
         run.metrics.unlink()
         served.live.look()
         assert "Following the run, no iteration is finished yet." in served.body()
+
+
+def test_a_run_on_an_object_store_is_followed_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"memory://bucket/{tmp_path.parent.name}/{tmp_path.name}"
+
+    def write(iteration: int) -> None:
+        new_machine(tmp_path / "writer", monkeypatch)
+        with lock(run := run_at(url)):
+            run.record_config("", {})
+            write_artifact(run.place(iteration, "checks"), "checks", check_rows())
+        new_machine(tmp_path / "reader", monkeypatch)
+
+    write(0)
+    live = LivePage(url, collector(), pytest.fail)
+    for iteration in (0, 1):
+        live.look()
+        assert f"as of iteration {iteration}.".encode() in live.page.html
+        write(iteration + 1)
 
 
 def test_others_find_the_page_as_long_as_it_is_served(tmp_path: Path) -> None:
