@@ -14,6 +14,7 @@ evaluate        the flow of `grpo stage evaluate`
 training        the training of a run, with or without Prefect
 flow_runs       what Prefect is told of a run; flow runs that have died
 reporter        who is told of a run while it goes on
+tracking        experiment trackers, which are told of each iteration
 session         what lives as long as a run: engine, trainer, reward processes
 brakes          what follows from checks: warnings, a held run, room for a repaired one
 prepare         loads and checks the config of a run, once

@@ -11,6 +11,7 @@ from stages.config import RunConfig, check_unchanged, parse_config
 from stages.disk import disk_use
 from stages.inspect.audit.by_name import check_audits
 from stages.preflight import preflight
+from stages.tracking import check_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ def check(settings: RunConfig, run: RunDir, toml: str) -> Prepared:
     check_unchanged(run, settings)
     check_audits(settings.checks)
     preflight(settings, run)
+    if settings.tracking is not None:
+        check_installed(settings.tracking)
     disk = disk_use(settings, run)
     disk.check(run, settings)
     return Prepared(settings, run, toml, remarks=(disk.line(),))

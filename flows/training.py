@@ -12,6 +12,7 @@ from typing import ParamSpec, Protocol
 from flows.background import Background
 from flows.prepare import Prepared
 from flows.session import Session, open_session
+from flows.tracking.reporter import tracked
 from pipeline.artifact import Artifact
 from pipeline.chain import CHAIN, INITIAL, When
 from pipeline.provenance import recorded_environment
@@ -65,7 +66,7 @@ def train_run(prepared: Prepared, work: Work) -> str:
     settings, run = prepared.settings, prepared.run
     for remark in (*prepared.remarks, *remarks(settings)):
         prepared.reporter.note(remark)
-    with open_session(settings, run, prepared.reporter) as session, work.on(run):
+    with open_session(settings, run, prepared.reporter) as session, work.on(run), tracked(session):
         run.record_config(prepared.toml, settings.model_dump(mode="json"))
         run.record_environment(recorded_environment(with_diff=prepared.records_diff))
         train_in(session, work)

@@ -46,7 +46,7 @@ class RunDir:
                                         <dataset>.reference.json points to one in another run
         held/000000/                    what a check has held before it was made again: <dataset>-<digest>
         logs/                           output of the inference engine, ids of Prefect's flow runs, address of
-                                        the report
+                                        the report, files of experiment trackers
 
     A run on an object store has the same names there, without logs; ``root`` is its working copy on this machine.
     """

@@ -17,6 +17,7 @@ wiring            the stages bound to a run: config, inputs, places
 preflight         checks before anything starts
 disk              what a run will take of the disk
 custom_functions  the user's losses, baselines and scales, and their sources
+tracking          which experiment trackers are told of a run
 members           the policies that write the completions of a group
 checkpoints       reading a checkpoint's directory, without torch
 sources           tasks, files and hub datasets; what an iteration draws

@@ -27,10 +27,11 @@ from stages.policy import PolicyConfig
 from stages.prompts import PromptsConfig
 from stages.score import ScoreConfig, find_rewards
 from stages.starter.starter import StarterConfig
+from stages.tracking import TrackingConfig
 
-CHANGEABLE = ("iterations", "resources", "evaluate.every", "retention")
-"""Settings that may change between two starts of a run: they decide how far and where it runs, and what stays on disk,
-not its results."""
+CHANGEABLE = ("iterations", "resources", "evaluate.every", "retention", "tracking")
+"""Settings that may change between two starts of a run: they decide how far and where it runs, what stays on disk, and
+who is told of it, not its results."""
 
 
 class ResourcesConfig(StrictModel):
@@ -82,6 +83,8 @@ class RunConfig(StrictModel):
     resources: ResourcesConfig = ResourcesConfig()
     retention: RetentionConfig | None = None
     """Which policies and optimizer states stay on disk while the run goes on; null = all of them."""
+    tracking: TrackingConfig | None = None
+    """The experiment trackers that are told of the run; null = none."""
 
     @model_validator(mode="before")
     @classmethod

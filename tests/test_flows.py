@@ -73,7 +73,7 @@ from flows.cli import main
 try:
     main()
 finally:
-    print([m for m in sys.modules if m.partition(".")[0] == "prefect"])
+    print([m for m in sys.modules if m in ("prefect", "trackio", "tensorboard", "wandb", "mlflow")])
 """
 SERVE = """
 from flows.train import train
@@ -200,7 +200,7 @@ def test_the_flow_runs_log_has_the_lines_of_the_iterations(trained: Any, client:
 
 
 def test_without_prefect_the_command_does_the_same(folder: Path, trained: Any) -> None:
-    """It asks no server, not even one that is named, and does not import Prefect."""
+    """It asks no server, not even one that is named, and imports neither Prefect nor a tracker."""
     command = ("-c", NO_PREFECT, "run", "small.toml", "--run", "runs/plain", "--set", "seed=1", "--no-prefect")
     output = finish(start(folder, *command, server="http://127.0.0.1:9/api"))
     assert output.splitlines()[-1] == "[]"
@@ -212,6 +212,15 @@ def test_without_prefect_the_command_does_the_same(folder: Path, trained: Any) -
     output = finish(start(folder, *command, "--set", "iterations=1", server="http://127.0.0.1:9/api"))
     assert output.splitlines()[-1] == "[]"
     assert RunDir(folder / "runs" / "fork").has(0, "policy")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_tracked_has_the_same_digests(folder: Path, trained: Any) -> None:
+    tracked = ("--no-prefect", "--set", "seed=1", "--set", 'tracking.to=["tensorboard"]')
+    output = finish(start(folder, "-m", "flows.cli", "run", "small.toml", "--run", "runs/tracked", *tracked))
+    assert "tensorboard: tensorboard --logdir runs" in output
+    assert list((folder / "runs" / "tracked" / "logs" / "tensorboard").iterdir())
+    assert digests(folder / "runs" / "tracked") == digests(folder / "runs" / "flow")
 
 
 def test_a_finished_run_is_found_and_says_so(here: Path, client: Any, trained: Any) -> None:

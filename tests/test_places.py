@@ -45,6 +45,7 @@ NAMES = {
     "connects": (
         "urllib.request", "httpx", "requests", "aiohttp", "fsspec", "http.client", "http.server", "smtplib", "ftplib",
         "asyncio.open_connection", "sqlite3", "socket.socket", "socket.create_connection", "socket.create_server",
+        "trackio.init", "wandb.init", "wandb.login", "mlflow.MlflowClient",
     ),
     "links": (
         "os.readlink", "os.path.realpath", "os.symlink", "os.link", "shutil", "tarfile", "zipfile",

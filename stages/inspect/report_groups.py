@@ -132,9 +132,12 @@ def _ranked(facts: pl.DataFrame, column: str) -> list[str]:
 
 
 def group_views(
-    data: Data, iteration: int, chosen: dict[str, str], tokens: TokenText, flagged: Collection[str]
+    data: Data, iteration: int, chosen: dict[str, str], tokens: TokenText | None, flagged: Collection[str]
 ) -> Iterator[View]:
-    """Yield what is known about each chosen group, in that order. ``flagged`` are completions that a finding names."""
+    """Yield what is known about each chosen group, in that order; without ``tokens`` only texts are shown.
+
+    ``flagged`` are completions that a finding names.
+    """
     if not chosen:
         return
     rows = _completions(data, list(chosen))
@@ -227,7 +230,7 @@ def _kept(rows: list[View], flagged: Collection[str]) -> list[View]:
     return [row for i, row in enumerate(rows) if i in keep]
 
 
-def _completion(row: View, iteration: int, tokens: TokenText, vocabulary: dict[str, int]) -> View:
+def _completion(row: View, iteration: int, tokens: TokenText | None, vocabulary: dict[str, int]) -> View:
     token_ids = row.get("completion_token_ids") or []
     logprobs = row.get("sampling_logprobs") or []
     policy_iteration = row.get("policy_iteration")
@@ -263,7 +266,7 @@ def _completion(row: View, iteration: int, tokens: TokenText, vocabulary: dict[s
             for part in row.get("parts") or []
         ],
     }
-    if token_ids:
+    if token_ids and tokens is not None:
         pieces = _middle_out(tokens.pieces(token_ids))
         view["tokens"] = [vocabulary.setdefault(piece, len(vocabulary)) for piece in pieces]
         view["token_ids"] = _middle_out(token_ids)

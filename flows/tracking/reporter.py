@@ -1,0 +1,176 @@
+"""Tells a run's trackers of each iteration once, whatever starts and stops the run has had.
+
+A session reports the iterations of earlier starts, too. A file in the run's logs keeps how far each tracker is: what it
+lacks, because it was added later or has failed, it is told then. Nothing here stops a run.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.reporter import ForwardingReporter
+from flows.session import Session
+from flows.tracking.base import Tracked, Tracker, figures_of, groups_of
+from pipeline.config import chosen
+from pipeline.errors import GrpoError
+from pipeline.files import write_text
+from pipeline.reading import parse_json, read_limited
+from pipeline.run_dir import RunDir
+from stages.config import RunConfig
+from stages.inspect.report_groups import View
+from stages.tracking import TrackerName, TrackingConfig
+
+RECORD = "tracking.json"
+"""In the run's logs: the run's id in trackers, and the last iteration that each has."""
+RECORD_BYTES = 1 << 16
+
+
+@contextmanager
+def tracked(session: Session) -> Iterator[None]:
+    """Tell the trackers of the config's [tracking] of the session's iterations; the run's lock is held."""
+    config = session.config.tracking
+    if config is None:
+        yield
+        return
+    reporter = TrackingReporter(session.reporter, session.run, session.config, config, *recorded(session.run))
+    session.reporter = reporter
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        reporter.close(failed=failed)
+
+
+@dataclass(slots=True)
+class TrackingReporter(ForwardingReporter):
+    """Tells trackers each iteration that they do not have. One that fails is left out until the run's next start."""
+
+    run: RunDir
+    settings: RunConfig
+    config: TrackingConfig
+    id: str
+    last: dict[str, int]
+    """Tracker -> last iteration that it has."""
+    trackers: dict[str, Tracker | None] = field(default_factory=dict)
+    """Those that were opened; None = it has failed."""
+    initial: dict[str, float] = field(default_factory=dict)
+    """Figures of the initial policy, which are logged with the first iteration."""
+
+    def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
+        if num_updates == 0:
+            self.initial = {f"initial/{name}": value for name, value in figures.items() if value is not None}
+        ForwardingReporter.evaluation(self, num_updates, figures)  # the last policy's are in its iteration's row
+
+    def iteration(self, row: dict[str, Any]) -> None:
+        """Log the iteration where it is not logged yet."""
+        ForwardingReporter.iteration(self, row)
+        iteration = row["iteration"]
+        behind = [name for name in dict.fromkeys(self.config.to) if self.last.get(name, -1) < iteration]
+        behind = [name for name in behind if self._tracker(name) is not None]
+        if not behind:
+            return
+        figures = figures_of(row) | (self.initial if iteration == 0 else {})
+        groups = self._groups(iteration)
+        for name in behind:
+            if self._told(name, lambda tracker: tracker.log(iteration, figures, groups)):
+                self.last[name] = iteration
+        self._record()
+
+    def close(self, *, failed: bool) -> None:
+        """End the run in each tracker."""
+        for name in list(self.trackers):
+            self._told(name, lambda tracker: tracker.close(failed=failed))
+
+    def _tracker(self, name: TrackerName) -> Tracker | None:
+        """Return the tracker, opened when it is first needed; None = it has failed."""
+        if name not in self.trackers:
+            self.trackers[name] = None
+            self._record()  # the id, before a tracker knows it
+            run, config = self.run, self.config
+            tracked = Tracked(
+                id=self.id,
+                project=config.project,
+                name=config.name or run.root.absolute().name,
+                settings=chosen(self.settings),
+                logs=run.logs,
+                shared=run.root.parent,
+                first=self.last.get(name, -1) + 1,
+            )
+            try:
+                self.trackers[name] = tracker = open_tracker(name, tracked)
+            except Exception as error:  # a library may raise anything
+                self._leave_out(name, error)
+            else:
+                self.note(f"{name}: {tracker.where}")
+        return self.trackers[name]
+
+    def _told(self, name: str, tell: Callable[[Tracker], None]) -> bool:
+        """Tell a tracker something; return whether that went well."""
+        tracker = self.trackers[name]
+        if tracker is None:
+            return False
+        try:
+            tell(tracker)
+        except Exception as error:  # a library may raise anything
+            self._leave_out(name, error)
+            return False
+        return True
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        self.trackers[name] = None
+        self.note(
+            f"warning: {name} has failed and is told nothing more ({type(error).__name__}: {error}): the run goes on, "
+            "and its next start tells it what it lacks"
+        )
+
+    def _groups(self, iteration: int) -> list[View]:
+        try:
+            return groups_of(self.run, iteration, self.config.groups)
+        except GrpoError as error:
+            self.note(f"warning: no completions of iteration {iteration} are tracked: {error}")
+            return []
+
+    def _record(self) -> None:
+        self.run.logs.mkdir(parents=True, exist_ok=True)
+        note = {"run": str(self.run.root.absolute()), "id": self.id, "last": self.last}
+        write_text(self.run.logs / RECORD, json.dumps(note) + "\n")
+
+
+def open_tracker(name: TrackerName, tracked: Tracked) -> Tracker:
+    """Return a tracker of a run; its library is imported here."""
+    match name:
+        case "trackio":
+            from flows.tracking.trackio import TrackioTracker
+
+            return TrackioTracker(tracked)
+        case "tensorboard":
+            from flows.tracking.tensorboard import TensorBoardTracker
+
+            return TensorBoardTracker(tracked)
+        case "wandb":
+            from flows.tracking.wandb import WandbTracker
+
+            return WandbTracker(tracked)
+        case "mlflow":
+            from flows.tracking.mlflow import MlflowTracker
+
+            return MlflowTracker(tracked)
+
+
+def recorded(run: RunDir) -> tuple[str, dict[str, int]]:
+    """Return the run's id in trackers, and the last iteration that each has. Read-only.
+
+    A run without a record, or a copy of another, has a new id and no iterations.
+    """
+    try:
+        found = parse_json(read_limited(run.logs / RECORD, RECORD_BYTES))
+        if found["run"] == str(run.root.absolute()):
+            int(found["id"], 16)
+            return found["id"], {str(name): int(last) for name, last in found["last"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or no record of ours
+        pass
+    return secrets.token_hex(4), {}
