@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextvars import copy_context
+from typing import Any
 
 import trackio
 
@@ -15,7 +16,7 @@ class TrackioTracker:
     def __init__(self, tracked: Tracked) -> None:
         self.where = f"trackio show --project {tracked.project}"
 
-        def begin() -> trackio.Run:
+        def begin() -> Any:
             return trackio.init(
                 project=tracked.project,
                 name=f"{tracked.name}-{tracked.id}",
