@@ -1,6 +1,7 @@
 """What follows from the checks of an iteration: lines for the user, a held run, room for a repaired one."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flows.reporter import Reporter
@@ -13,7 +14,7 @@ from stages.checks.outcome import blocking
 from stages.config import is_held
 
 IDS_SHOWN = 3
-REMADE = ("score", "normalize", "check")
+REMADE = ("score", "normalize")
 """Steps of a held iteration that may be made again: nothing has been trained on what they wrote."""
 AFTER_CHECKS = ("check", "batch", "logprobs")
 """Steps that may be made again while the iteration has not trained, because the checks may change."""
@@ -26,18 +27,29 @@ def set_aside(run: RunDir, call: StageCall[Any, Any], iteration: int, note: Call
         return
     found = open_artifact(main)
     if found.manifest.recipe != call.recipe():
-        aside = run.held(iteration, found.manifest.dataset, found.digest)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        main.rename(aside)
+        aside = _move(run, iteration, found)
         note(f"iteration {iteration}: {found.manifest.dataset} are made again; those before are in {run.shown(aside)}")
 
 
 def may_change(run: RunDir, step: str, iteration: int) -> bool:
-    """Return whether another artifact may take the place of what a step has left in an iteration. Read-only."""
+    """Return whether another artifact may take the place of what a step has left, where there are [[checks]]. Read-only."""
     if is_finished(run.place(iteration, "policy")):
         return False
-    is_checked = is_finished(run.place(iteration, "checks"))
-    return (step in REMADE and is_held(run, iteration)) or (step in AFTER_CHECKS and is_checked)
+    return step in AFTER_CHECKS or (step in REMADE and is_held(run, iteration))
+
+
+def lift_hold(run: RunDir, iteration: int, note: Callable[[str], None]) -> None:
+    """Move the checks that hold an iteration to `RunDir.held`: the config has none any more."""
+    if is_held(run, iteration):
+        aside = _move(run, iteration, run.open(iteration, "checks"))
+        note(f"iteration {iteration}: nothing holds it any more; the checks that did are in {run.shown(aside)}")
+
+
+def _move(run: RunDir, iteration: int, found: Artifact) -> Path:
+    aside = run.held(iteration, found.manifest.dataset, found.digest)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    found.path.rename(aside)
+    return aside
 
 
 def report(run: RunDir, iteration: int, checks: Artifact, reporter: Reporter) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from flows.brakes import refuse_held, report, set_aside
+from flows.brakes import lift_hold, refuse_held, report, set_aside
 from flows.reporter import Reporter, SilentReporter
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.chain import CHAIN, STEPS, From, Step, When
@@ -76,8 +76,11 @@ class Session:
 
     def _execute(self, step: Step, iteration: int) -> Artifact:
         """Return the main artifact of a step that this run makes itself."""
-        if step.name == "batch" and self.config.executes("check", iteration):
-            refuse_held(self.run, iteration, self.run.open(iteration, "checks"))
+        if step.name == "batch":
+            if self.config.executes("check", iteration):
+                refuse_held(self.run, iteration, self.run.open(iteration, "checks"))
+            else:
+                lift_hold(self.run, iteration, self.reporter.note)
         if step.name == "check":
             self._check_untrained(iteration)
         call = self.wiring.call(step.name, iteration)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from flows.reporter import SilentReporter
 from flows.session import Session
@@ -24,14 +25,19 @@ severity = "block"
 thresholds = {data = {min_answers = 8}}
 """
 LONG_ONES = '[[checks]]\nname = "long"\nwhere = "num_tokens > 4"\nseverity = "quarantine"\n'
+PASSES = '[[checks]]\nname = "passes"\nwhere = "1 = 0"\n'
 NEVER = '[[checks]]\nname = "never"\nwhere = "1 = 1"\nseverity = "block"\n'
 
 
 class Notes(SilentReporter):
-    """Keeps the lines that a user would see."""
+    """Keeps the lines that a user would see, and which checks have failed."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.failed: list[tuple[int, str]] = []
+
+    def check(self, iteration: int, row: dict[str, Any]) -> None:
+        self.failed.append((iteration, row["name"]))
 
     def note(self, text: str) -> None:
         self.lines.append(text)

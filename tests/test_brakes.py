@@ -11,6 +11,7 @@ import typer
 
 from flows.commands.check import check
 from flows.printing import Format
+from pipeline.artifact import open_artifact
 from pipeline.errors import ArtifactMissing, CheckFailed, ConfigError, RecipeMismatch, UsageError
 from pipeline.run_dir import RunDir
 from pipeline.stage import run_stage
@@ -18,7 +19,7 @@ from stages.config import check_unchanged
 from stages.inspect.audit.by_name import audit_iteration
 from stages.inspect.verify.verify import verify_run
 from stages.wiring import Wiring
-from tests.checked_run import ANSWERED, BY_LENGTH, HALF_NULL, LONG_ONES, NEVER, NOT_BY_LENGTH, STEPS, Place
+from tests.checked_run import ANSWERED, BY_LENGTH, HALF_NULL, LONG_ONES, NEVER, NOT_BY_LENGTH, PASSES, STEPS, Place
 from tests.finished import forge, problems_of
 from tests.small_run import EXACT
 
@@ -28,8 +29,9 @@ def place(tmp_path: Path, tiny_policy: Path) -> Place:
     return Place(tmp_path, tiny_policy)
 
 
-def reasons(run: RunDir, iteration: int = 0) -> list[str | None]:
-    return run.open(iteration, "batches").read()["drop_reason"].to_list()
+def other_session(place: Place, config: RunConfig) -> "closing[Session]":
+    """Return a session that has not looked whether the run belongs to the config."""
+    return closing(Session(config, place.run, place.notes, _engine=ScriptedEngine(place.answer)))
 
 
 def problems(run: RunDir) -> list[str]:
@@ -48,8 +50,9 @@ def test_a_planted_reward_is_held_and_a_repaired_one_goes_on_from_the_stored_com
     assert place.run.has(0, "checks")
     assert not place.run.has(0, "batches")
     assert not place.run.has(0, "policy")
-    with place.session(config) as session, pytest.raises(CheckFailed):
-        session.perform("batch", 0)
+    for step in ("check", "batch"):
+        with place.session(config) as session, pytest.raises(CheckFailed):
+            session.perform(step, 0)
     assert problems(place.run) == []
     with pytest.raises(CheckFailed):
         place.go(config)  # the same again: the stored verdict
@@ -59,18 +62,84 @@ def test_a_planted_reward_is_held_and_a_repaired_one_goes_on_from_the_stored_com
     assert (place.calls, place.run.open(0, "completions").digest) == (calls, completions)
     assert place.run.has(0, "policy")
     assert place.run.open(0, "checks").read()["passed"].to_list() == [True]
-    assert all(place.run.held(0, name, digest).is_dir() for name, digest in held.items())
+    for name, digest in held.items():
+        aside = place.run.held(0, name, digest)
+        assert open_artifact(aside).digest == digest
+        told = f"iteration 0: {name} are made again; those before are in {place.run.shown(aside)}"
+        assert told in place.notes.lines
     assert problems(place.run) == []
 
 
 def test_the_message_of_a_held_iteration_names_the_condition_and_rows(place: Place) -> None:
-    checks = '[[checks]]\nname = "short"\nwhere = "num_tokens > 4"\nseverity = "block"\n'
+    checks = '[[checks]]\nname = "short"\nwhere = "num_tokens > 4"\nseverity = "block"\nmax_share = 0.1\n'
     with pytest.raises(CheckFailed) as raised:
-        place.go(place.config(checks))
+        place.go(place.config(checks + NEVER))
+    said = str(raised.value)
     ids = place.run.open(0, "checks").read()["failed_ids"][0].to_list()
-    assert f"check 'short' (num_tokens > 4): {len(ids)} of 8 rows" in str(raised.value)
-    assert ", ".join(ids[:3]) in str(raised.value)
-    assert "grpo rows" in str(raised.value)
+    assert f"check 'short' (num_tokens > 4): {len(ids)} of 8 rows (25.0%), among them {', '.join(ids[:3])}" in said
+    assert ", at most 10.0% may (and 1 more): nothing was trained on it; look at `grpo rows " in said
+    assert "the same command goes on from the stored completions after the reward is repaired" in said
+
+
+def test_only_what_a_check_holds_is_made_again_and_never_its_completions(place: Place) -> None:
+    place.go(place.config(ANSWERED + NEVER.replace("block", "warn")), STEPS[:5])
+    with pytest.raises(RecipeMismatch, match="scored by other versions"):
+        place.go(place.config(ANSWERED, BY_LENGTH))
+    with_other_score = place.config(ANSWERED, HALF_NULL)
+    with other_session(place, with_other_score) as session, pytest.raises(RecipeMismatch):
+        session.perform("score", 0)
+    for dataset in ("rewards", "advantages", "checks"):
+        shutil.rmtree(place.run.place(0, dataset))
+    with pytest.raises(CheckFailed):
+        place.go(with_other_score, STEPS[2:])
+    for name in ("prompts", "generate"):
+        other = with_other_score.model_copy(update={"seed": 7})
+        with other_session(place, other) as session, pytest.raises(RecipeMismatch):
+            session.perform(name, 0)
+    assert not (place.run.root / "held").exists()
+
+
+def test_checks_change_until_the_iteration_has_trained(
+    place: Place, tmp_path: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches depend on the checks of a quarantine, and the logprobs of an offline iteration on the batches."""
+    place.go(place.config("", iterations=2), iterations=2)
+    other = Place(tmp_path / "other", tiny_policy, place.source)
+    other.folder.mkdir()
+    offline = f'[[offline]]\nrun = "{place.run.root}"\niterations = [0, 1]\n'
+    off_policy = '[[checks]]\ncheck = "off_policy"\nmax_age = 0\n'
+    steps = (*STEPS[:6], "logprobs", *STEPS[6:])
+    other.go(other.config(LONG_ONES + offline, iterations=2), steps)
+    other.go(other.config(LONG_ONES + offline, iterations=2), steps[:7], iterations=2)
+    assert other.run.has(1, "logprobs")
+    config = other.config(LONG_ONES + off_policy + offline, iterations=2)
+    other.go(config, steps, iterations=2)
+    checks = other.run.open(1, "checks")
+    assert checks.read()["note"][1] == "no age: offline"
+    assert "training_records" not in checks.manifest.inputs
+    assert "audited" not in checks.manifest.config
+    check(str(other.run.root), None, Format.jsonl)
+    assert [row["note"] for row in printed(capsys)][1::2] == ["no age: offline"] * 2
+    assert {path.name.rpartition("-")[0] for path in (other.run.root / "held" / "000001").iterdir()} == {
+        "checks",
+        "batches",
+        "logprobs",
+    }
+    assert problems(other.run) == []
+    with other.session(config) as session:
+        stored = other.run.open(1, "checks").digest
+        assert session.perform("check", 1).digest == stored
+    with other.session(other.config(LONG_ONES + offline, iterations=2)) as session, pytest.raises(RecipeMismatch):
+        session.perform("check", 1)
+    assert other.run.open(1, "checks").digest == stored
+
+
+def test_a_check_of_the_audit_has_the_settings_of_the_run(place: Place) -> None:
+    config = place.config(NOT_BY_LENGTH + '[normalize]\ncombine = "normalize_each"\nweights = {exact = 2.0}\n')
+    evaluate = config.evaluate.model_copy(update={"pass_threshold": 0.5})
+    place.go(config.model_copy(update={"evaluate": evaluate}), STEPS[:5])
+    audited = {"pass_threshold": 0.5, "weights": {"exact": 2.0}, "combine": "normalize_each"}
+    assert place.run.open(0, "checks").manifest.config["audited"] == audited
 
 
 def test_other_checks_let_a_held_iteration_go_on(place: Place) -> None:
@@ -81,6 +150,17 @@ def test_other_checks_let_a_held_iteration_go_on(place: Place) -> None:
     assert place.run.open(0, "rewards").digest == rewards
     assert place.run.has(0, "policy")
     assert "warning: iteration 0: check 'judge_answered' (judge_answered): null rewards" in place.notes.lines[-1]
+
+
+def test_without_checks_a_held_iteration_goes_on_and_its_rewards_are_those_of_the_run(place: Place) -> None:
+    with pytest.raises(CheckFailed):
+        place.go(place.config(ANSWERED, HALF_NULL))
+    place.go(place.config("", HALF_NULL))
+    assert place.run.has(0, "policy")
+    assert "iteration 0: nothing holds it any more; the checks that did are in " in place.notes.lines[-1]
+    assert problems(place.run) == []
+    with pytest.raises(RecipeMismatch, match="scored by other versions"):
+        place.go(place.config("", EXACT, iterations=2))
 
 
 def test_rewards_that_were_deleted_are_scored_again_after_a_check_held_them(place: Place) -> None:
@@ -114,7 +194,7 @@ def test_what_has_trained_is_not_checked_again_and_a_new_check_begins_with_the_n
 
 
 def test_quarantined_rows_do_not_train_and_verify_says_so_of_others(place: Place, tmp_path: Path) -> None:
-    place.go(place.config(LONG_ONES))
+    place.go(place.config(LONG_ONES + PASSES))
     ids = place.run.open(0, "checks").read()["failed_ids"][0].to_list()
     batches = place.run.open(0, "batches")
     dropped = batches.read().filter(pl.col("drop_reason") == "quarantined")
@@ -124,7 +204,10 @@ def test_quarantined_rows_do_not_train_and_verify_says_so_of_others(place: Place
     assert place.run.read_metrics()["num_quarantined"].to_list() == [2]
     assert not set(place.run.open(0, "training_records").read()["completion_id"]) & set(ids)
     assert batches.manifest.inputs["checks"]["digest"] == place.run.open(0, "checks").digest
-    assert any("2 completions do not train" in line for line in place.notes.lines)
+    (line,) = place.notes.lines  # what passes is not told
+    assert line.startswith("iteration 0: check 'long' (num_tokens > 4): 2 of 8 rows (25.0%), among them ")
+    assert line.endswith("; 2 completions do not train")
+    assert place.notes.failed == [(0, "long")]
     assert problems(place.run) == []
     with pytest.raises(RecipeMismatch, match="checks was"):
         check_unchanged(place.run, place.config(""))
@@ -167,24 +250,41 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 def test_grpo_check_says_with_its_exit_code_whether_a_finished_run_would_have_been_held(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place.go(place.config(ANSWERED, iterations=2), iterations=2)
+    off_policy = '[[checks]]\ncheck = "off_policy"\nmax_kl = 9.0\n'
+    place.go(place.config(ANSWERED + off_policy, iterations=2), iterations=2)
     capsys.readouterr()
     check(str(place.run.root), None, Format.jsonl)
-    stored = [place.run.open(i, "checks").read().to_dicts()[0] for i in (0, 1)]
-    assert printed(capsys) == [{"iteration": i, **row} for i, row in enumerate(stored)]
+    stored = [{"iteration": i, **row} for i in (0, 1) for row in place.run.open(i, "checks").read().to_dicts()]
+    assert printed(capsys) == stored
     file = tmp_path / "checks.toml"
-    file.write_text(NEVER + '[[checks]]\nname = "jumps"\ncheck = "jumps"\n')
+    file.write_text(NEVER + '[[checks]]\nname = "jumps"\ncheck = "jumps"\n' + NOT_BY_LENGTH)
     with pytest.raises(typer.Exit) as raised:
         check(str(place.run.root), file, Format.jsonl)
     assert raised.value.exit_code == 1
-    found = [(row["iteration"], row["name"], row["passed"]) for row in printed(capsys)]
-    assert found == [(0, "never", False), (1, "never", False), (None, "jumps", True)]
+    rows = printed(capsys)
+    assert [(row["iteration"], row["name"], row["passed"]) for row in rows] == [
+        *((0, "never", False), (1, "never", False), (None, "jumps", True), (None, "not paid by length", True))
+    ]
+    assert [row["note"].partition(":")[0] for row in rows[2:]] == ["not applicable", "found"]
+    file.write_text(NEVER.replace("block", "warn") + PASSES)
+    check(str(place.run.root), file, Format.table)
+    said = capsys.readouterr().out
+    assert "4 checks of 2 iterations, 2 failed" in said
+    assert "passes" not in said
 
 
 def test_grpo_check_of_a_run_without_checks_asks_for_some(place: Place) -> None:
     place.go(place.config(""))
     with pytest.raises(ConfigError, match=r"config.resolved.json has no \[\[checks\]\]: name a file"):
         check(str(place.run.root), None, Format.table)
+    file = place.folder / "checks.toml"
+    file.write_text('[[checks]]\nname = "jump"\ncheck = "jump"\n')
+    with pytest.raises(ConfigError, match="expected one of judge_answered"):
+        check(str(place.run.root), file, Format.table)
+    file.write_text(NEVER)
+    shutil.rmtree(place.run.place(0, "advantages"))
+    with pytest.raises(ArtifactMissing, match="small has no scored iteration yet"):
+        check(str(place.run.root), file, Format.table)
 
 
 def less_quarantine(rows: pl.DataFrame) -> pl.DataFrame:
@@ -208,9 +308,18 @@ def test_verify_finds_batches_that_leave_out_nothing_although_the_config_says_so
     assert [problem.where.dataset for problem in problems_of(place.run, "checks")] == ["batches"]
 
 
+def test_verify_finds_checks_of_another_quarantine_than_the_configs(place: Place) -> None:
+    place.go(place.config(LONG_ONES))
+    place.run.record_config("", place.config(LONG_ONES.replace("> 4", "> 3")).model_dump(mode="json"))
+    assert [problem.where.dataset for problem in problems_of(place.run, "checks")] == ["checks"]
+
+
 def test_verify_finds_an_iteration_that_has_trained_although_a_check_holds_it(place: Place) -> None:
     place.go(place.config(""))
     config = place.config(NEVER)
     place.run.record_config("", config.model_dump(mode="json"))
     run_stage(Wiring(config, place.run).call("check", 0), audit_iteration)
     assert [problem.row for problem in problems_of(place.run, "checks")] == ["never"]
+    with place.session(place.config("")) as session:
+        session.perform("batch", 0)
+    assert place.run.has(0, "checks"), "what has trained stays on record"

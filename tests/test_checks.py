@@ -226,6 +226,28 @@ def test_a_check_of_the_audit_fails_when_it_has_a_warning() -> None:
     assert few["condition"] == 'reward_length {"thresholds":{"data":{"min_answers":65}}}'
 
 
+def test_a_check_of_the_audit_reads_the_settings_of_the_run() -> None:
+    facts = {"pass_threshold": 1.0, "weights": {}, "combine": "sum"}
+
+    def note(check: str, settings: dict[str, Any], **given: pl.DataFrame) -> str:
+        table = {"name": "n", "check": check, "thresholds": {"data": {"min_answers": 1}}}
+        return str(outcome(table, {**NOTHING, "audited": {**facts, **settings}}, **given)["note"])
+
+    one, ten = (reward_rows(c=[reward, 0]).with_columns(reward_name=pl.lit(f"r{reward}")) for reward in (1, 10))
+    rewards = pl.concat([one, ten])
+    assert "r10 90.9 %, r1 9.09 %" in note("dominant_part", {}, rewards=rewards)
+    assert "r1 60 %, r10 40 %" in note("dominant_part", {"weights": {"r1": 15.0}}, rewards=rewards)
+    assert "r10 50 %, r1 50 %" in note("dominant_part", {"combine": "normalize_each"}, rewards=rewards)
+    empty = {
+        "completions": completion_rows({"completion": ""}, {"completion": ""}),
+        "advantages": advantage_rows({"reward": 0.5, "advantage": 0.0}, {"reward": 0.5, "advantage": 0.0}),
+    }
+    assert "too few late answers are rewarded" in note("empty_format", {}, **empty)
+    assert note("empty_format", {"pass_threshold": 0.5}, **empty).startswith(
+        "100 % of the rewarded late answers have no"
+    )
+
+
 def test_only_the_warnings_of_the_audit_fail_each_row_once() -> None:
     """A finding shows completions, or a group and with it all its members."""
     rows = completion_rows({}, {}, {"group_id": "h"}, {"group_id": "i"})
