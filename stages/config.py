@@ -279,7 +279,7 @@ def changed_settings(run: RunDir, config: RunConfig) -> list[Change]:
     """Return the settings that decide results and differ from those of a run, if it exists. Read-only."""
     if not run.resolved_config.is_file():
         return []
-    return list(setting_changes(_lasting(recorded_config(run)), _lasting(config)))
+    return list(setting_changes(lasting(recorded_config(run)), lasting(config)))
 
 
 def changed_rewards(run: RunDir, config: RunConfig) -> list[str] | None:
@@ -299,10 +299,12 @@ def changed_rewards(run: RunDir, config: RunConfig) -> list[str] | None:
     return None if before == now else sorted(name for name in now if (before or {}).get(name) != now[name])
 
 
-def _lasting(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that must not change: of the checks only those that decide rows."""
+def lasting(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that must not change: without CHANGEABLE, and of the checks only those that decide rows."""
     found = deciding(config)
     found["checks"] = [check for check in found["checks"] if check["severity"] == "quarantine"]
+    for table, _, name in (path.rpartition(".") for path in CHANGEABLE):
+        (found[table] if table else found).pop(name)
     return found
 
 

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,6 +18,7 @@ import yaml
 
 from flows.app import COMMANDS, build_app
 from flows.cli import main
+from flows.environment import DEFAULTS
 from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run
 from flows.schedule import child, firings, local, record
@@ -60,6 +61,11 @@ def test_a_duration_is_a_number_with_its_unit(text: str, seconds: int) -> None:
 
 def test_equal_intervals_are_equal_settings() -> None:
     assert schedule(cron=None, every="120m") == schedule(cron=None, every="2h")
+    assert schedule(cron=None, every="5s").times == "every 5s"
+
+
+def test_a_fresh_run_may_have_iterations_of_its_own() -> None:
+    assert schedule(action="fresh", overrides=["iterations=9"]).overrides == ["iterations=9"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,7 @@ action = "audit"
 """)
     audit, nightly = load_schedules(tmp_path / "schedules.toml")
     assert (audit.name, audit.run, audit.times) == ("audit", "runs/other", "every 6h")
+    assert nightly.times == "0 3 * * * Europe/Berlin"
     assert nightly.job == {
         "name": "nightly",
         "folder": str(tmp_path),
@@ -135,7 +142,9 @@ def test_only_what_differs_from_the_file_is_changed() -> None:
         deployed(schedule(name="by-hand"), file=None),
         deployed(schedule(name="of-another-file"), file="/other/schedules.toml"),
     ]
-    assert [change.line for change in changes([changed, new, same], there, FILE)] == [
+    found = changes([changed, new, same], there, FILE)
+    assert [(change.wanted, change.there) for change in found] == [(changed, there[1]), (new, None), (None, there[2])]
+    assert [change.line for change in found] == [
         '~ changed: iterations was null, will be 5; cron was "0 3 * * *", will be "0 4 * * *"',
         "+ new: continue runs/demo with configs/demo.toml, every 6h",
         "- gone: no longer in the file",
@@ -212,12 +221,28 @@ def test_rows_are_new_by_their_content_and_not_by_their_file_name(tmp_path: Path
     assert due(fires) == (True, "new rows in data/two.parquet")
 
 
+def test_files_of_all_folders_and_of_the_home_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    files = [tmp_path / "code" / "very" / "deep" / f"{name}.py" for name in "abcd"] + [tmp_path / "home" / "mine.py"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("one")
+    fires = job(tmp_path, when={"changed": ["code/**/*.py", "~/mine.py"]})
+    works(fires)
+    for file in files:
+        file.write_text("two")
+    four = "code/very/deep/a.py, code/very/deep/b.py, code/very/deep/c.py and 1 more changed"
+    assert due(fires) == (True, f"{four}; {files[-1]} changed")
+
+
 def test_one_of_several_conditions_is_enough_and_a_new_condition_counts(tmp_path: Path) -> None:
     (tmp_path / "close.py").write_text("one")
     works(job(tmp_path, when={"changed": "close.py"}))
     both = job(tmp_path, when={"changed": "close.py", "new_rows": "*.jsonl"})
     assert due(both) == (True, "new condition: new_rows *.jsonl")
     works(both)
+    (tmp_path / "empty.jsonl").touch()
+    assert due(both)[0] is False
     (tmp_path / "rows.jsonl").write_text("{}\n")
     assert due(both) == (True, "new rows in rows.jsonl")
 
@@ -227,11 +252,14 @@ def test_rows_on_a_store_are_watched_too(tmp_path: Path, monkeypatch: pytest.Mon
     url = f"memory://bucket/{tmp_path.name}"
     fires = job(tmp_path, when={"new_rows": f"{url}/*.jsonl"})
     open_store(url).write("one.jsonl", b"{}\n")
-    open_store(url).write("other.txt", b"x")
     works(fires)
+    open_store(url).write("other.txt", b"x")
+    open_store(f"{url}/deep").write("two.jsonl", b"{}\n{}\n{}\n")
     assert due(fires)[0] is False
     open_store(url).write("two.jsonl", b"{}\n{}\n")
     assert due(fires) == (True, f"new rows in {url}/two.jsonl")
+    with pytest.raises(SourceError, match="has a wildcard in a folder's name"):
+        due(job(tmp_path, when={"new_rows": "memory://bucket/*/rows.jsonl"}))
 
 
 def test_the_record_is_next_to_the_run_and_a_damaged_one_says_what_to_do(tmp_path: Path) -> None:
@@ -240,9 +268,10 @@ def test_the_record_is_next_to_the_run_and_a_damaged_one_says_what_to_do(tmp_pat
     works(fires)
     path = tmp_path / "runs" / ".schedules" / "a.json"
     assert path.is_file()
-    path.write_text('{"data": 1}')
-    with pytest.raises(ArtifactDamaged, match="delete it, and the schedule runs once as if its data were new"):
-        due(fires)
+    for text in ('{"data": 1}', '{"data": {"changed close.py": 1}}'):
+        path.write_text(text)
+        with pytest.raises(ArtifactDamaged, match="delete it, and the schedule runs once as if its data were new"):
+            due(fires)
 
 
 def test_the_record_of_a_run_on_a_store_is_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +300,9 @@ def test_a_new_run_gets_the_iterations_of_its_config(
 
 
 def test_a_fresh_run_is_named_after_the_time_at_which_it_was_due(tmp_path: Path) -> None:
-    fresh = job(tmp_path, action="fresh", run="runs/demo/")
-    assert command(fresh, DUE) == ["run", "config.toml", "--run", "runs/demo-20261128-030005"]
+    fresh = job(tmp_path, action="fresh", run="runs/demo/", overrides=["seed=1"])
+    berlin = DUE.astimezone(timezone(timedelta(hours=1)))
+    assert command(fresh, berlin) == ["run", "config.toml", "--run", "runs/demo-20261128-030005", "--set", "seed=1"]
 
 
 def test_an_audit_is_of_the_run(tmp_path: Path) -> None:
@@ -291,6 +321,17 @@ def test_only_what_todays_rewards_have_not_scored_is_rescored(
     name = arguments[4]
     assert arguments == ["rescore", "runs/small", "terse.toml", "--run", name]
     assert name.startswith("runs/small-rescored-")
+    assert command(scores.model_copy(update={"run": "runs/small/"}), DUE) == [
+        *arguments[:1],
+        "runs/small/",
+        *arguments[2:],
+    ]
+    warned = '[[checks]]\ncheck = "judge_answered"\n[resources]\nreward_workers = 1\n'
+    (tmp_path / "warned.toml").write_text((tmp_path / "terse.toml").read_text() + warned)
+    nothing = {"config": "warned.toml", "overrides": ["evaluate.every=3", "iterations=9"]}
+    same = command(scores.model_copy(update=nothing), DUE)
+    assert same is not None
+    assert same[4] == name, "what decides no reward makes no other run"
     rescore_run(run, load_toml(tmp_path / "terse.toml"), RunDir(Path(name)), None, [], SilentReporter())
     assert command(scores, DUE) is None
     shutil.copytree(run.iteration(0), run.iteration(1))
@@ -301,6 +342,7 @@ def test_only_what_todays_rewards_have_not_scored_is_rescored(
     found = command(other, DUE)
     assert found is not None
     assert found[4] != name, "other settings make another run"
+    assert found[5:] == ["--set", "normalize.baseline=none"]
 
 
 def test_a_failed_command_says_its_last_words(tmp_path: Path) -> None:
@@ -364,6 +406,7 @@ def test_the_child_takes_nothing_of_the_flow_run_that_started_it(monkeypatch: py
     found = child.environment("http://127.0.0.1:9/api")
     assert found["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
     assert {"PREFECT__FLOW_RUN_ID", "PREFECT_INTERNAL_LOGGING_LEVEL"} & set(found) == set()
+    assert found.items() >= {name: value for name, value in DEFAULTS.items() if "LOGGING" in name}.items()
 
 
 def test_a_prefect_yaml_has_each_schedule_as_a_deployment() -> None:
@@ -374,6 +417,8 @@ def test_a_prefect_yaml_has_each_schedule_as_a_deployment() -> None:
     assert first["schedules"] == [{"cron": "0 3 * * *", "timezone": "Europe/Berlin"}]
     assert first["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
     assert first["parameters"]["config"] == "configs/demo.toml"
+    assert "time_limit" not in first["parameters"]
+    assert first["work_pool"] == {"name": "grpo"}
     assert second["schedules"] == [{"interval": 21600, "anchor_date": "2020-01-01T00:00:00+00:00"}]
     assert second["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
 
@@ -427,7 +472,7 @@ def test_a_taken_port_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             local.start(port, None)
 
 
-@pytest.mark.parametrize("url", ["mysql://host/x", "host"])
+@pytest.mark.parametrize("url", ["mysql://host/x", "host", "sqlite"])
 def test_a_database_of_another_kind_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="expected postgresql://USER:PASSWORD@HOST/DATABASE"):

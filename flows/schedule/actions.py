@@ -54,19 +54,18 @@ def rescored(job: Job) -> str | None:
 
     Its name ends with their identity: changed rewards make a new run, new completions go on in the one that is there.
     """
-    from pipeline.config import apply_overrides, deciding, load_toml, validate
+    from pipeline.config import apply_overrides, load_toml, validate
     from pipeline.functions import permit, texts_in
     from pipeline.manifest import canonical_json
-    from stages.config import CHANGEABLE, config_class, derive_tables
+    from stages.config import config_class, derive_tables, lasting
     from stages.score import find_rewards
 
     own, source = load_toml(Path(job.config)), open_run(job.run)
     permit(texts_in([own, apply_overrides({}, job.overrides)]))  # the config is the user's
     settings = validate(config_class(), derive_tables(source, own, job.overrides), job.config)
-    decides = {name: value for name, value in deciding(settings).items() if name not in CHANGEABLE}
     keeps_rewards = "score" not in apply_overrides(own, job.overrides)
     recipes = {} if keeps_rewards else {reward.name: reward.recipe for reward in find_rewards(settings.score)}
-    name = f"{job.run.rstrip('/')}-rescored-{identity(canonical_json([decides, recipes]))[:8]}"
+    name = f"{job.run.rstrip('/')}-rescored-{identity(canonical_json([lasting(settings), recipes]))[:8]}"
     return None if _has_all(source, run_at(name)) else name
 
 
