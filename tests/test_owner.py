@@ -94,6 +94,16 @@ def test_of_another_machine_is_quoted_visibly_what_the_note_says(tmp_path: Path)
     assert len(said) < 500
 
 
+def test_a_number_that_no_process_can_have_here_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / WRITER_NOTE).write_text(json.dumps(this_process() | {"pid": 2**70}))
+    assert writer_of(tmp_path) == ""
+
+
+def test_a_note_has_the_command_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/grpo", "run", "x" * 999])
+    assert this_process()["command"] == "grpo run " + "x" * 191
+
+
 def test_a_note_that_cannot_be_written_keeps_nobody_from_the_lock(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full device `grpo prune` makes room."""
 

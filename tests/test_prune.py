@@ -65,6 +65,8 @@ def test_a_needed_policy_stays(run: RunDir) -> None:
 
 def test_the_last_policy_with_a_state_of_the_optimizer_stays(run: RunDir) -> None:
     """As after a full disk: the last state was lost, and without the one before it all would be trained again."""
+    (run.place(1, "optimizer") / GOING["optimizer"]).unlink()
+    assert prunable(run, RetentionConfig(keep_last=1), []) == []
     shutil.rmtree(run.place(1, "optimizer"))
     assert prunable(run, RetentionConfig(keep_last=1), []) == []
     shutil.rmtree(run.place(0, "optimizer"))
