@@ -90,6 +90,7 @@ def test_under_retention_what_is_kept_counts_and_one_more_while_it_is_written(pa
     [
         ({"keep_last": 2}, 2, 2),
         ({"keep_last": 9}, 6, 6),
+        ({"keep_last": 9, "states": "last"}, 6, 6),
         ({"keep_last": 1, "keep_best": 2}, 3, 3),
         ({"keep_last": 1, "keep_best": 9}, 3, 3),  # three policies are evaluated, one of them the last
         ({"keep_last": 1, "keep_every": 2, "states": "last"}, 3, 1),
