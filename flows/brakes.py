@@ -32,7 +32,10 @@ def set_aside(run: RunDir, call: StageCall[Any, Any], iteration: int, note: Call
 
 
 def may_change(run: RunDir, step: str, iteration: int) -> bool:
-    """Return whether another artifact may take the place of what a step has left, where there are [[checks]]. Read-only."""
+    """Return whether another artifact may take the place of what a step has left. Read-only.
+
+    Asked only where the config has [[checks]].
+    """
     if is_finished(run.place(iteration, "policy")):
         return False
     return step in AFTER_CHECKS or (step in REMADE and is_held(run, iteration))

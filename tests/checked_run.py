@@ -66,12 +66,16 @@ class Place:
         number = self.calls % 4
         return [*[DIGIT_0 + 3] * (number + 1), EOS] if self.calls % 8 < 4 or number else [DIGIT_0 + 2, EOS]
 
+    def open(self, config: RunConfig) -> "closing[Session]":
+        """Return a session that has not looked whether the run belongs to the config."""
+        return closing(Session(config, self.run, self.notes, _engine=ScriptedEngine(self.answer)))
+
     @contextmanager
     def session(self, config: RunConfig) -> Iterator[Session]:
         """Open the run as the next start of the same command does."""
         check_unchanged(self.run, config)
         self.run.record_config("", config.model_dump(mode="json"))
-        with closing(Session(config, self.run, self.notes, _engine=ScriptedEngine(self.answer))) as session:
+        with self.open(config) as session:
             session.initial_policy()
             yield session
 

@@ -29,11 +29,6 @@ def place(tmp_path: Path, tiny_policy: Path) -> Place:
     return Place(tmp_path, tiny_policy)
 
 
-def other_session(place: Place, config: RunConfig) -> "closing[Session]":
-    """Return a session that has not looked whether the run belongs to the config."""
-    return closing(Session(config, place.run, place.notes, _engine=ScriptedEngine(place.answer)))
-
-
 def problems(run: RunDir) -> list[str]:
     return [f"{p.check} {p.where.path}: {p.found}" for p in verify_run(run).problems]
 
@@ -86,7 +81,7 @@ def test_only_what_a_check_holds_is_made_again_and_never_its_completions(place: 
     with pytest.raises(RecipeMismatch, match="scored by other versions"):
         place.go(place.config(ANSWERED, BY_LENGTH))
     with_other_score = place.config(ANSWERED, HALF_NULL)
-    with other_session(place, with_other_score) as session, pytest.raises(RecipeMismatch):
+    with place.open(with_other_score) as session, pytest.raises(RecipeMismatch):
         session.perform("score", 0)
     for dataset in ("rewards", "advantages", "checks"):
         shutil.rmtree(place.run.place(0, dataset))
@@ -94,7 +89,7 @@ def test_only_what_a_check_holds_is_made_again_and_never_its_completions(place: 
         place.go(with_other_score, STEPS[2:])
     for name in ("prompts", "generate"):
         other = with_other_score.model_copy(update={"seed": 7})
-        with other_session(place, other) as session, pytest.raises(RecipeMismatch):
+        with place.open(other) as session, pytest.raises(RecipeMismatch):
             session.perform(name, 0)
     assert not (place.run.root / "held").exists()
 
