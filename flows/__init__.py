@@ -15,6 +15,9 @@ training        the training of a run, with or without Prefect
 flow_runs       what Prefect is told of a run; flow runs that have died
 reporter        who is told of a run while it goes on
 tracking        experiment trackers, which are told of each iteration
+watching        what Prefect's page shows of a run while it goes on
+events          the events that Prefect is told of runs
+artifacts       artifacts on Prefect's server, created by a thread
 session         what lives as long as a run: engine, trainer, reward processes
 brakes          what follows from checks: warnings, a held run, room for a repaired one
 prepare         loads and checks the config of a run, once

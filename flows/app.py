@@ -43,6 +43,7 @@ COMMANDS = (
     "server",
     "worker",
     "schedule",
+    "alert",
 )
 """In the order of `grpo --help`."""
 INTERRUPTED = 130

@@ -9,6 +9,7 @@ from flows.flow_runs import PrefectWork
 from flows.one_stage import check_stage, perform_stage
 from flows.progress import LogReporter, evaluation_line
 from flows.reporter import SilentReporter
+from flows.watching import watched
 from pipeline.artifact import open_artifact
 from pipeline.functions import permit, permitting_only
 from pipeline.manifest import is_finished
@@ -40,7 +41,7 @@ def evaluate(run: str, updates: int | None = None, trust: bool = False) -> str:
         if trust:
             permit(None)
         config = check_stage(run_dir, "evaluate", updates - 1)
-        reporter = LogReporter(SilentReporter(), log)
-        made = perform_stage(config, run_dir, "evaluate", updates - 1, reporter, PrefectWork())
+        with watched(run_dir, LogReporter(SilentReporter(), log)) as reporter:
+            made = perform_stage(config, run_dir, "evaluate", updates - 1, reporter, PrefectWork())
     log(evaluation_line(updates, summarize(open_artifact(made).read())))
     return str(made)

@@ -5,12 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 from uuid import UUID
 
 from prefect import Task, get_run_logger, runtime
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
@@ -24,6 +31,9 @@ from pipeline.files import write_text
 from pipeline.manifest import is_finished
 from pipeline.reading import parse_json, read_limited
 from pipeline.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 P = ParamSpec("P")
 RECORD = "flow_runs.json"
@@ -120,7 +130,7 @@ def record(run: RunDir, ids: list[UUID]) -> None:
 
 
 def mark_dead(ids: list[UUID]) -> list[UUID]:
-    """Mark those flow runs that still count as running as Crashed; return those that the server does not know.
+    """Mark those flow runs that still count as running as Crashed, with their tasks; return those that are unknown.
 
     The caller holds the lock of the run on which they worked, so none of them works any more.
     """
@@ -136,7 +146,19 @@ def mark_dead(ids: list[UUID]) -> list[UUID]:
                 continue
             if found.state_type in GOING_ON:
                 client.set_flow_run_state(one, Crashed(message=DIED), force=True)
+            for task_run in _unfinished_tasks(client, one):
+                client.set_task_run_state(task_run, Crashed(message=DIED), force=True)
     return unknown
+
+
+def _unfinished_tasks(client: "SyncPrefectClient", flow_run: UUID) -> list[UUID]:
+    """Return the task runs of a flow run that still count as begun. Read-only."""
+    running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    found = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
+    )
+    return [task_run.id for task_run in found]
 
 
 def _place(run: RunDir) -> str:

@@ -35,6 +35,8 @@ CONTINUE = "what is finished is kept, and the same command goes on where this on
 INTERRUPTING = signal.SIGUSR2
 """Interrupts the main thread when the server has died; SIGINT is ignored in a shell's background jobs."""
 
+is_temporary = threading.Event()
+"""Set while the server is a temporary one: nobody will ask it for artifacts, events or logs."""
 computed = threading.Event()
 """Set when a flow has nothing more to compute, and only Prefect has still to tell its server so."""
 
@@ -112,13 +114,14 @@ def _temporary() -> Iterator[Callable[[], None]]:
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
     with temporary_server(PROGRAM) as (url, wait):
-        # nobody will ask this server for events or logs
+        is_temporary.set()
         EventsWorker.set_client_override(NullEventsClient)
         try:
             with temporary_settings({PREFECT_API_URL: url, PREFECT_LOGGING_TO_API_ENABLED: False}):
                 yield wait
         finally:
             EventsWorker.set_client_override(None)
+            is_temporary.clear()
 
 
 PROGRAM = "from flows.prefect_server import serve; serve({descriptor}, {parent})"

@@ -10,6 +10,7 @@ from flows.flow_runs import PrefectWork
 from flows.progress import LogReporter
 from flows.reporter import SilentReporter
 from flows.rescoring import parse_iterations, rescore_run, summary
+from flows.watching import watched
 from pipeline.config import load_toml
 from pipeline.files import user_path
 from pipeline.functions import permitting_only
@@ -47,8 +48,9 @@ def rescore(
     own, place = load_toml(user_path(config)), new or named_after(run, user_path(config).stem)
     with permitting_only():
         permit_named(own, overrides, is_trusted=trust)
-        reporter, chosen = LogReporter(SilentReporter(), log), parse_iterations(iterations)
-        done = rescore_run(open_run(run), own, run_at(place), chosen, overrides or [], reporter, PrefectWork())
+        chosen, made = parse_iterations(iterations), run_at(place)
+        with watched(made, LogReporter(SilentReporter(), log)) as reporter:
+            done = rescore_run(open_run(run), own, made, chosen, overrides or [], reporter, PrefectWork())
         for row in summary(open_run(run), done):
             log(", ".join(f"{name} {value}" for name, value in row.items() if value is not None))
     return place

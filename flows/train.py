@@ -4,6 +4,7 @@
 are not persisted: the artifacts are the only cache.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import flow, runtime
@@ -13,6 +14,7 @@ from flows.environment import set_defaults
 from flows.flow_runs import PrefectWork, logged, title
 from flows.prepare import Prepared, prepare
 from flows.training import train_run
+from flows.watching import watched
 from pipeline.files import user_path
 
 _prepared: dict[str, Prepared] = {}
@@ -58,7 +60,8 @@ def train(config: str, run: str | None = None, overrides: list[str] | None = Non
     set_defaults()
     prepared = logged(_take(config, run, overrides))
     try:
-        return train_run(prepared, PrefectWork())
+        with watched(prepared.run, prepared.reporter) as reporter:
+            return train_run(replace(prepared, reporter=reporter), PrefectWork())
     finally:
         prefect_server.computed.set()  # from here on only Prefect is at work
 

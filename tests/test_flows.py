@@ -153,6 +153,23 @@ def new_flow_runs(client: Any, work: Callable[[], object]) -> list[Any]:
     return [found for found in client.read_flow_runs() if found.id not in before]
 
 
+def artifacts_of(client: Any, flow_run: Any) -> list[Any]:
+    """Return the artifacts that the page shows of a flow run, the first one first."""
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+    return sorted(client.read_artifacts(flow_run_filter=only), key=lambda artifact: artifact.created)
+
+
+def events_of(client: Any, flow_run: Any, name: str) -> list[Any]:
+    """Return the events of a name that are related to a flow run, the first one first."""
+    from prefect.events.filters import EventFilter, EventNameFilter, EventRelatedFilter
+
+    related = EventRelatedFilter(id=[f"prefect.flow-run.{flow_run.id}"])
+    found = client.read_events(EventFilter(event=EventNameFilter(name=[name]), related=related), limit=50).events
+    return sorted(found, key=lambda event: event.occurred)
+
+
 @pytest.fixture(scope="module")
 def trained(folder: Path, client: Any) -> Any:
     """Return the flow run of a finished run."""
@@ -199,6 +216,22 @@ def test_the_flow_runs_log_has_the_lines_of_the_iterations(trained: Any, client:
     assert until(is_told), lines()
 
 
+def test_the_page_of_a_run_has_its_metrics_and_each_iteration_is_an_event(trained: Any, client: Any) -> None:
+    def tables() -> list[Any]:
+        return [artifact for artifact in artifacts_of(client, trained) if artifact.key == "flow-metrics"]
+
+    assert until(lambda: len(tables()) == 2)  # a version for each iteration
+    found = tables()
+    assert [len(json.loads(artifact.data)) for artifact in found] == [1, 2]
+    first, last = json.loads(found[-1].data)
+    assert (first["iter"], last["iter"]) == ("0", "1")
+    assert "grpo report runs/flow --live" in found[-1].description
+    assert until(lambda: len(events_of(client, trained, "grpo.iteration.finished")) == 2)
+    told = events_of(client, trained, "grpo.iteration.finished")
+    assert [event.payload["iteration"] for event in told] == [0, 1]
+    assert {event.resource.id for event in told} == {"grpo.run.flow"}
+
+
 def test_without_prefect_the_command_does_the_same(folder: Path, trained: Any) -> None:
     """It asks no server, not even one that is named, and imports neither Prefect nor a tracker."""
     command = ("-c", NO_PREFECT, "run", "small.toml", "--run", "runs/plain", "--set", "seed=1", "--no-prefect")
@@ -229,6 +262,7 @@ def test_a_finished_run_is_found_and_says_so(here: Path, client: Any, trained: A
     before = digests(here / "runs" / "flow")
     (found,) = new_flow_runs(client, lambda: train("small.toml", "runs/flow", ["seed=1"]))
     assert (found.name, found.state_name) == ("flow finished", "Completed")
+    assert artifacts_of(client, found) == []  # nothing of it is news
     assert digests(here / "runs" / "flow") == before
 
 
@@ -247,8 +281,9 @@ def test_a_config_that_is_wrong_fails_the_flow_run_with_its_message(here: Path, 
 
 
 def test_flow_runs_that_died_are_marked_crashed_at_the_next_start(here: Path, client: Any, trained: Any) -> None:
-    """Of those that the run has recorded, and only those that still count as running."""
-    from prefect.states import Completed, Running
+    """With their tasks; of those that the run has recorded, and only those that still count as running."""
+    from prefect import task
+    from prefect.states import Completed, Crashed, Running
 
     from flows.flow_runs import DIED, record, recorded
     from flows.train import train
@@ -259,12 +294,20 @@ def test_flow_runs_that_died_are_marked_crashed_at_the_next_start(here: Path, cl
     dead, done, strange = (
         client.create_flow_run(train, parameters=parameters, state=state()) for state in (Running, Completed, Running)
     )
+    found_dead = client.create_flow_run(train, parameters=parameters, state=Crashed())  # a server's automation did it
     nowhere = uuid.uuid4()
-    record(run, [dead.id, done.id, nowhere])
+    record(run, [dead.id, done.id, found_dead.id, nowhere])
+    tasks = [
+        client.create_task_run(task(artifacts_of), flow_run_id=one.id, dynamic_key=str(number), state=state())
+        for one in (dead, found_dead, strange)
+        for number, state in enumerate((Running, Completed))
+    ]
     (found,) = new_flow_runs(client, lambda: train(**parameters))
     after = [client.read_flow_run(one.id).state for one in (dead, done, strange)]
     assert [state.name for state in after] == ["Crashed", "Completed", "Running"]
     assert after[0].message == DIED
+    names = [client.read_task_run(one.id).state_name for one in tasks]
+    assert names == ["Crashed", "Completed", "Crashed", "Completed", "Running", "Completed"]
     assert client.read_flow_run(found.id).state_name == "Completed"
     assert recorded(run) == [nowhere]
 

@@ -23,6 +23,7 @@ from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run
 from flows.schedule import child, firings, local, record
 from flows.schedule.actions import command
+from flows.schedule.alerts import EVENTS, load_alerts
 from flows.schedule.deployments import Deployed
 from flows.schedule.diff import changes
 from flows.schedule.export import prefect_yaml
@@ -128,7 +129,9 @@ action = "audit"
 
 
 def test_a_file_with_another_table_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"has \['schedule'\], expected tables \[schedules.NAME\] alone"):
+    with pytest.raises(
+        ConfigError, match=r"has \['schedule'\], expected tables \[schedules.NAME\] and \[alerts.NAME\] "
+    ):
         parse_schedules({"schedule": {}}, Path("/project"), "schedules.toml")
 
 
@@ -305,8 +308,9 @@ def test_a_fresh_run_is_named_after_the_time_at_which_it_was_due(tmp_path: Path)
     assert command(fresh, berlin) == ["run", "config.toml", "--run", "runs/demo-20261128-030005", "--set", "seed=1"]
 
 
-def test_an_audit_is_of_the_run(tmp_path: Path) -> None:
-    assert command(job(tmp_path, action="audit"), DUE) == ["audit", "run"]
+@pytest.mark.parametrize("action", ["audit", "verify"])
+def test_an_audit_is_of_the_run(action: str, tmp_path: Path) -> None:
+    assert command(job(tmp_path, action=action), DUE) == [action, "run"]
 
 
 def test_only_what_todays_rewards_have_not_scored_is_rescored(
@@ -494,8 +498,16 @@ def test_the_commands_of_the_page_can_be_called_like_that(line: str) -> None:
 def test_the_file_of_the_page_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "schedules.toml").write_text(re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)[0])
     assert [each.name for each in load_schedules(tmp_path / "schedules.toml")] == ["fed", "nightly", "rewards"]
+    assert [(each.name, each.on) for each in load_alerts(tmp_path / "schedules.toml")] == [
+        ("ops", ["check.failed", "flow.crashed"])
+    ]
 
 
-def test_the_page_names_every_command_of_schedules() -> None:
-    found: Any = typer.main.get_command(build_app(["schedule"]))
-    assert [name for name in found.commands["schedule"].commands if f"$ grpo schedule {name}" not in PAGE] == []
+@pytest.mark.parametrize("group", ["schedule", "alert"])
+def test_the_page_names_every_command_of_schedules_and_alerts(group: str) -> None:
+    found: Any = typer.main.get_command(build_app([group]))
+    assert [name for name in found.commands[group].commands if f"$ grpo {group} {name}" not in PAGE] == []
+
+
+def test_the_page_names_every_event_of_alerts() -> None:
+    assert [name for name in EVENTS if f"| `{name}` |" not in PAGE] == []

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from pipeline.run_dir import RunDir
+from tests.judge_server import JudgeServer, Reply, serve
 from tests.processes import descendants, survivors, until
 
 pytestmark = pytest.mark.slow
@@ -63,6 +65,34 @@ when = {changed = "close.py"}
 """
 
 
+WATCHED = """
+[schedules.held]
+config = "held.toml"
+every = "1d"
+
+[schedules.watched]
+config = "config.toml"
+run = "runs/watched"
+every = "1d"
+
+[schedules.verified]
+config = "config.toml"
+run = "runs/watched"
+action = "verify"
+every = "1d"
+
+[alerts.ops]
+webhook = "{url}/s3cr3t"
+on = ["iteration.finished", "check.failed", "verify.failed", "flow.failed", "flow.crashed"]
+"""
+HELD = """
+[[checks]]
+name = "never"
+where = "num_tokens > 0"
+severity = "block"
+"""
+
+
 class Machine:
     """A folder with a config, and the commands of its user."""
 
@@ -77,6 +107,15 @@ class Machine:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
         }
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    def rows(self, what: str, **filters: Any) -> list[dict[str, Any]]:
+        """Return the server's rows of a kind: artifacts, flow_runs."""
+        found: list[dict[str, Any]] = httpx.post(f"{self.api}/{what}/filter", json=filters, timeout=60).json()
+        return found
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -120,6 +159,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Path) -> Iter
     (folder / "rows.jsonl").write_text("".join(f'{{"question": "{i} + 1 =", "answer": "{i + 1}"}}\n' for i in range(8)))
     (folder / "config.toml").write_text(CONFIG.format(policy=tiny_policy))
     (folder / "close.py").write_text(REWARD)
+    (folder / "held.toml").write_text(CONFIG.format(policy=tiny_policy) + HELD)
     (folder / "schedules.toml").write_text(SCHEDULES)
     machine = Machine(folder)
     try:
@@ -167,3 +207,66 @@ def test_a_file_of_schedules_is_applied_once_and_fires_by_hand(machine: Machine)
 
     machine.schedule("remove", "watch")
     assert "+ watch" in machine.schedule("apply", "schedules.toml", "--yes")
+
+
+@pytest.fixture
+def receiver() -> Iterator[JudgeServer]:
+    """Return a server that remembers what a webhook was sent."""
+    with serve(lambda number, body: Reply(body=b"ok")) as found:
+        yield found
+
+
+def sent(receiver: JudgeServer, event: str) -> list[dict[str, Any]]:
+    """Return what the webhook was sent of an event. A busy server may send it twice."""
+    return list({body["id"]: body for body in receiver.bodies if body["event"] == event}.values())
+
+
+def test_a_webhook_is_called_when_somebody_is_needed(machine: Machine, receiver: JudgeServer) -> None:
+    (machine.folder / "watched.toml").write_text(WATCHED.format(url=f"http://127.0.0.1:{receiver.port}"))
+    said = machine.schedule("apply", "watched.toml", "--yes")
+    assert "+ alert ops: http://127.0.0.1/... on iteration.finished, check.failed" in said
+    assert "nothing to change" in machine.schedule("apply", "watched.toml")
+    listed = machine.grpo("alert", "list", "-f", "jsonl")
+    assert json.loads(listed)["webhook"] == "http://127.0.0.1/..."
+    assert machine.grpo("alert", "test", "ops") == "ops: it answered 200\n"
+    assert [body["text"] for body in sent(receiver, "grpo.alert.test")] == ["test: this is a test of the alert ops"]
+
+    machine.fire("held", "Failed")
+    assert until(lambda: len(sent(receiver, "prefect.flow-run.Failed")) == 2, PATIENCE)  # the run's, and the firing's
+    (body,) = sent(receiver, "grpo.check.failed")
+    (row,) = RunDir(machine.folder / "runs" / "held").open(0, "checks").read().to_dicts()
+    assert (body["run"], body["iteration"]) == ("held", 0)
+    assert body["details"]["condition"] == "num_tokens > 0"
+    assert body["details"]["failed_ids"] == row["failed_ids"] != []
+
+    machine.fire("watched", "Completed")
+    assert until(lambda: sent(receiver, "grpo.iteration.finished"), PATIENCE)
+    assert [body["iteration"] for body in sent(receiver, "grpo.iteration.finished")] == [0]
+    assert until(lambda: any(row["key"] == "watched-metrics" for row in machine.rows("artifacts")), PATIENCE)
+
+    assert machine.fire("verified", "Completed").startswith("grpo verify runs/watched")
+    part = next((machine.folder / "runs" / "watched" / "iterations" / "000000" / "rewards").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-1])
+    assert "ended with exit code 1" in machine.fire("verified", "Completed", "Failed")
+    assert until(lambda: sent(receiver, "grpo.verify.failed"), PATIENCE)
+    assert sent(receiver, "grpo.verify.failed")[0]["run"] == "watched"
+
+    machine.grpo("alert", "remove", "ops")
+    assert machine.grpo("alert", "list", "-f", "jsonl") == ""
+
+
+def test_a_flow_run_whose_process_was_killed_is_marked_crashed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(machine.environment, "PREFECT_API_URL", machine.api)
+    process = machine.start("run", "config.toml", "--run", "runs/killed", "--set", "iterations=5000")
+    place = machine.folder / "runs" / "killed" / "iterations" / "000000" / "policy"
+    assert until(lambda: place.exists() or process.poll() is not None, PATIENCE)
+    process.kill()
+    process.communicate()
+
+    def states() -> list[str]:
+        return [row["state_name"] for row in machine.rows("flow_runs") if row["name"] == "killed 0-4999"]
+
+    assert states() == ["Running"]
+    assert until(lambda: states() == ["Crashed"], PATIENCE)

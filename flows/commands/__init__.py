@@ -32,4 +32,5 @@ schema        datasets and columns, and what they mean
 server        the Prefect server of this machine
 worker        runs what schedules want
 schedule      runs at set times, or when data has changed
+alert         webhooks that are called when somebody is needed
 """

@@ -2,8 +2,9 @@
 
 import signal
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from pipeline.errors import ArtifactMissing
 from pipeline.files import user_path
 from pipeline.functions import permit, texts_in
 from pipeline.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="TOML file, for example configs/demo.toml.", parser=user_path)
@@ -58,6 +62,22 @@ def start_working() -> None:
 
     if not is_started_by_prefect():
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def server_client() -> "AbstractContextManager[SyncPrefectClient]":
+    """Return the context of a client of the Prefect server that schedules use; Prefect is imported here.
+
+    Raises:
+        UsageError: when no server is known, or it does not answer.
+    """
+    from flows.environment import set_defaults
+    from flows.schedule.local import use_server
+
+    set_defaults()
+    use_server()
+    from flows.schedule.client import connected
+
+    return connected()
 
 
 def named_after(run: str, suffix: object) -> str:

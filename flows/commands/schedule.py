@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.options import Config, Limit, Output, Overrides, answer
+from flows.commands.options import Config, Limit, Output, Overrides, answer, server_client
 from flows.printing import Format, complain, print_rows, say, show_progress
 from pipeline.errors import UsageError
 from pipeline.files import user_path
@@ -34,7 +34,7 @@ def add(
     name: Annotated[str | None, typer.Option(help="Default: the config's.")] = None,
     run: Annotated[str | None, typer.Option(help="Run directory or URL; default: runs/<name of the config>.")] = None,
     overrides: Overrides = None,
-    action: Annotated[str, typer.Option(help="continue, fresh, rescore or audit.")] = "continue",
+    action: Annotated[str, typer.Option(help="continue, fresh, rescore, audit or verify.")] = "continue",
     iterations: Annotated[
         int | None, typer.Option(help="How many more at each firing (continue); default: the config's.")
     ] = None,
@@ -47,7 +47,7 @@ def add(
     ] = None,
     time_limit: Annotated[str | None, typer.Option(help="A command that takes longer is ended: 8h.")] = None,
 ) -> None:
-    """Add a schedule. What a firing does: continue the run, start a fresh one with a dated name, rescore, or audit.
+    """Add a schedule. What a firing does: continue the run, start a fresh one with a dated name, or the command named.
 
     Example: grpo schedule add configs/demo.toml --cron "0 3 * * *" --iterations 10
     """
@@ -72,7 +72,7 @@ def add(
     }
     wanted = validate(Schedule, tables, "the schedule")
     _check_config(wanted)
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         if wanted.name in (there.name for there in deployments.read_all(client)):
@@ -81,14 +81,14 @@ def add(
                 f"schedule remove {wanted.name})"
             )
         deployments.put(client, wanted)
-        say(f"{wanted.name}: {wanted.action} {wanted.run} with {wanted.config}, {wanted.times}")
+        say(f"{wanted.name}: {wanted.summary}")
         _mind_worker(client)
 
 
 @schedule.command("list")
 def list_(format_: Output = Format.table) -> None:
     """Show the schedules of the server, and how their last firings ended. Read-only."""
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         rows = []
@@ -114,7 +114,7 @@ def list_(format_: Output = Format.table) -> None:
 @schedule.command()
 def pause(name: Name) -> None:
     """Let a schedule fire no more until `resume`. What runs goes on: see `cancel`."""
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         client.pause_deployment(deployments.read(client, name).id)
@@ -124,7 +124,7 @@ def pause(name: Name) -> None:
 @schedule.command()
 def resume(name: Name) -> None:
     """Let a paused schedule fire again. What it missed meanwhile is not made up for."""
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         client.resume_deployment(deployments.read(client, name).id)
@@ -134,7 +134,7 @@ def resume(name: Name) -> None:
 @schedule.command("run-now")
 def run_now(name: Name) -> None:
     """Let a schedule fire now, with its condition on data; a worker takes it."""
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         run = deployments.run_now(client, deployments.read(client, name))
@@ -147,7 +147,7 @@ def cancel(name: Name) -> None:
     """End what a schedule runs now, and what waits behind it; later firings stay. Exit code 1 if it goes on."""
     import time
 
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         asked = deployments.cancel(client, deployments.read(client, name))
@@ -169,7 +169,7 @@ def cancel(name: Name) -> None:
 @schedule.command()
 def remove(name: Name) -> None:
     """Remove a schedule. Its runs, and what it remembers of its data, stay on disk."""
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         there = deployments.read(client, name)
@@ -186,7 +186,7 @@ def history(
     format_: Output = Format.table,
 ) -> None:
     """Show the firings, the latest first: when, how each ended, and why it ran or did not. Read-only."""
-    with _server() as client:
+    with server_client() as client:
         from flows.schedule import deployments
 
         there = deployments.read(client, name) if name else None
@@ -210,30 +210,32 @@ def apply(
     file: File = Path("schedules.toml"),
     yes: Annotated[bool, typer.Option("--yes", help="Change it without a question.")] = False,
 ) -> None:
-    """Make the server's schedules those of a file; say first what will change. Exit code 1 if that is declined.
+    """Make the server's schedules and alerts those of a file; say first what will change. Exit code 1 if declined.
 
-    Schedules that another file or `add` has made stay as they are, and what is paused stays paused.
+    Those that another file or `add` has made stay as they are, and what is paused stays paused.
     """
     import os
     import sys
 
+    from flows.schedule.alerts import load_alerts
     from flows.schedule.spec import load_schedules
 
-    wanted = load_schedules(file)
+    wanted, alerts = load_schedules(file), load_alerts(file)
     for each in wanted:
         _check_config(each)
-    with _server() as client:
-        from flows.schedule import deployments
+    with server_client() as client:
+        from flows.schedule import automations, deployments
         from flows.schedule.diff import changes
 
         for each in wanted:
             deployments.times_of(each)
         source = os.path.abspath(file)  # noqa: PTH100 (a link is a name of its own)
         found = changes(wanted, deployments.read_all(client), source)
-        if not found:
-            say(f"nothing to change: the server has the {len(wanted)} schedules of {file}")
+        about_alerts = changes(alerts, automations.read_all(client), source, "alert")
+        if not found and not about_alerts:
+            say(f"nothing to change: the server has the {len(wanted)} schedules and {len(alerts)} alerts of {file}")
             return
-        for change in found:
+        for change in (*found, *about_alerts):
             say(change.line)
         if not yes and not (sys.stdin.isatty() and typer.confirm("change this?")):
             say("nothing was changed: --yes changes it")
@@ -244,6 +246,11 @@ def apply(
                 deployments.put(client, change.wanted, file=source, replaced=change.there)
             elif change.there is not None:
                 client.delete_deployment(change.there.id)
+        for about in about_alerts:
+            if about.wanted is not None:
+                automations.put(client, about.wanted, file=source, replaced=about.there)
+            elif about.there is not None:
+                automations.remove(client, about.there)
         complain("")
         _mind_worker(client)
 
@@ -282,18 +289,6 @@ def _check_config(wanted: Any) -> None:
             f"note: {wanted.name} continues a run, which refuses another source or other rewards than it began with: "
             "if those are what changes, take the action fresh or rescore"
         )
-
-
-def _server() -> Any:
-    """Return the context of a client; Prefect is imported here."""
-    from flows.environment import set_defaults
-    from flows.schedule.local import use_server
-
-    set_defaults()
-    use_server()
-    from flows.schedule.client import connected
-
-    return connected()
 
 
 def _mind_worker(client: "SyncPrefectClient") -> None:

@@ -1,5 +1,6 @@
 """`grpo server`: the Prefect server of this machine, for schedules."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -33,6 +34,12 @@ def start(
 
     set_defaults()
     there = local.start(port, database_url)
+    os.environ[local.URL_VARIABLE] = there.url
+    from flows.schedule.automations import have_the_dead_ended
+    from flows.schedule.client import connected
+
+    with connected() as client:
+        have_the_dead_ended(client)
     say(f"the server runs: {there.ui} ({there.database}; process {there.pid}; log {local.log_path()})")
     say("next: grpo worker, and grpo schedule add CONFIG --every 1d")
     say(f"for Prefect's own commands: export {local.URL_VARIABLE}={there.url}")

@@ -31,6 +31,7 @@ def worker(
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "5")
     set_defaults()
     url = use_server()
+    from flows.schedule.automations import have_the_dead_ended
     from flows.schedule.client import POOL, connected, have_limit, have_pool
     from flows.schedule.firings import end_lost
     from flows.schedule.scheduled import DEVICE, WORKER
@@ -41,6 +42,7 @@ def worker(
     os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)  # where flows is found
     with connected() as client:
         have_pool(client)
+        have_the_dead_ended(client)
         for lost in end_lost(client):
             say(f"{lost}: its process was killed; it is marked as crashed")
     have_limit(name)

@@ -11,5 +11,7 @@ deployments  schedules on a Prefect server: read, put, paused, run, cancelled, r
 export       schedules as a prefect.yaml
 firings      flow runs whose process was killed get an end
 diff         what `grpo schedule apply` would change
+alerts       what an alert is: which webhook is called, and of which events
+automations  alerts on a Prefect server; what ends flow runs that have died
 local        the Prefect server of this machine: started, found, ended
 """

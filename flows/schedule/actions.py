@@ -25,8 +25,8 @@ def command(job: Job, due: datetime) -> list[str] | None:
         case "rescore":
             run = rescored(job)
             return None if run is None else ["rescore", job.run, job.config, "--run", run, *overrides]
-        case "audit":
-            return ["audit", job.run]
+        case "audit" | "verify":
+            return [job.action, job.run]
 
 
 def next_target(job: Job) -> int:

@@ -117,7 +117,7 @@ def put(
         parameters=schedule.job,
         parameter_openapi_schema=parameter_schema(scheduled.fn).model_dump(),
         enforce_parameter_schema=True,
-        description=f"{schedule.action} {schedule.run} with {schedule.config}, {schedule.times}",
+        description=schedule.summary,
         work_pool_name=POOL,
         tags=[TAG, *([f"{FILE_TAG}{file}"] if file else [])],
         entrypoint=ENTRYPOINT,

@@ -29,7 +29,7 @@ def _deployment(schedule: Schedule) -> dict[str, Any]:
         "name": schedule.name,
         "entrypoint": ":".join(ENTRYPOINT.rsplit(".", 1)),  # `prefect deploy` wants a colon, and then a pull step
         "pull": [{"prefect.deployments.steps.set_working_directory": {"directory": schedule.folder}}],
-        "description": f"{schedule.action} {schedule.run} with {schedule.config}, {schedule.times}",
+        "description": schedule.summary,
         "tags": [TAG],
         "parameters": {name: value for name, value in schedule.job.items() if value is not None},
         "schedules": [times],

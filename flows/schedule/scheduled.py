@@ -5,6 +5,7 @@ import platform
 import signal
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 from prefect import flow
@@ -15,10 +16,12 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 
+from flows import events
 from flows.environment import is_started_by_prefect
 from flows.schedule import child, firings, record, triggers
 from flows.schedule.client import have_limit
 from flows.schedule.spec import Job, seconds_of
+from flows.watching import alive
 from pipeline.config import validate
 from pipeline.errors import GrpoError
 from pipeline.processes import when_parent_ends
@@ -30,6 +33,8 @@ WORKER = "GRPO_WORKER"
 LEASE_SECONDS = 60
 """After so long the device of a killed flow run is free again."""
 UNLIMITED = float("inf")
+ANSWER_NO = 1
+"""Exit code of a command that has worked and answers no; a failure has another one."""
 
 
 @flow(name="scheduled", flow_run_name="{name}: {action} {run}", persist_result=False)
@@ -51,7 +56,7 @@ def scheduled(
         folder: where relative paths begin; absolute.
         config: path of the TOML file.
         run: directory or URL of the run.
-        action: continue, fresh, rescore or audit.
+        action: continue, fresh, rescore, audit or verify.
         iterations: how many more, for ``continue``.
         overrides: ``key=value`` settings that take precedence over the file.
         when: ``changed`` or ``new_rows`` with their patterns.
@@ -71,7 +76,7 @@ def scheduled(
         "time_limit": time_limit,
     }
     try:
-        with firings.marked(str(flow_run.get_id() or os.getpid())):
+        with firings.marked(str(flow_run.get_id() or os.getpid())), alive():
             return _fire(validate(Job, tables, f"schedule {name}"))
     except GrpoError as error:
         return Failed(message=str(error))
@@ -106,6 +111,9 @@ def _state(job: Job, outcome: child.Outcome, why: str, data: triggers.Data) -> S
         return Failed(message=f"ended after its time limit of {job.time_limit}: {said}")
     if outcome.exit_code not in (0, child.NOTHING_NEW):
         how = f"signal {-outcome.exit_code}" if outcome.exit_code < 0 else f"exit code {outcome.exit_code}"
+        if job.action == "verify" and outcome.exit_code == ANSWER_NO:
+            payload = {"schedule": job.name, "message": f"`{outcome.command}` has found: {outcome.last_line}"}
+            events.emit(events.VERIFY_FAILED, PurePosixPath(job.run).name, job.run, payload)
         return Failed(message=f"{said} ended with {how}: {outcome.last_line}")
     record.remember(job, data, {"finished_at": datetime.now(UTC).isoformat(timespec="seconds"), "why": why})
     if outcome.exit_code == child.NOTHING_NEW:

@@ -16,6 +16,8 @@ SHORTEST_SECONDS = 5
 """Prefect's scheduler looks for due runs every few seconds."""
 TABLE = "schedules"
 """Of schedules.toml: one table below it for each schedule, under its name."""
+ALERTS = "alerts"
+"""Of schedules.toml: one table below it for each alert, see `flows.schedule.alerts`."""
 
 
 def seconds_of(duration: str) -> int:
@@ -58,7 +60,7 @@ class When(StrictModel):
         return self
 
 
-Action = Literal["continue", "fresh", "rescore", "audit"]
+Action = Literal["continue", "fresh", "rescore", "audit", "verify"]
 
 
 class Job(StrictModel):
@@ -157,6 +159,11 @@ class Schedule(Job):
         """When it fires, for people."""
         return f"every {self.every}" if self.every else f"{self.cron} {self.timezone}"
 
+    @property
+    def summary(self) -> str:
+        """What it does, for people."""
+        return f"{self.action} {self.run} with {self.config}, {self.times}"
+
 
 def parse_schedules(tables: Mapping[str, Any], folder: Path, source: str) -> list[Schedule]:
     """Return the schedules of the tables of a schedules.toml, by name; ``folder`` is where its relative paths begin.
@@ -164,10 +171,12 @@ def parse_schedules(tables: Mapping[str, Any], folder: Path, source: str) -> lis
     Raises:
         ConfigError: naming the schedule, the key and what to do.
     """
-    odd = sorted(set(tables) - {TABLE})
+    odd = sorted(set(tables) - {TABLE, ALERTS})
     found = tables.get(TABLE, {})
     if odd or not isinstance(found, dict) or not all(isinstance(table, dict) for table in found.values()):
-        raise ConfigError(f"{source} has {odd or TABLE}, expected tables [{TABLE}.NAME] alone: correct the names")
+        raise ConfigError(
+            f"{source} has {odd or TABLE}, expected tables [{TABLE}.NAME] and [{ALERTS}.NAME] alone: correct the names"
+        )
     return [
         validate(Schedule, {"name": name, "folder": str(folder), **found[name]}, f"{source}: {TABLE}.{name}")
         for name in sorted(found)
