@@ -63,7 +63,7 @@ def of_check(iteration: int, row: Mapping[str, Any]) -> Payload:
 
 def is_collapsed(metrics: Mapping[str, Any]) -> bool:
     """Return whether the rewards of a finished iteration have collapsed: in no group do they differ."""
-    return metrics["zero_variance_share"] == 1.0
+    return bool(metrics["zero_variance_share"] == 1.0)
 
 
 def is_collapse(check: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from flows.schedule.alerts import Alert, shown
 from flows.schedule.spec import Schedule
 from pipeline.errors import UsageError
 
-W = TypeVar("W", Schedule, Alert)
+W = TypeVar("W", bound=Schedule | Alert)
 
 
 class Deployed(Protocol):
