@@ -153,10 +153,10 @@ def mark_dead(ids: list[UUID]) -> list[UUID]:
 
 def _unfinished_tasks(client: "SyncPrefectClient", flow_run: UUID) -> list[UUID]:
     """Return the task runs of a flow run that still count as begun. Read-only."""
-    running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    begun = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
     found = client.read_task_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])),
-        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=begun, name=None)),
     )
     return [task_run.id for task_run in found]
 

@@ -235,8 +235,8 @@ def apply(
         if not found and not about_alerts:
             say(f"nothing to change: the server has the {len(wanted)} schedules and {len(alerts)} alerts of {file}")
             return
-        for change in (*found, *about_alerts):
-            say(change.line)
+        for line in (*(change.line for change in found), *(change.line for change in about_alerts)):
+            say(line)
         if not yes and not (sys.stdin.isatty() and typer.confirm("change this?")):
             say("nothing was changed: --yes changes it")
             answer(False)

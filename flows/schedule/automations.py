@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from flows import events
@@ -157,7 +157,7 @@ def _deployed(client: "SyncPrefectClient", automation: "Automation") -> Deployed
     except ObjectNotFound:  # somebody has deleted it
         url = None
     names = {prefects: ours for ours, prefects in EVENTS.items()}
-    expected = getattr(automation.trigger, "expect", set())
+    expected: set[str] = getattr(automation.trigger, "expect", set())
     settings = {
         "name": automation.name.removeprefix(ALERT),
         "webhook": url,
@@ -175,7 +175,7 @@ def put(
     from prefect.types import SecretDict
 
     webhook = Webhook(url=alert.webhook, headers=SecretDict({"Content-Type": "application/json"}))
-    block = webhook.save(f"grpo-alert-{alert.name}", overwrite=True)
+    block = cast(UUID, webhook.save(f"grpo-alert-{alert.name}", overwrite=True))
     wanted = alerting(alert, block, file)
     if replaced is None:
         client.create_automation(wanted)
