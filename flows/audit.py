@@ -6,6 +6,7 @@ from prefect import flow, get_run_logger, runtime
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
+from flows.watching import alive
 from pipeline.files import user_path
 from pipeline.runs import open_run
 from stages.inspect.audit import audit as checks
@@ -26,7 +27,8 @@ def audit(run: str, config: str | None = None, fail: bool = True) -> int | State
         fail: end as Failed when there is a warning.
     """
     log = get_run_logger().info
-    report = checks.audit(open_run(run), checks.load_audit_config(user_path(config) if config else None))
+    with alive():
+        report = checks.audit(open_run(run), checks.load_audit_config(user_path(config) if config else None))
     for finding in report.findings:
         log(f"{finding.severity}: {finding.check}: {finding.message}")
     warnings = [finding.check for finding in report.findings if finding.severity == "warning"]

@@ -232,6 +232,30 @@ def test_the_page_of_a_run_has_its_metrics_and_each_iteration_is_an_event(traine
     assert {event.resource.id for event in told} == {"grpo.run.flow"}
 
 
+def test_the_progress_of_a_long_stage_moves_on_the_page_and_ends_at_100(trained: Any, client: Any) -> None:
+    from flows.artifacts import LongStage, Pace, Teller
+
+    now = 0.0
+    notes: list[str] = []
+    teller = Teller(notes.append)
+    stage = LongStage(teller, "flow-generate", trained.id, "generate of flow", Pace(lambda: now))
+
+    def progress() -> list[tuple[Any, str]]:
+        found = [artifact for artifact in artifacts_of(client, trained) if artifact.key == "flow-generate"]
+        return [(artifact.data, artifact.description) for artifact in found]
+
+    stage.move(1, 4)  # too early
+    now = 10.0
+    stage.move(2, 4, "12 tok/s")
+    assert until(lambda: progress() == [(50, "generate of flow: 2 of 4 12 tok/s")]), (progress(), notes)
+    now = 12.0
+    stage.move(3, 4)  # too soon after the last one
+    stage.end()
+    teller.close()
+    assert until(lambda: progress() == [(100, "generate of flow: finished")]), (progress(), notes)
+    assert notes == []
+
+
 def test_without_prefect_the_command_does_the_same(folder: Path, trained: Any) -> None:
     """It asks no server, not even one that is named, and imports neither Prefect nor a tracker."""
     command = ("-c", NO_PREFECT, "run", "small.toml", "--run", "runs/plain", "--set", "seed=1", "--no-prefect")
