@@ -22,6 +22,7 @@ from prefect.events import emit_event
 from flows import events, prefect_server
 from flows.artifacts import LongStage, Teller, key_of
 from flows.progress import COLUMNS
+from flows.report.live import served_at
 from flows.reporter import ForwardingReporter, Reporter
 from pipeline.run_dir import RunDir
 from pipeline.stage import Progress, StageResult
@@ -154,11 +155,6 @@ def where_to_look(run: str, url: str | None) -> str:
     """Return, as Markdown, where the rest of a run is to be seen."""
     served = f", or the one that is served now: [{url}]({url})" if url else ""
     return f"The last {ROWS_SHOWN} iterations; the report with all: `grpo report {one_line(run)} --live`{served}"
-
-
-def served_at(run: RunDir) -> str | None:
-    """Return the address of the live report of a run that is being served, None when none is."""
-    return None
 
 
 def _recorded(run: RunDir) -> frozenset[int]:
