@@ -4,82 +4,32 @@ The engine is a script of the user's, so that no model is loaded for it; all els
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
 import pytest
 
 from pipeline.run_dir import RunDir
+from tests.flow_runs import (
+    CONFIG,
+    ENGINE,
+    NO_PREFECT,
+    PATIENCE,
+    SERVE,
+    artifacts_of,
+    digests,
+    events_of,
+    finish,
+    new_flow_runs,
+    start,
+)
 from tests.processes import descendants, survivors, until
-
-ROOT = Path(__file__).parent.parent
-PATIENCE = 1200
-"""Seconds after which a process hangs, on however busy a machine."""
-ENGINE = '''
-"""An engine: answers 2 or 3, as the seed says; dies once if there is a file `die`."""
-
-import os
-from pathlib import Path
-
-from stages.engines.base import Engine, EngineSettings
-from stages.engines.scripted import ScriptedEngine
-
-
-def make(settings: EngineSettings) -> Engine:
-    return ScriptedEngine(answer, logprob=-0.5)
-
-
-def answer(request):
-    if Path("die").exists():
-        Path("die").unlink()
-        os._exit(9)
-    return [21 + request.seed % 2, 1]
-'''
-CONFIG = """
-iterations = 2
-[policy]
-model = "{policy}"
-[prompts]
-source = "rows.jsonl"
-prompts_per_iteration = 4
-[generate]
-group_size = 4
-max_tokens = 8
-engine = "scripted_answers:make"
-[[score.rewards]]
-name = "exact"
-function = "stages.rewards.answers.matching:exact_match"
-[update]
-num_threads = 1
-[evaluate]
-every = 2
-num_prompts = 2
-num_samples = 2
-held_out_share = 0.3
-[resources]
-reward_workers = 1
-"""
-NO_PREFECT = """
-import sys
-from flows.cli import main
-try:
-    main()
-finally:
-    print([m for m in sys.modules if m in ("prefect", "trackio", "tensorboard", "wandb", "mlflow")])
-"""
-SERVE = """
-from flows.train import train
-if __name__ == "__main__":
-    train.serve(name="nightly", cron="0 3 * * *")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -119,55 +69,6 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return folder
-
-
-def start(folder: Path, *command: str, server: str | None = None) -> "subprocess.Popen[str]":
-    """Start Python as a user would."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if server is not None:
-        environment["PREFECT_API_URL"] = server
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output
-    return output
-
-
-def digests(run: Path) -> dict[str, str]:
-    return {os.path.relpath(a.path, run): a.digest for a in RunDir(run).artifacts()}
-
-
-def new_flow_runs(client: Any, work: Callable[[], object]) -> list[Any]:
-    """Return the flow runs that some work adds."""
-    before = {found.id for found in client.read_flow_runs()}
-    work()
-    return [found for found in client.read_flow_runs() if found.id not in before]
-
-
-def artifacts_of(client: Any, flow_run: Any) -> list[Any]:
-    """Return the artifacts that the page shows of a flow run, the first one first."""
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
-    only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
-    return sorted(client.read_artifacts(flow_run_filter=only), key=lambda artifact: artifact.created)
-
-
-def events_of(client: Any, flow_run: Any, name: str) -> list[Any]:
-    """Return the events of a name that are related to a flow run, the first one first."""
-    from prefect.events.filters import EventFilter, EventNameFilter, EventRelatedFilter
-
-    related = EventRelatedFilter(id=[f"prefect.flow-run.{flow_run.id}"])
-    found = client.read_events(EventFilter(event=EventNameFilter(name=[name]), related=related), limit=50).events
-    return sorted(found, key=lambda event: event.occurred)
 
 
 @pytest.fixture(scope="module")
@@ -357,43 +258,6 @@ def test_a_stage_whose_engine_dies_is_tried_again(here: Path, client: Any, train
     (here / "die").touch()
     with pytest.raises(EngineDied):
         train("small.toml", "runs/once", [*overrides, "resources.retries=0"])
-
-
-def test_what_cannot_pass_is_not_tried_again() -> None:
-    from prefect.states import Failed
-
-    from flows.flow_runs import retry_options
-    from flows.training import Retries
-    from pipeline.errors import CheckFailed, EngineDied, EngineError, StoreError, StoreUnreachable
-
-    notes: list[str] = []
-    options = retry_options(Retries(3, 0.5, notes.append))
-    assert (options["retries"], options["retry_delay_seconds"]) == (3, [0.5, 1.0, 2.0])
-    task_run = SimpleNamespace(name="generate 3", run_count=2)
-    ask = options["retry_condition_fn"]
-    for error in (EngineError("a"), StoreError("b"), CheckFailed("c"), ValueError("d")):
-        assert not ask(None, task_run, Failed(data=error))
-    assert notes == []
-    for error in (EngineDied("it died\nlog"), StoreUnreachable("no network")):
-        assert ask(None, task_run, Failed(data=error))
-    assert notes == [
-        "warning: generate 3 is tried again in 1 s: it died",
-        "warning: generate 3 is tried again in 1 s: no network",
-    ]
-
-
-def test_a_copy_of_a_run_does_not_touch_the_flow_run_of_the_original(tmp_path: Path) -> None:
-    from flows.flow_runs import RECORD, record, recorded
-
-    original, copy = RunDir(tmp_path / "original"), RunDir(tmp_path / "copy")
-    one = uuid.uuid4()
-    record(original, [one])
-    assert recorded(original) == [one]
-    copy.logs.mkdir(parents=True)
-    (copy.logs / RECORD).write_text((original.logs / RECORD).read_text())
-    assert recorded(copy) == []
-    (copy.logs / RECORD).write_text('{"run": 3')
-    assert recorded(copy) == []
 
 
 def test_the_flow_can_be_handed_to_another_process() -> None:

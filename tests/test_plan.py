@@ -1,28 +1,16 @@
-"""The plan of a run is what the run then does: ten situations, and what a plan says of each."""
+"""The plan of a run is what the run then does."""
 
-import json
 import shutil
-from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from flows.app import build_app
-from flows.background import Background
 from flows.commands.fork import fork_tables
 from flows.commands.plan import other_ways
 from flows.planning.estimate import Estimator
-from flows.planning.plan import Plan, because, document, make_plan
+from flows.planning.plan import make_plan
 from flows.planning.planned import Reason, Verdict
-from flows.planning.ranges import lines
-from flows.prepare import check
-from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run
-from flows.session import Session
-from flows.training import PlainWork, step_tasks, train_all
 from pipeline.artifact import open_artifact
 from pipeline.config import load_toml, validate
 from pipeline.errors import ArtifactMissing, GrpoError, RecipeMismatch
@@ -30,96 +18,17 @@ from pipeline.prune import has_weights, prunable, prune
 from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
 from pipeline.runs import lock
-from pipeline.stage import StageResult
-from stages.config import RunConfig, config_class, load_config
-from stages.engines.scripted import ScriptedEngine
-from tests.finished import answer
+from stages.config import config_class, load_config
+from tests.planned_run import Recorder, check_equal, digests, drop, places, planned, reasons, train
 from tests.small_run import make_small_run
 
 CHAIN_OF_ITERATION = ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer")
-
-
-class Recorder(SilentReporter):
-    """Records what a run does about artifacts, and what it says."""
-
-    def __init__(self) -> None:
-        self.computed: set[Path] = set()
-        self.reused: set[Path] = set()
-        self.notes: list[str] = []
-
-    def finished(self, label: str, result: StageResult) -> None:
-        places = {artifact.path for artifact in result.outputs.values()}
-        (self.reused if result.reused else self.computed).update(places)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
 def config(original: Path) -> Path:
     """Return the config of the finished run."""
     return original.parent.parent / "run.toml"
-
-
-def tree(folder: Path) -> dict[str, int]:
-    """Return every path below a folder, with when it was changed."""
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def planned(settings: RunConfig, run: RunDir) -> Plan:
-    """Return the plan of a run, after checking that making it wrote nothing."""
-    before = tree(run.root.parent)
-    made = make_plan(settings, run, Estimator([run]))
-    assert tree(run.root.parent) == before
-    return made
-
-
-def train(settings: RunConfig, run: RunDir) -> Recorder:
-    """Train as `grpo run` does, without Prefect and with scripted answers; return what was done."""
-    recorder = Recorder()
-    check(settings, run, "")
-    run.record_config("", settings.model_dump(mode="json"))
-    work = PlainWork()
-    with closing(Session(settings, run, recorder, _engine=ScriptedEngine(answer))) as session:
-        tasks = step_tasks(session, work)
-        background = Background(tasks)
-        try:
-            train_all(session, work, tasks, background)
-        finally:
-            background.end()
-    return recorder
-
-
-def places(plan: Plan, verdict: Verdict) -> set[Path]:
-    """Return the artifacts of a verdict."""
-    return {place for item, _ in plan.artifacts if item.verdict is verdict for place in item.places.values()}
-
-
-def reasons(plan: Plan, verdict: Verdict) -> dict[str, str]:
-    """Return why, by step and iteration, for the artifacts of a verdict."""
-    found = [item for item, _ in plan.artifacts if item.verdict is verdict]
-    return {f"{item.step} {item.iteration}": because(item) for item in found}
-
-
-def check_equal(plan: Plan, done: Recorder) -> None:
-    """Assert that a run did what its plan says."""
-    assert not plan.refusals
-    assert places(plan, Verdict.compute) == done.computed
-    assert done.reused - done.computed <= places(plan, Verdict.reuse)  # held-out prompts are found again
-    assert all((place / "manifest.json").is_file() for place in places(plan, Verdict.reuse) if in_run(plan, place))
-
-
-def in_run(plan: Plan, place: Path) -> bool:
-    return not plan.run.refers(int(place.parent.name), place.name) if place.parent.name.isdigit() else True
-
-
-def digests(run: RunDir) -> dict[Path, str]:
-    return {artifact.path: artifact.digest for artifact in run.artifacts()}
-
-
-def drop(run: RunDir, iteration: int, *datasets: str) -> None:
-    for dataset in datasets:
-        shutil.rmtree(run.place(iteration, dataset))
 
 
 def test_a_fresh_run_computes_everything(config: Path, tmp_path: Path) -> None:
@@ -453,113 +362,3 @@ def test_a_run_that_is_being_written_is_told(config: Path, run: RunDir) -> None:
     with lock(run):
         plan = make_plan(load_config(config), run, Estimator([run]))
     assert plan.notes == [f"a process is writing {run.name}: until it ends, no other run can begin there"]
-
-
-def ranges(plan: Plan) -> list[tuple[Any, ...]]:
-    return [(row["iterations"], row["steps"], row["verdict"]) for row in (line.row() for line in lines(plan))]
-
-
-def test_iterations_with_the_same_verdicts_stand_in_one_line(config: Path, run: RunDir) -> None:
-    plan = planned(load_config(config, ["iterations=9"]), run)
-    chain = " ".join(CHAIN_OF_ITERATION)
-    rest = chain.removeprefix("prompts ")
-    assert ranges(plan) == [
-        ("", "initial_policy", "reuse"),
-        ("", "held_out_prompts", "reuse"),
-        ("initial to 1", "evaluate", "reuse"),
-        ("3 to 8", "evaluate", "compute"),
-        ("0 to 1", chain, "reuse"),
-        ("2", "prompts", "compute"),
-        ("2", rest, "compute"),
-        ("3 to 8", "prompts", "compute"),
-        ("3 to 8", rest, "compute"),
-    ]
-    found = lines(plan)
-    assert found[6].because == "input prompts will be computed"
-    assert found[8].because == "inputs prompts, policy:current, policy will be computed"
-    seconds = {name: Estimator([run]).of_key(name).seconds or 0 for name in CHAIN_OF_ITERATION}
-    assert found[7].total.seconds == pytest.approx(6 * seconds["prompts"])
-    assert found[8].total.seconds == pytest.approx(6 * (sum(seconds.values()) - seconds["prompts"]))
-
-
-def test_costs_are_taken_from_another_run_where_there_is_none(config: Path, run: RunDir, tmp_path: Path) -> None:
-    settings = load_config(config, ["generate.max_tokens=9"])
-    new = RunDir(tmp_path / "new")
-    unknown = make_plan(settings, new, Estimator([new])).totals()[Verdict.compute]
-    assert unknown.unknown == unknown.artifacts > 0
-    plan = make_plan(settings, new, Estimator([new, run]))
-    total = plan.totals()[Verdict.compute]
-    assert total.unknown == 0
-    manifests = [artifact.manifest for artifact in run.artifacts()]
-    assert total.num_bytes == pytest.approx(
-        sum(facts["bytes"] for manifest in manifests for facts in manifest.files.values()), rel=0.01
-    )
-    assert list(plan.notes) == [
-        f"{run.name}, which says what steps take, was made with other settings: generate.max_tokens was 8, now 9"
-    ]
-
-
-def command(*arguments: str) -> Any:
-    return CliRunner().invoke(build_app(["plan"]), ["plan", *arguments])
-
-
-FIELDS = {
-    "": ["plan_version", "config", "run", "is_refused", "refusals", "notes", "artifacts", "totals", "ways"],
-    "artifacts": [
-        "step",
-        "iteration",
-        "datasets",
-        "path",
-        "verdict",
-        "reason",
-        "because",
-        "inputs",
-        "differences",
-        "trained_again",
-        "seconds",
-        "bytes",
-        "measured_in",
-    ],
-    "totals": ["artifacts", "seconds", "bytes", "unknown"],
-    "ways": ["command", "does", "artifacts", "seconds", "bytes", "unknown"],
-}
-"""The fields of the document. A change of them is a change for every program that reads it."""
-
-
-def test_the_document_has_the_fields_that_the_page_names(config: Path, run: RunDir) -> None:
-    answered = command(str(config), "--run", str(run.root), "--set", "normalize.eps=0.5", "--json")
-    assert answered.exit_code == 1
-    found = json.loads(answered.stdout)
-    assert list(found) == FIELDS[""]
-    assert found["plan_version"] == 1
-    assert [list(item) for item in found["artifacts"]] == [FIELDS["artifacts"]] * len(found["artifacts"])
-    assert list(found["totals"]) == ["reuse", "compute", "refuse"]
-    assert {tuple(total) for total in found["totals"].values()} == {tuple(FIELDS["totals"])}
-    assert {tuple(way) for way in found["ways"]} == {tuple(FIELDS["ways"])}
-    odd = next(item for item in found["artifacts"] if item["step"] == "normalize")
-    assert odd["differences"] == [{"part": "config", "name": "eps", "was": 0.0001, "now": 0.5}]
-    page = (Path(__file__).parent.parent / "docs" / "commands.md").read_text()
-    names: Sequence[str] = [name for fields in FIELDS.values() for name in fields]
-    assert [name for name in [*names, *map(str.lower, Reason.__members__)] if f"`{name}`" not in page] == []
-
-
-def test_the_command_prints_lines_and_totals(config: Path, run: RunDir) -> None:
-    drop(run, 1, "optimizer")
-    answered = command(str(config), "--run", str(run.root))
-    assert answered.exit_code == 0, answered.output
-    assert "compute: 1 artifacts, about" in answered.stdout
-    assert "the stored batches of iterations 1 to 1 are trained on again" in answered.stdout
-
-
-def test_the_command_says_what_refuses_and_what_is_cheaper(config: Path, run: RunDir) -> None:
-    answered = command(str(config), "--run", str(run.root), "--set", "update.learning_rate=0.5")
-    assert answered.exit_code == 1
-    assert "the run would be refused:" in answered.stdout
-    fork = f"instead: grpo fork {run.name} {config} --at 0 --set update.learning_rate=0.5"
-    assert fork in answered.stdout.splitlines()
-    assert "grpo rescore" not in answered.stdout
-
-
-def test_a_document_without_refusal_offers_nothing(config: Path, run: RunDir) -> None:
-    found = document(planned(load_config(config), run))
-    assert (found["is_refused"], found["refusals"], found["ways"]) == (False, [], [])

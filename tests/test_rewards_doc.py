@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-import typer
 
-from flows.app import COMMANDS, build_app
 from pipeline.config import validate
 from pipeline.errors import RewardError
 from stages.normalize import NormalizeConfig
@@ -23,6 +20,7 @@ from stages.rewards.scorer import open_scorer
 from stages.score import ScoreConfig
 from tests.builders import completion_rows, prompt_rows
 from tests.judge_server import Reply, always, serve
+from tests.pages import commands_of, parse
 from tests.rewards_doc import TARGET, reward_functions
 
 PAGE = TARGET.with_name("rewards.md").read_text(encoding="utf-8")
@@ -143,21 +141,16 @@ def test_the_tables_of_the_page_are_valid_and_name_what_exists(text: str) -> Non
         check_parameters(find_reward(reward), {**PRAGUE, "entry": {}})
 
 
-def commands() -> list[str]:
-    return re.findall(r"^    \$ grpo (.*)$", PAGE, re.MULTILINE)
-
-
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", commands_of("rewards.md"))
 def test_the_commands_of_the_page_can_be_called_like_that(line: str) -> None:
-    words = shlex.split(line)
-    command: Any = typer.main.get_command(build_app(COMMANDS))
-    while hasattr(command, "commands"):
-        command = command.commands[words.pop(0)]
-    command.make_context(line, words)
+    parse(line)
 
 
 def test_the_walk_through_has_all_its_commands() -> None:
-    called = [" ".join(line.split()[:2]) if line.startswith("reward") else line.split()[0] for line in commands()]
+    called = [
+        " ".join(line.split()[:2]) if line.startswith("reward") else line.split()[0]
+        for line in commands_of("rewards.md")
+    ]
     assert called == ["reward try", "reward try", "rescore", "diff", "whatif", "fork"]
 
 
