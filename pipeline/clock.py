@@ -15,20 +15,22 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.05
 """How often whoever keeps a `Meter` should look at it."""
 PATIENCE = 5.0
-"""Waiting, for a server or for the processor, may take so many times as long as work."""
+"""Waiting, for a server for instance, may take so many times as long as work."""
 MOST_PROCESSES = 4096
 """Looked at for a sum: a process that forks without end must not keep whoever counts."""
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+NANOSECONDS = 1e9
 
 
-def work_in(passed: float, processor: float) -> float:
+def work_in(passed: float, processor: float, queued: float = 0.0) -> float:
     """Return the seconds that count of those that have passed between two looks: a second of the processor one, a
-    second of pure waiting the `PATIENCE`-th of one.
+    second of pure waiting the `PATIENCE`-th of one, a second in the queue for the processor nothing.
 
     Several processors at once count as one. Who looks late was stopped or waited himself: no more than two looks'
     waiting counts.
     """
-    return max(min(passed, processor), min(passed, 2 * LOOK_SECONDS) / PATIENCE)
+    waiting = max(passed - max(queued, 0.0), 0.0)
+    return max(min(passed, processor), min(waiting, 2 * LOOK_SECONDS) / PATIENCE)
 
 
 class Meter:
@@ -37,24 +39,25 @@ class Meter:
     def __init__(self, pid: int, proc: str = "/proc") -> None:
         self.pid, self.proc = pid, proc
         self._seconds = 0.0
-        self._last = time.monotonic(), processor_seconds(pid, proc)
+        self._last = time.monotonic(), *seconds_of(pid, proc)
 
     def look(self) -> float:
         """Return the seconds so far."""
-        now = time.monotonic(), processor_seconds(self.pid, self.proc)
-        passed, processor = (is_now - was for is_now, was in zip(now, self._last, strict=True))
-        seconds = self._seconds + work_in(passed, processor)
+        now = time.monotonic(), *seconds_of(self.pid, self.proc)
+        passed, processor, queued = (is_now - was for is_now, was in zip(now, self._last, strict=True))
+        seconds = self._seconds + work_in(passed, processor, queued)
         if passed >= LOOK_SECONDS:  # the kernel counts in steps of 0.01 s
             self._seconds, self._last = seconds, now
         return seconds
 
 
-def processor_seconds(pid: int, proc: str = "/proc") -> float:
-    """Return the processor time of a process, its descendants, and the ended ones that they have waited for; Linux.
+def seconds_of(pid: int, proc: str = "/proc") -> tuple[float, float]:
+    """Return the processor time of a process and its descendants, and their threads' time in the queue for it; Linux.
 
-    0 for a process that has gone. ``proc`` is where the kernel's /proc is to be found.
+    The first counts the ended processes that they have waited for, too; the second only who lives, and is 0 where the
+    kernel does not tell. 0 for a process that has gone. ``proc`` is where the kernel's /proc is to be found.
     """
-    ticks, waiting = 0, [str(pid)]
+    ticks, queued, waiting = 0, 0, [str(pid)]
     for _ in range(MOST_PROCESSES):
         if not waiting:
             break
@@ -65,9 +68,19 @@ def processor_seconds(pid: int, proc: str = "/proc") -> float:
             for thread in os.listdir(f"{process}/task"):  # noqa: PTH208
                 with open(f"{process}/task/{thread}/children", encoding="ascii") as file:  # noqa: PTH123
                     waiting += file.read().split()
+                queued += _queued(f"{process}/task/{thread}")
         except OSError:  # it has ended
             continue
-    return ticks / TICKS_PER_SECOND
+    return ticks / TICKS_PER_SECOND, queued / NANOSECONDS
+
+
+def _queued(thread: str) -> int:
+    """Return the nanoseconds in which a thread could have run, but had no processor; see the kernel's sched-stats."""
+    try:
+        with open(f"{thread}/schedstat", encoding="ascii") as file:  # noqa: PTH123
+            return int(file.read().split()[1])
+    except FileNotFoundError:  # a kernel without these figures
+        return 0
 
 
 async def is_done_within(task: "asyncio.Future[Any]", seconds: float) -> bool:

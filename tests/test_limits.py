@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import select
 import signal
 import struct
 import subprocess
@@ -23,18 +24,52 @@ LATE = "no reward within {} s (time_limit)"
 
 
 @pytest.mark.parametrize(
-    ("passed", "processor", "expected"),
+    ("passed", "processor", "queued", "expected"),
     [
-        (0.05, 0.04, 0.04),
-        (0.05, 0.0, 0.01),  # waiting
-        (0.05, 0.4, 0.05),  # eight processors
-        (60.0, 0.3, 0.3),  # stopped for a while
-        (60.0, 0.0, 0.02),
-        (0.05, -3.0, 0.01),  # a child has ended that nobody waited for
+        (0.05, 0.04, 0.0, 0.04),
+        (0.05, 0.0, 0.0, 0.01),  # waiting
+        (0.05, 0.0, 0.05, 0.0),  # its turn on the processor does not come
+        (0.05, 0.01, 0.03, 0.01),
+        (0.05, 0.0, 0.03, 0.004),
+        (0.05, 0.0, 0.4, 0.0),  # eight threads
+        (0.05, 0.4, 0.0, 0.05),  # eight processors
+        (60.0, 0.3, 0.0, 0.3),  # stopped for a while
+        (60.0, 0.0, 0.0, 0.02),
+        (0.05, -3.0, -3.0, 0.01),  # a child has ended that nobody waited for
     ],
 )
-def test_work_is_processor_time_and_a_fifth_of_waiting(passed: float, processor: float, expected: float) -> None:
-    assert clock.work_in(passed, processor) == pytest.approx(expected)
+def test_work_is_processor_time_and_a_fifth_of_waiting(
+    passed: float, processor: float, queued: float, expected: float
+) -> None:
+    assert clock.work_in(passed, processor, queued) == pytest.approx(expected)
+
+
+def test_the_queue_for_a_busy_processor_is_no_work() -> None:
+    core = min(os.sched_getaffinity(0))
+    pinned = f"import os, time\nos.sched_setaffinity(0, [{core}])\n"
+    ended = "print(flush=True)\ninput()\n"
+    burn = pinned + "print(flush=True)\ninput()\nwhile time.process_time() < 0.4: pass\n" + ended
+    others = [subprocess.Popen([sys.executable, "-c", pinned + "while True: pass"]) for _ in range(9)]
+    try:
+        with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdout.readline()
+            used, begin = clock.seconds_of(process.pid)[0], time.monotonic()
+            meter = clock.Meter(process.pid)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            while not select.select([process.stdout], [], [], clock.LOOK_SECONDS)[0]:
+                meter.look()
+            work, passed = meter.look(), time.monotonic() - begin
+            used = clock.seconds_of(process.pid)[0] - used
+            process.stdin.close()
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert passed > 4 * used  # it was queued
+    assert used <= work < used + (passed - used) / clock.PATIENCE / 3
 
 
 def test_processor_time_counts_children_and_those_that_have_ended() -> None:
@@ -44,10 +79,10 @@ def test_processor_time_counts_children_and_those_that_have_ended() -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
-        assert clock.processor_seconds(process.pid) >= 0.18
-        assert clock.processor_seconds(os.getpid()) >= clock.processor_seconds(process.pid)
+        assert clock.seconds_of(process.pid)[0] >= 0.18
+        assert clock.seconds_of(os.getpid())[0] >= clock.seconds_of(process.pid)[0]
         process.stdin.close()
-    assert clock.processor_seconds(process.pid) == 0.0
+    assert clock.seconds_of(process.pid) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(2.0, 50.0), (0.0, None), (-86399.9, None), (1e-9, None)])
