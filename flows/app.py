@@ -1,5 +1,6 @@
 """The commands of `grpo`. Only the module of the given command is imported."""
 
+import atexit
 import signal
 import sys
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from types import ModuleType
 
 import typer
 
-from flows.crash import fail, flush, hidden_fault, leave
+from flows.crash import INTERRUPTED, fail, flush, hidden_fault, leave, spare_collection
 from flows.printing import complain, print_anything
 from pipeline.errors import UsageError
 from pipeline.functions import permitting_only
@@ -46,8 +47,6 @@ COMMANDS = (
     "alert",
 )
 """In the order of `grpo --help`."""
-INTERRUPTED = 130
-"""Exit code of Ctrl-C and SIGTERM."""
 
 
 def run() -> None:
@@ -56,6 +55,7 @@ def run() -> None:
     Exit codes: 0 fine, 1 the answer is no, 2 wrong usage or unusable data, 130 stopped by Ctrl-C or SIGTERM. However a
     command ends, a failure is one message and no traceback, see `flows.crash`.
     """
+    atexit.register(spare_collection)
     print_anything()
     try:
         with permitting_only():  # each command permits what its user has named

@@ -21,8 +21,9 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from flows.crash import leave, server_is_lost
+from flows.environment import PROBE_SECONDS
 from flows.printing import complain
-from pipeline.errors import ServerError
+from pipeline.errors import GrpoError, ServerError
 from pipeline.processes import end, has_exited, kill_group, log_tail, start_python, when_parent_ends
 
 START_SECONDS = 300.0
@@ -69,13 +70,15 @@ def _named(url: str) -> Iterator[Callable[[], None]]:
             yield lambda: None
         finally:
             has_told = _farewell()
+    except GrpoError:  # of the run: it says what is to be done, with or without a server
+        raise
     except Exception as error:
-        if _answers(url):
+        if _answers(url, PROBE_SECONDS):
             raise
         raise ServerError(_silent(url)) from error
     finally:
         is_over.set()
-    if not has_told:
+    if not has_told and not _answers(url, PROBE_SECONDS):
         raise ServerError(_silent(url))
 
 
@@ -209,9 +212,9 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, seconds: float = POLL_SECONDS * 20) -> bool:
     try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=POLL_SECONDS * 20):
+        with urlopen(f"{url.rstrip('/')}/health", timeout=seconds):
             return True
     except OSError as error:
         return getattr(error, "code", None) is not None  # an HTTP error is an answer

@@ -150,6 +150,29 @@ def test_an_interrupt_while_the_program_is_loaded_leaves_no_traceback(tmp_path: 
     assert (done.returncode, done.stderr) == (130, "")
 
 
+STOPPED = """
+import atexit
+from flows import app
+class Cycle:
+    def __init__(self): self.itself = self
+    def __del__(self): print("collected")
+def command():
+    global kept
+    kept = Cycle()
+    atexit.register(print, "handled")
+    raise KeyboardInterrupt
+app._run_command = command
+app.run()
+"""
+
+
+def test_a_stopped_command_runs_exit_handlers_but_does_not_wait_for_a_last_collection() -> None:
+    """With torch and Prefect it takes seconds, of the ten in which all processes are to be gone."""
+    command = [sys.executable, "-c", STOPPED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "handled\n", "")
+
+
 READ_ONLY = """
 mount --bind "$RUN" "$RUN"
 mount -o remount,ro,bind "$RUN"

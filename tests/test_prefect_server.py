@@ -108,11 +108,14 @@ NAMED = """
 import sys, threading, time
 from flows.crash import fail
 from flows import prefect_server
+from pipeline.errors import CheckFailed
 prefect_server.FAREWELL_SECONDS = 0.5
 try:
     with prefect_server._named("http://127.0.0.1:9/api"):
         if sys.argv[1] == "raises":
             raise ConnectionError("all connection attempts failed")
+        if sys.argv[1] == "holds":
+            raise CheckFailed("a check holds the run")
         prefect_server.computed.set()
         time.sleep(600)  # as Prefect does, which repeats its requests
 except BaseException as error:
@@ -127,3 +130,10 @@ def test_a_named_server_that_is_gone_does_not_keep_the_command(how: str) -> None
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the Prefect server at http://127.0.0.1:9/api does not answer any more")
     assert done.stderr.count("\n") == 1
+
+
+def test_an_error_of_the_run_is_told_though_the_server_is_silent() -> None:
+    """A busy one may be late just then, and the error says what is to be done."""
+    command = [sys.executable, "-c", NAMED, "holds"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a check holds the run\n")
