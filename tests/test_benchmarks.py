@@ -22,7 +22,17 @@ def load(name: str) -> ModuleType:
     return module
 
 
-BENCHMARKED = ("digests", "evaluated_answers", "fuzz_configs", "hostile_runs", "kill", "overhead", "pause", "report")
+BENCHMARKED = (
+    "digests",
+    "evaluated_answers",
+    "fuzz_configs",
+    "hostile_runs",
+    "kill",
+    "overhead",
+    "pause",
+    "report",
+    "stops",
+)
 
 
 @pytest.mark.parametrize("name", BENCHMARKED)
