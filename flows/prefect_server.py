@@ -70,9 +70,9 @@ def _named(url: str) -> Iterator[Callable[[], None]]:
             yield lambda: None
         finally:
             has_told = _farewell()
-    except GrpoError:  # of the run: it says what is to be done, with or without a server
-        raise
     except Exception as error:
+        if (own := _error_of_run(error)) is not None:
+            raise own from None
         if _answers(url, PROBE_SECONDS):
             raise
         raise ServerError(_silent(url)) from error
@@ -80,6 +80,13 @@ def _named(url: str) -> Iterator[Callable[[], None]]:
         is_over.set()
     if not has_told and not _answers(url, PROBE_SECONDS):
         raise ServerError(_silent(url))
+
+
+def _error_of_run(error: BaseException | None) -> GrpoError | None:
+    """Return the run's own error, which Prefect's may have followed when a silent server was to be told of it."""
+    while error is not None and not isinstance(error, GrpoError):
+        error = error.__context__
+    return error
 
 
 def _watch_farewell(url: str, is_over: threading.Event) -> None:

@@ -115,7 +115,10 @@ try:
         if sys.argv[1] == "raises":
             raise ConnectionError("all connection attempts failed")
         if sys.argv[1] == "holds":
-            raise CheckFailed("a check holds the run")
+            try:
+                raise CheckFailed("a check holds the run")
+            finally:
+                raise ConnectionError("as Prefect does, which tells the server")
         prefect_server.computed.set()
         time.sleep(600)  # as Prefect does, which repeats its requests
 except BaseException as error:
