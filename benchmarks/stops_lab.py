@@ -141,7 +141,8 @@ class Lab:
         from prefect.client.schemas.sorting import FlowRunSort
 
         begun = FlowRunFilter(start_time=FlowRunFilterStartTime(after_=since, before_=until))
-        return self.client.read_flow_runs(flow_run_filter=begun, sort=FlowRunSort.START_TIME_ASC)
+        found = self.client.read_flow_runs(flow_run_filter=begun, sort=FlowRunSort.START_TIME_ASC)
+        return [run for run in found if run.start_time]  # the server counts those that are due later, too
 
     def task_runs(self, flow_run: "FlowRun") -> list[Any]:
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId

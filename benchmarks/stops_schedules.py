@@ -146,7 +146,7 @@ def hold(lab: Lab, kind: str) -> list[str]:
     directory, name, check = lab.root / kind, f"{kind}.toml", HOLDS[kind]
     run, problems = RunDir(directory / "run"), []
     config = lab.command.config.read_text().replace("slow:reward", f"judge_{kind}:reward")
-    checks = f'[[checks]]\ncheck = "{check}"\nseverity = "block"\n'
+    checks = f'[[checks]]\nname = "{check}"\ncheck = "{check}"\nseverity = "block"\n'
     (lab.root / name).write_text(f"{config}\n{checks}".replace("[update]", "[score]\nmax_failed_share = 1.0\n[update]"))
     judge = lab.root / f"judge_{kind}.py"
     write_text(judge, JUDGE.format(PLANTED[kind]))
