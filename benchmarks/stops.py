@@ -205,6 +205,7 @@ def main() -> int:
         for name in wanted:
             print(f"\n{name}", flush=True)
             try:
+                wait(lambda: not lab.living(), "the end of what earlier cases have begun")
                 found = cases[name](lab)
             except (Late, GrpoError, AssertionError) as error:
                 found = [str(error)]

@@ -29,6 +29,8 @@ def worker(
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "INFO")
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", "5")
+    # what is taken before it is due fires though its schedule was paused meanwhile, and is skipped for what has ended
+    os.environ.setdefault("PREFECT_WORKER_PREFETCH_SECONDS", "0")
     set_defaults()
     url = use_server()
     from flows.schedule.automations import have_the_dead_ended

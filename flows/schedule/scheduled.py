@@ -3,6 +3,9 @@
 import os
 import platform
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import PurePosixPath
@@ -10,6 +13,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -32,6 +36,10 @@ WORKER = "GRPO_WORKER"
 """Environment variable of a worker: its process id, which the parent's no longer is when it dies early."""
 LEASE_SECONDS = 60
 """After so long the device of a killed flow run is free again."""
+TRY_SECONDS = 2.0
+"""Between two tries to get the device."""
+TAKEN = 423
+"""HTTP status of the server's answer while another one holds the device."""
 UNLIMITED = float("inf")
 ANSWER_NO = 1
 """Exit code of a command that has worked and answers no; a failure has another one."""
@@ -92,7 +100,7 @@ def _fire(job: Job) -> State[Any]:
     device = os.environ.get(DEVICE) or platform.node()
     limit = have_limit(device)
     log.info("waiting for the device %s", device)
-    with concurrency(limit, strict=True, lease_duration=LEASE_SECONDS):
+    with _hold(limit):
         outcome = child.perform(
             job,
             flow_run.get_scheduled_start_time() or datetime.now(UTC),
@@ -102,6 +110,25 @@ def _fire(job: Job) -> State[Any]:
             seconds_of(job.time_limit) if job.time_limit else UNLIMITED,
         )
     return _state(job, outcome, why, data)
+
+
+@contextmanager
+def _hold(limit: str) -> Iterator[None]:
+    """Hold a device in this context, once it is free.
+
+    Prefect's own wait outlives an interrupt: the process of a cancelled firing would wait on, until it is killed.
+    """
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(concurrency(limit, strict=True, lease_duration=LEASE_SECONDS, max_retries=0))
+                break
+            except ConcurrencySlotAcquisitionError as error:
+                answer = getattr(error.__cause__, "response", None)
+                if answer is None or answer.status_code != TAKEN:
+                    raise
+            time.sleep(TRY_SECONDS)
+        yield
 
 
 def _state(job: Job, outcome: child.Outcome, why: str, data: triggers.Data) -> State[Any]:
