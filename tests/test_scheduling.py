@@ -1,9 +1,11 @@
 """Schedules on a real server and worker: applied from a file, fired by hand, ended with all that they started."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
