@@ -4,9 +4,11 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from pipeline.run_dir import RunDir
@@ -134,6 +136,40 @@ def test_a_file_of_schedules_is_applied_once_and_fires_by_hand(machine: Machine)
 
     machine.schedule("remove", "watch")
     assert "+ watch" in machine.schedule("apply", "schedules.toml", "--yes")
+
+
+def test_nothing_fires_that_is_due_after_its_schedule_was_paused(machine: Machine) -> None:
+    """Not even what is due in a few seconds, which a worker may have taken already."""
+    times = ("--every", "10s", "--on-overlap", "skip", "--iterations", "1")
+    machine.schedule("add", "config.toml", "--name", "often", *times)
+    assert until(lambda: "Completed" in machine.states("often"), PATIENCE)
+    machine.schedule("pause", "often")
+    paused = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%SZ}"
+    assert not until(lambda: any(row["due"] > paused for row in machine.history("often")), 25.0)
+    machine.schedule("cancel", "often")
+    machine.schedule("remove", "often")
+
+
+def test_a_firing_that_waits_for_its_device_is_cancelled_without_being_killed(machine: Machine) -> None:
+    machine.schedule("add", "config.toml", "--name", "waits", "--every", "1d")
+    device = {"names": ["grpo-device-box"], "slots": 1}
+
+    def ask(what: str) -> bool:
+        return httpx.post(f"{machine.api}/v2/concurrency_limits/{what}", json=device, timeout=60).is_success
+
+    def log() -> str:
+        return (machine.folder / "worker.log").read_text().rpartition("Flow run 'waits: continue")[2]
+
+    assert until(lambda: ask("increment"), PATIENCE)
+    try:
+        machine.schedule("run-now", "waits")
+        assert until(lambda: "waiting for the device" in log(), PATIENCE)
+        assert "Cancelled" in machine.schedule("cancel", "waits")
+        assert until(lambda: "Process for flow run" in log(), PATIENCE)
+    finally:
+        assert ask("decrement")
+    assert "SIGKILL" not in log()
+    machine.schedule("remove", "waits")
 
 
 @pytest.fixture
