@@ -1,7 +1,6 @@
 """Alerts without a server: what they may say, what is shown of a secret, which automations they are."""
 
 import json
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from uuid import uuid4
 import pytest
 
 from flows import events
-from flows.cli import main
 from flows.schedule.alerts import Alert, load_alerts, named_after_host, parse_alerts, shown
 from flows.schedule.automations import PAYLOAD, DeployedAlert, alerting, ending_the_dead
 from flows.schedule.diff import changes
@@ -162,18 +160,3 @@ def test_a_webhook_is_sent_how_a_flow_run_ended() -> None:
     sent = rendered({"event": "prefect.flow-run.Crashed", "resource": resource, "payload": {"validated_state": {}}})
     assert (sent["text"], sent["run"]) == ("flow run demo 0-9: Crashed: killed", "demo 0-9")
     assert (sent["iteration"], sent["details"]) == (None, {})
-
-
-@pytest.mark.parametrize("arguments", [("alert", "list"), ("alert", "add", URL)])
-def test_without_a_server_an_alert_says_how_to_start_one(
-    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(sys, "argv", ["grpo", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: no Prefect server runs here: start one with `grpo server start`")
-    assert "s3cr3t" not in error

@@ -139,7 +139,10 @@ def test_a_prefect_yaml_has_each_schedule_as_a_deployment() -> None:
     assert second["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
 
 
-@pytest.mark.parametrize("arguments", [("schedule", "list"), ("worker",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [("schedule", "list"), ("worker",), ("alert", "list"), ("alert", "add", "https://hooks.example/s3cr3t")],
+)
 def test_without_a_server_a_command_says_how_to_start_one(
     arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
