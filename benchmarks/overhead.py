@@ -177,8 +177,8 @@ def install(clock: Clock) -> None:
         with clock.during(OTHER, name):
             return perform(session, name, iteration)
 
-    def timed_task(work: PrefectWork, name: str, run: Callable[..., str]) -> Any:
-        task: Any = make_task(work, name, run)
+    def timed_task(work: PrefectWork, name: str, run: Callable[..., str], *retries: Any) -> Any:
+        task: Any = make_task(work, name, run, *retries)
         task_type = type(task)
         # what `Session.perform` leaves over
         timed = type("TimedTask", (task_type,), {"__call__": clock.around(task_type.__call__, "Prefect", name)})

@@ -14,6 +14,7 @@ from stops_lab import Lab, is_over, state, wait
 from pipeline.files import write_text
 from pipeline.prune import num_finished
 from pipeline.run_dir import RunDir
+from tests.judge_server import JudgeServer, Reply, serve
 from tests.machine import PATIENCE
 
 HEAVY = ("generate", "score", "logprobs", "update", "optimizer", "evaluate")
@@ -140,8 +141,16 @@ def train_on_schedule(lab: Lab) -> list[str]:
 
 
 def hold(lab: Lab, kind: str) -> list[str]:
-    """Schedule a run with a planted bad reward: a check must hold it until the reward is repaired."""
-    # TODO(webhooks): the alert that a held firing sends is to be received here too
+    """Schedule a run with a planted bad reward: a check must hold it, and tell a webhook, until it is repaired."""
+    with serve(lambda *_: Reply(body=b"{}")) as receiver:
+        lab.machine.grpo("alert", "add", f"http://127.0.0.1:{receiver.port}", "--name", kind, "--on", "check.failed")
+        try:
+            return _hold(lab, kind, receiver)
+        finally:
+            lab.machine.grpo("alert", "remove", kind)
+
+
+def _hold(lab: Lab, kind: str, receiver: JudgeServer) -> list[str]:
     lab.have_worker()
     directory, name, check = lab.root / kind, f"{kind}.toml", HOLDS[kind]
     run, problems = RunDir(directory / "run"), []
@@ -164,6 +173,11 @@ def hold(lab: Lab, kind: str) -> list[str]:
         problems.append("the history does not name the check that holds it")
     if run.has(0, "batches") or run.has(0, "policy"):
         problems.append("something was trained on the bad rewards")
+    wait(lambda: receiver.bodies, "a call of the webhook")
+    told = receiver.bodies[0]
+    print(f"the webhook was told: {told['text']}", flush=True)
+    if (told["event"], told["details"]["check"]) != ("grpo.check.failed", check):
+        problems.append("the webhook was told something else")
     write_text(judge, JUDGE.format(REPAIRED))
     wait(lambda: ended("Completed"), "the firing after the repair", 2 * PATIENCE)
     lab.machine.schedule("pause", kind)

@@ -359,6 +359,7 @@ def make(settings):
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_the_command_drops_policies_while_it_goes_on(tmp_path: Path, tiny_policy: Path) -> None:
     (tmp_path / "scripted_answers.py").write_text(ENGINE)
     rows = [{"question": f"{i} + {2 - i} =", "answer": "2"} for i in range(20)]
