@@ -13,6 +13,7 @@ audit           the flow of `grpo audit`; a warning fails it
 evaluate        the flow of `grpo stage evaluate`
 training        the training of a run, with or without Prefect
 flow_runs       what Prefect is told of a run; flow runs that have died
+notes           notes about a run in its logs, which no result depends on
 reporter        who is told of a run while it goes on
 tracking        experiment trackers, which are told of each iteration
 watching        what Prefect's page shows of a run while it goes on

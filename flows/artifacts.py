@@ -13,6 +13,7 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
+from pipeline.files import identity
 from pipeline.text import one_line
 
 if TYPE_CHECKING:
@@ -132,5 +133,6 @@ class LongStage:
 
 
 def key_of(run: str, suffix: str) -> str:
-    """Return the key of an artifact: lowercase letters, digits and dashes."""
-    return re.sub("[^a-z0-9]+", "-", f"{run} {suffix}".lower()).strip("-")
+    """Return the key of an artifact: lowercase letters, digits and dashes. Others are told apart by a hash."""
+    name = run if run.isascii() else f"{run} {identity(run)[:6]}"
+    return re.sub("[^a-z0-9]+", "-", f"{name} {suffix}".lower()).strip("-")

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 from pipeline.errors import UsageError
+from pipeline.text import without_login
 
 DEFAULTS = {
     # threads that spin while they wait take the core from the engine; torch reads this when it is imported
@@ -21,6 +22,9 @@ DEFAULTS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # else each event that a dead server misses fills the screen
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # its own seven retries of two minutes each would hold a run up for as long
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # else each migration of its database is told
     "WANDB_ERROR_REPORTING": "false",
@@ -63,6 +67,6 @@ def _probe(url: str) -> None:
         return  # it answers; Prefect finds out whether it lets us in
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
         raise UsageError(
-            f"PREFECT_API_URL is {url}, where no Prefect server answers ({error}): start it with `prefect server "
-            "start`, or unset the variable to use a temporary one"
+            f"PREFECT_API_URL is {without_login(url)}, where no Prefect server answers ({error}): start it with "
+            "`prefect server start`, or unset the variable to use a temporary one"
         ) from error

@@ -43,7 +43,7 @@ def of_iteration(row: Mapping[str, Any]) -> Payload:
     figures = {name: value for name, value in row.items() if _is_figure(value)}
     shown = {"reward": row["reward_mean"], "pass rate": row["pass_rate"], "held-out": row["eval_pass_at_1"]}
     said = ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
-    return {**figures, "message": f"iteration {row['iteration']} has finished: {said}"}
+    return {**figures, "message": f"iteration {row['iteration']} has finished{f': {said}' if said else ''}"}
 
 
 def of_check(iteration: int, row: Mapping[str, Any]) -> Payload:

@@ -1,6 +1,6 @@
 """What Prefect is told of a run: its tasks, its title, its lines; and which of its flow runs have died."""
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,14 +22,13 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
+from flows import notes
 from flows.prepare import Prepared
 from flows.progress import LogReporter
 from flows.training import Retries
 from pipeline.chain import INITIAL
 from pipeline.errors import MAY_PASS
-from pipeline.files import write_text
 from pipeline.manifest import is_finished
-from pipeline.reading import parse_json, read_limited
 from pipeline.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -38,8 +37,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 RECORD = "flow_runs.json"
 """In the run's logs: the ids of the flow runs that have begun to work on it and did not end by themselves."""
-RECORD_BYTES = 1 << 16
 MOST_RECORDED = 20
+LONGEST_SECONDS = 3600.0
+"""Before a retry."""
+REMEDY = re.compile(r": (?:expected|check) ")
+"""Where a message begins to say what a user can do."""
 GOING_ON = (StateType.RUNNING, StateType.CANCELLING)
 DIED = "its process has ended without a word; the run was started again"
 
@@ -86,10 +88,11 @@ def retry_options(retries: Retries) -> dict[str, Any]:
         if not isinstance(error, MAY_PASS):
             return False
         seconds = delays[min(task_run.run_count, retries.most) - 1]
-        retries.note(f"warning: {task_run.name} is tried again in {seconds:g} s: {str(error).splitlines()[0]}")
+        what = REMEDY.split(str(error).splitlines()[0])[0]
+        retries.note(f"warning: {task_run.name} is tried again in {seconds:g} s: {what}")
         return True
 
-    delays = [retries.seconds * 2**attempt for attempt in range(retries.most)]
+    delays = [min(retries.seconds * 2**attempt, LONGEST_SECONDS) for attempt in range(retries.most)]
     return {"retries": retries.most, "retry_delay_seconds": delays, "retry_condition_fn": may_pass}
 
 
@@ -114,19 +117,14 @@ def recorded(run: RunDir) -> list[UUID]:
     In a copy of a run they are those of the original, which may go on: then there are none.
     """
     try:
-        found = parse_json(read_limited(run.logs / RECORD, RECORD_BYTES))
-        if found["run"] != _place(run):
-            return []
-        return [UUID(text) for text in found["flow_runs"]][-MOST_RECORDED:]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or no record of ours
+        return [UUID(text) for text in notes.read(run, RECORD)["flow_runs"]][-MOST_RECORDED:]
+    except (ValueError, LookupError, TypeError, AttributeError):  # none, or no record of ours
         return []
 
 
 def record(run: RunDir, ids: list[UUID]) -> None:
     """Write the ids of the flow runs that work on a run, or have died and are unknown to the server."""
-    run.logs.mkdir(parents=True, exist_ok=True)
-    note = {"run": _place(run), "flow_runs": [str(one) for one in ids]}
-    write_text(run.logs / RECORD, json.dumps(note) + "\n")
+    notes.write(run, RECORD, {"flow_runs": [str(one) for one in ids]})
 
 
 def mark_dead(ids: list[UUID]) -> list[UUID]:
@@ -159,7 +157,3 @@ def _unfinished_tasks(client: "SyncPrefectClient", flow_run: UUID) -> list[UUID]
         task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=begun, name=None)),
     )
     return [task_run.id for task_run in found]
-
-
-def _place(run: RunDir) -> str:
-    return str(run.root.absolute())

@@ -25,6 +25,7 @@ from flows.environment import PROBE_SECONDS
 from flows.printing import complain
 from pipeline.errors import GrpoError, ServerError
 from pipeline.processes import end, has_exited, kill_group, log_tail, start_python, when_parent_ends
+from pipeline.text import without_login
 
 START_SECONDS = 300.0
 """A slow machine needs 17 to 36 seconds, a busy one a multiple of that."""
@@ -103,7 +104,9 @@ def _watch_farewell(url: str, is_over: threading.Event) -> None:
 
 
 def _silent(url: str) -> str:
-    return f"the Prefect server at {url} does not answer any more: {CONTINUE} once a server answers there"
+    return (
+        f"the Prefect server at {without_login(url)} does not answer any more: {CONTINUE} once a server answers there"
+    )
 
 
 def _farewell() -> bool:

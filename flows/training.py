@@ -89,14 +89,15 @@ def train_all(session: Session, work: Work, tasks: Tasks, background: Background
     `flows.planning.rehearsal` calls this with a session that computes nothing.
     """
     settings = session.config
-    run_once(work, session.initial_policy)
+    run_once(work, session, session.initial_policy)
     for member in outside_members(settings):
-        work.task("member_policy", lambda name: str(session.member_policy(name).path))(member.name)
+        bring = work.task("member_policy", lambda name: str(session.member_policy(name).path), retries_of(session))
+        bring(member.name)
     for iteration in range(INITIAL, settings.iterations):
         was_done = iteration == INITIAL or train_iteration(session, tasks, background, iteration)
         is_to_be_evaluated = settings.is_to_be_evaluated(iteration + 1)
         if is_to_be_evaluated and not session.is_evaluated(iteration):
-            run_once(work, session.held_out_prompts)
+            run_once(work, session, session.held_out_prompts)
             for step in CHAIN:
                 if step.when is When.evaluation:
                     tasks[step.name](iteration)
@@ -164,9 +165,7 @@ def step_tasks(session: Session, work: Work) -> Tasks:
     def perform(name: str) -> Callable[[int], str]:
         return lambda iteration: str(session.perform(name, iteration).path)
 
-    resources = session.config.resources
-    retries = Retries(resources.retries, resources.retry_seconds, session.reporter.note)
-    tasks = {step.name: work.task(step.name, perform(step.name), retries) for step in CHAIN}
+    tasks = {step.name: work.task(step.name, perform(step.name), retries_of(session)) for step in CHAIN}
     return {
         **tasks,
         METRICS: work.task(METRICS, lambda iteration: str(session.metrics(iteration))),
@@ -174,6 +173,12 @@ def step_tasks(session: Session, work: Work) -> Tasks:
     }
 
 
-def run_once(work: Work, make: Callable[[], Artifact]) -> None:
+def retries_of(session: Session) -> Retries:
+    """Return how often a stage of the session is tried again."""
+    resources = session.config.resources
+    return Retries(resources.retries, resources.retry_seconds, session.reporter.note)
+
+
+def run_once(work: Work, session: Session, make: Callable[[], Artifact]) -> None:
     """Run a function that belongs to no iteration as a task."""
-    work.task(make.__name__, lambda: str(make().path))()
+    work.task(make.__name__, lambda: str(make().path), retries_of(session))()

@@ -5,6 +5,7 @@ it cannot tell in time.
 """
 
 import json
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from shlex import quote
 from typing import Any
 from uuid import UUID
 
@@ -64,11 +66,13 @@ def alive() -> Iterator[None]:
         while not is_over.wait(HEARTBEAT_SECONDS):
             emit_event(events.HEARTBEAT, flow_run)
 
-    threading.Thread(target=copy_context().run, args=(beat,), name="heartbeat", daemon=True).start()
+    heart = threading.Thread(target=copy_context().run, args=(beat,), name="heartbeat", daemon=True)
+    heart.start()
     try:
         yield
     finally:
         is_over.set()
+        heart.join(1.0)  # no heartbeat comes after the end
         emit_event(events.ENDED, flow_run)
 
 
@@ -122,7 +126,7 @@ class Watcher(ForwardingReporter):
         if url is not None and url != self._report:
             self._report = url
             self._create(
-                "report", "markdown", f"[the report of {one_line(self.name)}]({url})", "Served by `grpo report`."
+                "report", "markdown", f"[the report of {markdown(self.name)}]({url})", "Served by `grpo report`."
             )
 
     def check(self, iteration: int, row: dict[str, Any]) -> None:
@@ -154,7 +158,13 @@ def table_row(row: dict[str, Any]) -> dict[str, str]:
 def where_to_look(run: str, url: str | None) -> str:
     """Return, as Markdown, where the rest of a run is to be seen."""
     served = f", or the one that is served now: [{url}]({url})" if url else ""
-    return f"The last {ROWS_SHOWN} iterations; the report with all: `grpo report {one_line(run)} --live`{served}"
+    command = f"grpo report {quote(one_line(run))} --live".replace("`", "\\x60")
+    return f"The last {ROWS_SHOWN} iterations; the report with all: `{command}`{served}"
+
+
+def markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", one_line(text))
 
 
 def _recorded(run: RunDir) -> frozenset[int]:

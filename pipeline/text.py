@@ -15,6 +15,7 @@ STEERING = re.compile(
 )
 """Controls but newline and tab; line and paragraph separators; lone surrogates; what Unicode calls ignorable by default
 (direction marks, zero width, tags), but for the two signs that choose how an emoji looks; what XML forbids."""
+_LOGIN = re.compile(r"(?<=://)[^/\s@]*@")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U(000[0-9a-f]{5}))")
 
 
@@ -29,6 +30,11 @@ def visible(text: object) -> str:
 def one_line(text: object) -> str:
     """Return the text visible and in one line."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def without_login(text: object) -> str:
+    """Return the text without the user and password of the URLs in it."""
+    return _LOGIN.sub("", str(text))
 
 
 def json_text(value: Any, **options: Any) -> str:

@@ -47,8 +47,8 @@ class ResourcesConfig(StrictModel):
     """Processes for each reward function that is called once per completion."""
     retries: int = Field(2, ge=0, le=20)
     """How often a stage is tried again after what may pass: an engine that died, a store that cannot be reached."""
-    retry_seconds: float = Field(10.0, ge=0)
-    """Seconds before the first retry; each later one waits twice as long."""
+    retry_seconds: float = Field(10.0, ge=0, le=3600)
+    """Seconds before the first retry; each later one waits twice as long, an hour at most."""
 
 
 class OfflineConfig(StrictModel):

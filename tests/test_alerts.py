@@ -41,6 +41,10 @@ def test_an_alert_is_of_all_that_needs_somebody_unless_it_says_what() -> None:
         ({"webhook": "ftp://hooks.example/s3cr3t"}, "webhook: it is no address"),
         ({"webhook": "https:///s3cr3t"}, "webhook: it is no address"),
         ({"webhook": "https://[s3cr3t"}, "webhook: it is no address"),
+        ({"webhook": "https://hooks.example:port/s3cr3t"}, "webhook: it is no address"),
+        ({"webhook": "https://hooks.example:99999/s3cr3t"}, "webhook: it is no address"),
+        ({"webhook": "https://hooks.example/s3cr3t\n"}, "webhook: it is no address"),
+        ({"webhook": " https://hooks.example/s3cr3t"}, "webhook: it is no address"),
         ({"on": ["check.fails"]}, "on.0: Input should be 'iteration.finished', 'check.failed'"),
         ({"on": []}, "on: List should have at least 1 item"),
         ({"name": "Ops"}, "name: "),
@@ -56,6 +60,8 @@ def test_a_wrong_alert_is_refused_without_its_secret(settings: dict[str, object]
 
 def test_of_an_address_the_host_is_shown() -> None:
     assert shown(URL) == "https://hooks.example/..."
+    assert shown("https://me:s3cr3t@[::1]:80/s3cr3t") == "https://[::1]/..."
+    assert shown("https://[s3cr3t") == "no address"
     assert alert(on=["check.failed"]).summary == "https://hooks.example/... on check.failed"
     assert "s3cr3t" not in repr(alert())
     assert alerting(alert(), uuid4()).description == alert().summary

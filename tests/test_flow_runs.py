@@ -17,16 +17,20 @@ def test_what_cannot_pass_is_not_tried_again() -> None:
     notes: list[str] = []
     options = retry_options(Retries(3, 0.5, notes.append))
     assert (options["retries"], options["retry_delay_seconds"]) == (3, [0.5, 1.0, 2.0])
+    assert retry_options(Retries(3, 3000.0, notes.append))["retry_delay_seconds"] == [3000.0, 3600.0, 3600.0]
     task_run = SimpleNamespace(name="generate 3", run_count=2)
     ask = options["retry_condition_fn"]
     for error in (EngineError("a"), StoreError("b"), CheckFailed("c"), ValueError("d")):
         assert not ask(None, task_run, Failed(data=error))
     assert notes == []
-    for error in (EngineDied("it died\nlog"), StoreUnreachable("no network")):
+    for error in (
+        EngineDied("it died: expected it to live\nlog"),
+        StoreUnreachable("s3://b (no network): check the URL"),
+    ):
         assert ask(None, task_run, Failed(data=error))
     assert notes == [
         "warning: generate 3 is tried again in 1 s: it died",
-        "warning: generate 3 is tried again in 1 s: no network",
+        "warning: generate 3 is tried again in 1 s: s3://b (no network)",
     ]
 
 

@@ -257,6 +257,20 @@ def test_a_run_without_room_for_a_note_is_served_all_the_same(tmp_path: Path) ->
         assert served_at(run) is None
 
 
+def test_a_note_that_cannot_be_written_or_removed_costs_nothing(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (run.logs / "report.json").mkdir(parents=True)
+    with Served(run).on() as served:
+        assert "Following the run" in served.body()
+    with Served(run).on() as served:
+        pass
+    (run.logs / "report.json").rmdir()
+    with Served(run).on() as served:
+        (run.logs / "report.json").unlink()
+        (run.logs / "report.json").mkdir()
+    assert served_at(run) is None
+
+
 def test_no_note_is_written_through_a_link(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     (tmp_path / "elsewhere").mkdir()

@@ -11,7 +11,7 @@ import yaml
 
 from flows.app import build_app
 from flows.cli import main
-from flows.schedule.alerts import EVENTS, load_alerts
+from flows.schedule.alerts import EVENTS, load_alerts, parse_alerts
 from flows.schedule.diff import changes
 from flows.schedule.export import prefect_yaml
 from flows.schedule.spec import duration_of, load_schedules, parse_schedules, seconds_of
@@ -99,6 +99,14 @@ def test_a_file_with_another_table_is_refused() -> None:
         ConfigError, match=r"has \['schedule'\], expected tables \[schedules.NAME\] and \[alerts.NAME\] "
     ):
         parse_schedules({"schedule": {}}, Path("/project"), "schedules.toml")
+
+
+@pytest.mark.parametrize("key", ["name", "folder"])
+@pytest.mark.parametrize("above", ["schedules", "alerts"])
+def test_a_table_of_the_file_does_not_say_its_name_or_folder(above: str, key: str) -> None:
+    parse = parse_alerts if above == "alerts" else lambda *given: parse_schedules(given[0], Path("/project"), given[1])
+    with pytest.raises(ConfigError, match=rf"x.toml: {above}.a has '{key}': .*; leave it out"):
+        parse({above: {"a": {key: "b"}}}, "x.toml")
 
 
 def test_only_what_differs_from_the_file_is_changed() -> None:

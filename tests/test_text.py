@@ -27,7 +27,7 @@ from pipeline.config import without_nulls
 from pipeline.conformance import conform
 from pipeline.manifest import MANIFEST
 from pipeline.run_dir import RunDir
-from pipeline.text import STEERING, escaped, json_text, one_line, restored, visible
+from pipeline.text import STEERING, escaped, json_text, one_line, restored, visible, without_login
 from tests.manifests import fix_chain
 from tests.small_run import make_small_run
 
@@ -258,3 +258,8 @@ def test_only_one_module_writes_to_the_terminal() -> None:
             found[path.relative_to(ROOT).as_posix()] = printers
     odd = {path: names - PRINTERS.get(path, set()) for path, names in found.items()}
     assert {path: names for path, names in odd.items() if names} == {}, "use flows.printing"
+
+
+def test_a_url_is_told_without_its_login() -> None:
+    text = "http://me:s3cr3t@host:1/a@b and postgresql://me@host/x, or me@host"
+    assert without_login(text) == "http://host:1/a@b and postgresql://host/x, or me@host"

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from flows.commands.fork import fork_tables
 from flows.environment import set_defaults
 from flows.prepare import prepare
 from flows.reporter import SilentReporter
 from flows.session import Session
 from flows.tracking.base import Figures
-from flows.tracking.reporter import RECORD, TrackingReporter, tracked
+from flows.tracking.reporter import RECORD, TrackingReporter, recorded, tracked
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
 from stages.config import changed_settings, recorded_config
@@ -324,7 +325,8 @@ def test_nothing_is_written_through_a_link(finished: Path, tmp_path: Path) -> No
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"run": 1}', '{"run": "RUN", "id": "../..", "last": {}}', "[" * 9999])
+@pytest.mark.parametrize("text", ["", "[]", '{"run": 1}', '{"run": "RUN", "id": "../..", "last": {}}',
+                                  '{"run": "RUN", "id": "-0x12345", "last": {}}', "[" * 9999])  # fmt: skip
 def test_a_record_that_is_none_counts_as_missing(finished: Path, tmp_path: Path, text: str) -> None:
     run = copied(finished, tmp_path)
     run.logs.mkdir(exist_ok=True)
@@ -332,6 +334,40 @@ def test_a_record_that_is_none_counts_as_missing(finished: Path, tmp_path: Path,
     start(run, "tensorboard")
     assert len(_id(run)) == 8
     assert [step for step, _ in in_tensorboard(run).figures] == [0, 1]
+
+
+def test_a_record_cannot_claim_iterations_that_the_run_does_not_have(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    run.logs.mkdir(exist_ok=True)
+    record = {"run": str(run.root.absolute()), "id": "0a0b0c0d", "last": {"wandb": 99999}}
+    (run.logs / RECORD).write_text(json.dumps(record))
+    assert recorded(run) == ("0a0b0c0d", {"wandb": 1})
+
+
+def test_a_record_that_cannot_be_written_costs_one_note(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    (run.logs / RECORD).mkdir(parents=True)
+    notes = start(run, "tensorboard")
+    assert [note for note in notes if "cannot be written" in note] == [note for note in notes if "warning" in note]
+    assert len([note for note in notes if "cannot be written" in note]) == 1
+    assert [step for step, _ in in_tensorboard(run).figures] == [0, 1]
+
+
+def test_an_error_of_a_tracker_is_told_without_the_login_in_it(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    reporter = TrackingReporter(
+        notes := Notes(), run, recorded_config(run), TrackingConfig(to=["wandb"]), "0a0b0c0d", {}
+    )
+    reporter._leave_out("mlflow", ConnectionError("http://me:s3cr3t@host/api is gone"))
+    assert "(ConnectionError: http://host/api is gone)" in notes.texts[0]
+
+
+def test_a_fork_tells_nobody_whom_the_other_run_has_told(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    tables = {**json.loads(run.resolved_config.read_text()), "tracking": {"to": ["wandb"], "project": "strangers"}}
+    run.resolved_config.write_text(json.dumps(tables))
+    assert "tracking" not in fork_tables(run, 1, {}, None, [])
+    assert fork_tables(run, 1, {"tracking": {"to": ["mlflow"]}}, None, [])["tracking"] == {"to": ["mlflow"]}
 
 
 def test_a_copy_of_a_run_is_a_run_of_its_own_in_trackers(finished: Path, tmp_path: Path) -> None:

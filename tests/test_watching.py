@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from flows import artifacts, events
 from flows.artifacts import Pace, Teller, key_of
 from flows.reporter import SilentReporter
 from flows.schedule.automations import FLOWS
-from flows.watching import Watcher, table_row, where_to_look
+from flows.watching import Watcher, markdown, table_row, where_to_look
 from pipeline.run_dir import RunDir
 from pipeline.schema import SCHEMAS
 from tests.test_checks import outcome
@@ -92,7 +93,12 @@ def test_an_alert_on_flow_runs_is_of_the_flows_of_this_program() -> None:
 
 @pytest.mark.parametrize(
     ("run", "key"),
-    [("demo", "demo-metrics"), ("Demo_2.1", "demo-2-1-metrics"), ("-a--b-", "a-b-metrics"), ("läuft", "l-uft-metrics")],
+    [
+        ("demo", "demo-metrics"),
+        ("Demo_2.1", "demo-2-1-metrics"),
+        ("-a--b-", "a-b-metrics"),
+        ("läuft", "l-uft-870fa7-metrics"),
+    ],
 )
 def test_the_key_of_an_artifact_has_lowercase_letters_digits_and_dashes(run: str, key: str) -> None:
     assert key_of(run, "metrics") == key
@@ -220,3 +226,17 @@ def test_a_server_that_does_not_answer_holds_nobody_up(monkeypatch: pytest.Monke
         answers.set()
         teller.close()
     assert 2 <= len(made) <= 3
+
+
+def test_runs_without_a_latin_letter_have_keys_of_their_own() -> None:
+    assert key_of("Demo_1", "metrics") == "demo-1-metrics"
+    keys = {
+        key_of(name, "metrics") for name in ("\u0434\u0430\u043d\u043d\u044b\u0435", "\u30c7\u30fc\u30bf", "metrics")
+    }
+    assert len(keys) == 3
+    assert all(re.fullmatch("[a-z0-9-]+", key) for key in keys)
+
+
+def test_a_runs_name_is_text_on_the_page() -> None:
+    assert "`grpo report 'my run\\x60](http://evil)' --live`" in where_to_look("my run`](http://evil)", None)
+    assert markdown("a](http://evil) `b`") == "a\\](http://evil) \\`b\\`"

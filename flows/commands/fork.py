@@ -95,6 +95,8 @@ def fork_tables(
     if at and own.get("keep_optimizer", True) and not is_begun:
         state_beside(open_artifact(policy)).check_sizes()
     tables.pop("starter", None)
+    if "tracking" not in wished:
+        tables.pop("tracking", None)  # whom to tell is the choice of whoever forks
     if not tables.get("offline"):
         stored = [index for index in source.iterations() if index >= at and source.has(index, "completions")]
         chosen = stored if offline is None else stored[:offline]

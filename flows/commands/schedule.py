@@ -22,7 +22,10 @@ schedule = typer.Typer(
     help="Run a config at set times, or when its data has changed.", no_args_is_help=True, rich_markup_mode=None
 )
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the schedule: see grpo schedule list.")]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="TOML file with tables [schedules.NAME].", parser=user_path)]
+File = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="TOML file with tables [schedules.NAME] and [alerts.NAME].", parser=user_path),
+]
 
 
 @schedule.command()
@@ -252,7 +255,8 @@ def apply(
             elif about.there is not None:
                 automations.remove(client, about.there)
         complain("")
-        _mind_worker(client)
+        if wanted:
+            _mind_worker(client)
 
 
 @schedule.command()

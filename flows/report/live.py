@@ -1,6 +1,6 @@
 """`grpo report --live`: the page of a run on this machine's loopback, made anew while the run goes on.
 
-Whoever asks gets the page and nothing else. What a page may do says its own Content-Security-Policy; a name that leads
+Whoever asks gets the page and nothing else. A page's own Content-Security-Policy says what it may do; a name that leads
 to 127.0.0.1 (DNS rebinding) opens no door, since the Host header must be ours. The run is only read, but for a note in
 its logs that says where its page is.
 """
@@ -43,7 +43,7 @@ LOOK_SECONDS = 3.0
 STORE_SECONDS = 30.0
 """The same for a run on an object store, which is asked for everything new."""
 REST = 4
-"""A look, with the page that came of it, is followed by so many times as long without one: the run trains meanwhile."""
+"""After a look it waits so many times as long as that took, so that the run keeps the processor."""
 REQUEST_SECONDS = 30.0
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -214,9 +214,10 @@ def _noted(run: RunDir, url: str) -> Iterator[None]:
             if not run.logs.is_symlink():
                 run.logs.mkdir(exist_ok=True)
                 held.enter_context(locked(run.logs / LOCK, wait=False))
-                held.callback((run.logs / NOTE).unlink, missing_ok=True)
                 (run.logs / NOTE).unlink(missing_ok=True)  # a killed server's
                 write_text(run.logs / NOTE, json.dumps({"url": url, "pid": os.getpid()}) + "\n")
+                held.enter_context(suppress(OSError))
+                held.callback((run.logs / NOTE).unlink, missing_ok=True)
         yield
 
 

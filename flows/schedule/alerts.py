@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from flows import events
-from flows.schedule.spec import ALERTS, TABLE
+from flows.schedule.spec import ALERTS, TABLE, check_named_by_table
 from pipeline.config import StrictModel, load_toml, validate
 from pipeline.errors import ConfigError
 
@@ -43,7 +43,8 @@ class Alert(StrictModel):
     def _is_url(cls, url: str) -> str:
         try:
             parts = urlsplit(url)
-            is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # port may raise
+            is_url = is_url and url.isprintable() and " " not in url
         except ValueError:
             is_url = False
         if not is_url:
@@ -63,8 +64,12 @@ class Alert(StrictModel):
 
 def shown(url: str) -> str:
     """Return a webhook's URL for people: without what may be secret, user, port, path and query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}/..."
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # somebody has changed it elsewhere
+        return "no address"
+    host = parts.hostname or ""
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}/..."
 
 
 def named_after_host(url: str) -> str:
@@ -94,4 +99,5 @@ def parse_alerts(tables: Mapping[str, Any], source: str) -> list[Alert]:
     found = tables.get(ALERTS, {})
     if not isinstance(found, dict) or not all(isinstance(table, dict) for table in found.values()):
         raise ConfigError(f"{source} has {ALERTS}, expected tables [{ALERTS}.NAME] beside [{TABLE}.NAME]: correct it")
+    check_named_by_table(found, ALERTS, source)
     return [validate(Alert, {"name": name, **found[name]}, f"{source}: {ALERTS}.{name}") for name in sorted(found)]

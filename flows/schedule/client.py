@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ServerError
@@ -75,10 +76,12 @@ def have_limit(device: str) -> str:
 
 def has_worker(client: "SyncPrefectClient") -> bool:
     """Return whether a worker of the pool is alive. Read-only."""
-    from prefect.exceptions import ObjectNotFound
+    from prefect.exceptions import PrefectHTTPStatusError
 
     try:
         workers = client.read_workers_for_work_pool(POOL)
-    except ObjectNotFound:
-        return False
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code == HTTPStatus.NOT_FOUND:
+            return False
+        raise
     return any(worker.status.value == "ONLINE" for worker in workers)

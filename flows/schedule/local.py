@@ -18,6 +18,7 @@ from pipeline.errors import ServerError, UsageError
 from pipeline.files import is_locked, locked, write_text
 from pipeline.processes import kill_group, log_tail, start_python
 from pipeline.reading import read_json
+from pipeline.text import without_login
 
 HOST = "127.0.0.1"
 PORT = 4200
@@ -175,7 +176,8 @@ def use_server() -> str:
         )
     if not answers(url):
         raise UsageError(
-            f"no Prefect server answers at {url}: start one with `grpo server start`, or correct PREFECT_API_URL"
+            f"no Prefect server answers at {without_login(url)}: start one with `grpo server start`, or correct "
+            "PREFECT_API_URL"
         )
     os.environ[URL_VARIABLE] = url
     return url

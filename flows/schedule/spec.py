@@ -177,10 +177,22 @@ def parse_schedules(tables: Mapping[str, Any], folder: Path, source: str) -> lis
         raise ConfigError(
             f"{source} has {odd or TABLE}, expected tables [{TABLE}.NAME] and [{ALERTS}.NAME] alone: correct the names"
         )
+    check_named_by_table(found, TABLE, source)
     return [
         validate(Schedule, {"name": name, "folder": str(folder), **found[name]}, f"{source}: {TABLE}.{name}")
         for name in sorted(found)
     ]
+
+
+def check_named_by_table(found: Mapping[str, Mapping[str, Any]], above: str, source: str) -> None:
+    """Check that no table says its name or folder itself.
+
+    Raises:
+        ConfigError: when one does.
+    """
+    for table, key in ((table, key) for table in sorted(found) for key in ("name", "folder") if key in found[table]):
+        said = "its name is that of the table" if key == "name" else "relative paths begin where the file is"
+        raise ConfigError(f"{source}: {above}.{table} has {key!r}: {said}; leave it out")
 
 
 def load_schedules(path: Path) -> list[Schedule]:

@@ -4,6 +4,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 import polars as pl
@@ -11,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from flows.tracking.base import Figures, Tracked, completion_rows
+from pipeline.text import without_login
 from stages.inspect.report_groups import View
 
 TAG = "grpo_id"
@@ -28,7 +30,9 @@ class MlflowTracker:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or own
         if uri == own:
             folder.mkdir(parents=True, exist_ok=True)
-        self.where = f"mlflow ui --backend-store-uri {uri}"
+        self.where = f"mlflow ui --backend-store-uri {quote(own)}"
+        if uri != own:  # it may hold a password
+            self.where = without_login(uri) if uri.startswith("http") else "mlflow ui, with your MLFLOW_TRACKING_URI"
         self.client = MlflowClient(uri)
         found = self.client.get_experiment_by_name(tracked.project)
         if found is None:

@@ -4,28 +4,31 @@ A session reports the iterations of earlier starts, too. A file in the run's log
 lacks, because it was added later or has failed, it is told then. Nothing here stops a run.
 """
 
-import json
+import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows import notes
 from flows.reporter import ForwardingReporter
 from flows.session import Session
 from flows.tracking.base import Tracked, Tracker, figures_of, groups_of
 from pipeline.config import chosen
 from pipeline.errors import GrpoError
-from pipeline.files import write_text
-from pipeline.reading import parse_json, read_limited
 from pipeline.run_dir import RunDir
+from pipeline.text import without_login
 from stages.config import RunConfig
 from stages.inspect.report_groups import View
 from stages.tracking import TrackerName, TrackingConfig
 
 RECORD = "tracking.json"
 """In the run's logs: the run's id in trackers, and the last iteration that each has."""
-RECORD_BYTES = 1 << 16
+ID = re.compile(r"[0-9a-f]{8}")
+FAREWELL_SECONDS = 3.0
+"""For trackers to end when the run was interrupted."""
 
 
 @contextmanager
@@ -37,12 +40,20 @@ def tracked(session: Session) -> Iterator[None]:
         return
     reporter = TrackingReporter(session.reporter, session.run, session.config, config, *recorded(session.run))
     session.reporter = reporter
+    seconds = None
     failed = True
     try:
         yield
         failed = False
+    except Exception:
+        raise
+    except BaseException:  # an interrupt, which waits for no upload
+        seconds = FAREWELL_SECONDS
+        raise
     finally:
-        reporter.close(failed=failed)
+        farewell = threading.Thread(target=reporter.close, kwargs={"failed": failed}, name="tracking", daemon=True)
+        farewell.start()
+        farewell.join(seconds)
 
 
 @dataclass(slots=True)
@@ -57,6 +68,8 @@ class TrackingReporter(ForwardingReporter):
     """Tracker -> last iteration that it has."""
     trackers: dict[str, Tracker | None] = field(default_factory=dict)
     """Those that were opened; None = it has failed."""
+    is_recorded: bool = True
+    """False = the record could not be written."""
     initial: dict[str, float] = field(default_factory=dict)
     """Figures of the initial policy, which are logged with the first iteration."""
 
@@ -123,8 +136,8 @@ class TrackingReporter(ForwardingReporter):
     def _leave_out(self, name: str, error: Exception) -> None:
         self.trackers[name] = None
         self.note(
-            f"warning: {name} has failed and is told nothing more ({type(error).__name__}: {error}): the run goes on, "
-            "and its next start tells it what it lacks"
+            f"warning: {name} has failed and is told nothing more ({type(error).__name__}: {without_login(error)}): "
+            "the run goes on, and its next start tells it what it lacks"
         )
 
     def _groups(self, iteration: int) -> list[View]:
@@ -135,9 +148,12 @@ class TrackingReporter(ForwardingReporter):
             return []
 
     def _record(self) -> None:
-        self.run.logs.mkdir(parents=True, exist_ok=True)
-        note = {"run": str(self.run.root.absolute()), "id": self.id, "last": self.last}
-        write_text(self.run.logs / RECORD, json.dumps(note) + "\n")
+        try:
+            notes.write(self.run, RECORD, {"id": self.id, "last": self.last})
+        except OSError as error:
+            if self.is_recorded:
+                self.note(f"warning: {RECORD} cannot be written ({error}): the next start tells trackers again")
+            self.is_recorded = False
 
 
 def open_tracker(name: TrackerName, tracked: Tracked) -> Tracker:
@@ -166,11 +182,11 @@ def recorded(run: RunDir) -> tuple[str, dict[str, int]]:
 
     A run without a record, or a copy of another, has a new id and no iterations.
     """
+    newest = max(run.iterations(), default=-1)
     try:
-        found = parse_json(read_limited(run.logs / RECORD, RECORD_BYTES))
-        if found["run"] == str(run.root.absolute()):
-            int(found["id"], 16)
-            return found["id"], {str(name): int(last) for name, last in found["last"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or no record of ours
+        found = notes.read(run, RECORD)
+        if ID.fullmatch(found["id"]):
+            return found["id"], {str(name): min(int(last), newest) for name, last in found["last"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError):  # none, or no record of ours
         pass
     return secrets.token_hex(4), {}

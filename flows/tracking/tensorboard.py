@@ -1,6 +1,7 @@
 """TensorBoard: figures as scalars, groups of completions as texts, in event files of the run."""
 
 from collections.abc import Sequence
+from shlex import quote
 from textwrap import indent
 
 import tomli_w
@@ -17,7 +18,7 @@ class TensorBoardTracker:
 
     def __init__(self, tracked: Tracked) -> None:
         folder = inside(tracked.logs, "tensorboard")
-        self.where = f"tensorboard --logdir {tracked.shared}"
+        self.where = f"tensorboard --logdir {quote(str(tracked.shared))}"
         self.writer = SummaryWriter(str(folder), purge_step=tracked.first)
         if tracked.first == 0:
             self.writer.add_text("config", _code(tomli_w.dumps(without_nulls(tracked.settings))), 0)
