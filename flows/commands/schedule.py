@@ -236,7 +236,7 @@ def apply(
         found = changes(wanted, deployments.read_all(client), source)
         about_alerts = changes(alerts, automations.read_all(client), source, "alert")
         if not found and not about_alerts:
-            say(f"nothing to change: the server has the {len(wanted)} schedules and {len(alerts)} alerts of {file}")
+            say(f"nothing to change: the server has what {file} says")
             return
         for line in (*(change.line for change in found), *(change.line for change in about_alerts)):
             say(line)
