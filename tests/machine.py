@@ -15,6 +15,8 @@ from tests.processes import until
 ROOT = Path(__file__).parent.parent
 PATIENCE = 600.0
 """Seconds after which a process hangs, on however busy a machine."""
+TRIES = 10
+"""How often a command that only looks is repeated when the server does not answer."""
 
 
 class Machine:
@@ -76,7 +78,13 @@ class Machine:
         return self.grpo("schedule", *arguments, code=code)
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.schedule("history", name, "-n", "0", "-f", "jsonl").splitlines()]
+        for _ in range(TRIES):  # a busy server with SQLite may be silent for a minute
+            process = self.start("schedule", "history", name, "-n", "0", "-f", "jsonl")
+            out, err = process.communicate(timeout=PATIENCE)
+            if process.returncode == 0:
+                return [json.loads(line) for line in out.splitlines()]
+            assert "no Prefect server answers" in err, (out, err)
+        raise AssertionError(err)
 
     def states(self, name: str) -> list[str]:
         """Return how the firings of a schedule stand, the first one first."""
