@@ -95,7 +95,7 @@ def _watch_farewell(url: str, is_over: threading.Event) -> None:
     computed.wait()
     silent_since = None
     while not is_over.wait(1.0):
-        if _answers(url):
+        if _answers(url, FAREWELL_SECONDS):  # a busy one takes its time; where none listens is known at once
             silent_since = None
         elif silent_since is None:
             silent_since = time.monotonic()
