@@ -30,8 +30,8 @@ class Machine:
             "PYTHONPATH": str(ROOT),
             "XDG_STATE_HOME": str(folder / "state"),
             "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+            "PREFECT_WORKER_QUERY_SECONDS": "5",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
         }
 
     @property

@@ -1,9 +1,12 @@
 """Which command a firing is, the process that runs it, and what killed ones leave behind."""
 
+import asyncio
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta, timezone
 from pathlib import Path
 from uuid import uuid4
@@ -192,3 +195,22 @@ def test_a_database_of_another_kind_is_refused(url: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="expected postgresql://USER:PASSWORD@HOST/DATABASE"):
         local.start(4299, url)
+
+
+def test_every_transaction_of_the_servers_sqlite_waits_for_its_turn_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
+
+    class Session:
+        @asynccontextmanager
+        async def begin(self) -> AsyncIterator[str | None]:
+            yield SQLITE_BEGIN_MODE.get()
+
+    async def mode(**options: bool) -> str | None:
+        config = AioSqliteConfiguration(connection_url="sqlite+aiosqlite:///:memory:")
+        async with config.begin_transaction(Session(), **options) as begun:  # type: ignore[arg-type]
+            return str(begun)
+
+    monkeypatch.setattr(AioSqliteConfiguration, "begin_transaction", AioSqliteConfiguration.begin_transaction)
+    assert asyncio.run(mode()) == "DEFERRED"
+    local.wait_for_sqlite()
+    assert asyncio.run(mode()) == asyncio.run(mode(with_for_update=False)) == "IMMEDIATE"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -121,6 +122,7 @@ def serve(port: int) -> None:
     """Be the server, until SIGTERM."""
     import uvicorn
 
+    wait_for_sqlite()
     with locked(_lock(), wait=False):
         config = uvicorn.Config(
             "prefect.server.api.server:create_app",
@@ -132,6 +134,22 @@ def serve(port: int) -> None:
             timeout_graceful_shutdown=3,  # a worker's open connection would hold it for ever
         )
         uvicorn.Server(config).run()
+
+
+def wait_for_sqlite() -> None:
+    """Let every transaction of an SQLite database wait for its turn to write.
+
+    Prefect begins them deferred: one that has read fails at once ("database is locked") when another has written since,
+    and the event that it was to evaluate is lost after four tries, and an alert with it.
+    """
+    from prefect.server.database.configurations import AioSqliteConfiguration
+
+    begin = AioSqliteConfiguration.begin_transaction
+
+    def begin_transaction(self: AioSqliteConfiguration, session: Any, with_for_update: bool = False) -> Any:
+        return begin(self, session, with_for_update=True)
+
+    AioSqliteConfiguration.begin_transaction = begin_transaction  # type: ignore[method-assign]
 
 
 def stop() -> Local | None:
