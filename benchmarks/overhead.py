@@ -312,6 +312,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run the flow with clocks; return the figures."""
+    from flows.prefect_server import prefect_server
     from flows.train import train
     from pipeline.run_dir import RunDir
     from pipeline.stage import silent
@@ -337,7 +338,9 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     run = (arguments.run or scratch / "runs" / "overhead").resolve()
     if run.exists():
         raise SystemExit(f"{run} exists: name another directory")
-    train(config=str(path.resolve()), run=str(run), overrides=overrides)
+    with prefect_server() as wait_for_server:
+        wait_for_server()
+        train(config=str(path.resolve()), run=str(run), overrides=overrides)
     num_trained = RunDir(run).read_metrics()["num_trained"].to_list()
     return report(clock, arguments.warm_up, num_trained, title)
 

@@ -30,6 +30,7 @@ BENCHMARKED = (
     "kill",
     "overhead",
     "pause",
+    "prefect_overhead",
     "report",
     "stops",
 )
