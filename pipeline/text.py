@@ -15,7 +15,8 @@ STEERING = re.compile(
 )
 """Controls but newline and tab; line and paragraph separators; lone surrogates; what Unicode calls ignorable by default
 (direction marks, zero width, tags), but for the two signs that choose how an emoji looks; what XML forbids."""
-_LOGIN = re.compile(r"(?<=://)[^/\s@]*@")
+_LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
+"""To the last @ before a path: a password may hold one."""
 _ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U(000[0-9a-f]{5}))")
 
 

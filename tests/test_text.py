@@ -263,3 +263,6 @@ def test_only_one_module_writes_to_the_terminal() -> None:
 def test_a_url_is_told_without_its_login() -> None:
     text = "http://me:s3cr3t@host:1/a@b and postgresql://me@host/x, or me@host"
     assert without_login(text) == "http://host:1/a@b and postgresql://host/x, or me@host"
+    assert (
+        without_login("https://me:s3@cr3t@host/a, http://host?to=me@host") == "https://host/a, http://host?to=me@host"
+    )
