@@ -1,16 +1,18 @@
 """Alerts without a server: what they may say, what is shown of a secret, which automations they are."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from flows import events
 from flows.schedule.alerts import Alert, load_alerts, named_after_host, parse_alerts, shown
-from flows.schedule.automations import PAYLOAD, DeployedAlert, alerting, ending_the_dead
+from flows.schedule.automations import PAYLOAD, DeployedAlert, alerting, ending_the_dead, send_test
 from flows.schedule.diff import changes
 from flows.watching import HEARTBEAT_SECONDS
 from pipeline.config import validate
@@ -127,6 +129,12 @@ def test_a_flow_run_has_died_when_three_heartbeats_in_a_row_are_missing() -> Non
     assert timedelta(seconds=3 * HEARTBEAT_SECONDS) < trigger.within <= timedelta(seconds=120)
     (action,) = automation.model_dump(mode="json")["actions"]
     assert (action["type"], action["state"], action["force"]) == ("change-flow-run-state", "CRASHED", False)
+
+
+def test_an_alert_that_is_switched_off_is_not_tried() -> None:
+    there = replace(deployed(alert()), is_enabled=False)
+    with httpx.Client() as client, pytest.raises(UsageError, match="the alert ops is switched off"):
+        send_test(client, there)  # type: ignore[arg-type]  # it asks nobody
 
 
 def rendered(event: dict[str, Any]) -> dict[str, Any]:

@@ -195,9 +195,18 @@ def remove(client: "SyncPrefectClient", alert: DeployedAlert) -> None:
 
 
 def send_test(client: "SyncPrefectClient", alert: DeployedAlert) -> datetime:
-    """Send the event that this alert alone is tested with; return when."""
+    """Send the event that this alert alone is tested with; return when.
+
+    Raises:
+        UsageError: when the alert is switched off.
+    """
     from prefect.events import Event, RelatedResource, Resource
 
+    if not alert.is_enabled:
+        raise UsageError(
+            f"the alert {alert.name} is switched off, so the server calls no webhook for it: switch it on under "
+            "Automations on Prefect's page"
+        )
     event = Event(
         occurred=datetime.now(UTC),
         event=events.ALERT_TEST,
