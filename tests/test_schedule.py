@@ -12,6 +12,7 @@ import yaml
 from flows.app import build_app
 from flows.cli import main
 from flows.schedule.alerts import EVENTS, load_alerts, parse_alerts
+from flows.schedule.client import have_limit
 from flows.schedule.diff import changes
 from flows.schedule.export import prefect_yaml
 from flows.schedule.spec import duration_of, load_schedules, parse_schedules, seconds_of
@@ -33,6 +34,12 @@ def test_equal_intervals_are_equal_settings() -> None:
 
 def test_a_fresh_run_may_have_iterations_of_its_own() -> None:
     assert schedule(action="fresh", overrides=["iterations=9"]).overrides == ["iterations=9"]
+
+
+@pytest.mark.parametrize("name", ["gpu/1", "a&b", "50%"])
+def test_a_device_after_which_no_limit_may_be_named_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="expected a name without / % & > <; give another one"):
+        have_limit(name)
 
 
 @pytest.mark.parametrize(

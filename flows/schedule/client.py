@@ -1,11 +1,12 @@
 """A client of the Prefect server, and what schedules need there: a work pool, a worker, a limit for each device."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ServerError
+from pipeline.errors import ServerError, UsageError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -58,11 +59,18 @@ def have_limit(device: str) -> str:
     """Return the name of the concurrency limit that lets one command at a time use a device; it exists afterwards.
 
     One that somebody has set to another number stays as it is.
+
+    Raises:
+        UsageError: when no limit may be named after the device.
     """
     from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.types.names import BANNED_CHARACTERS, WITHOUT_BANNED_CHARACTERS
 
     name = f"grpo-device-{device}"
+    if not re.fullmatch(WITHOUT_BANNED_CHARACTERS, name):
+        odd = " ".join(BANNED_CHARACTERS)
+        raise UsageError(f"the device is called {device!r}: expected a name without {odd}; give another one (--device)")
     with connected() as client:
         try:
             client.read_global_concurrency_limit_by_name(name)
