@@ -54,6 +54,8 @@ def test_a_device_after_which_no_limit_may_be_named_is_refused(name: str) -> Non
         ({"action": "train"}, "action: "),
         ({"action": "audit", "iterations": 3}, 'iterations belong to the action "continue", found "audit"'),
         ({"overrides": ["iterations=9"]}, "use iterations"),
+        ({"action": "audit", "overrides": ["seed=1"]}, "'audit' looks at what the run has recorded: leave it out"),
+        ({"cron": None, "every": "1d", "timezone": "Europe/Berlin"}, "but an interval has none: leave it out"),
         ({"when": {}}, "it names no data"),
         ({"when": {"change": "a.py"}}, "did you mean changed?"),
         ({"on_overlap": "wait"}, "on_overlap: "),

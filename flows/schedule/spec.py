@@ -106,6 +106,11 @@ class Job(StrictModel):
                 f'iterations belong to the action "continue", found "{self.action}": leave them out, or override the '
                 "setting of the config (iterations=N)"
             )
+        if self.overrides and self.action in ("audit", "verify"):
+            raise ValueError(
+                f"overrides has {self.overrides[0]!r}, but {self.action!r} looks at what the run has recorded: leave "
+                "it out"
+            )
         own = [text for text in self.overrides if text.partition("=")[0].strip() == "iterations"]
         if own and self.action == "continue":
             raise ValueError(f'overrides has {own[0]!r}, but "continue" counts on from what is there: use iterations')
@@ -147,6 +152,8 @@ class Schedule(Job):
         if (self.cron is None) == (self.every is None):
             found = "neither" if self.cron is None else "both"
             raise ValueError(f"expected cron or every, found {found}: give one of them")
+        if self.every is not None and self.timezone != "UTC":
+            raise ValueError(f"timezone is {self.timezone!r}, but an interval has none: leave it out, or give cron")
         return self
 
     @property
