@@ -30,4 +30,4 @@ def write(run: RunDir, name: str, fields: dict[str, Any]) -> None:
 
 
 def _place(run: RunDir) -> str:
-    return str(run.root.absolute())
+    return str(run.root.resolve())  # one run, however its path is written

@@ -41,6 +41,9 @@ def test_a_copy_of_a_run_does_not_touch_the_flow_run_of_the_original(tmp_path: P
     one = uuid.uuid4()
     record(original, [one])
     assert recorded(original) == [one]
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert recorded(RunDir(tmp_path / "link" / "original")) == [one]
+    assert recorded(RunDir(tmp_path / "original" / ".." / "original")) == [one]
     copy.logs.mkdir(parents=True)
     (copy.logs / RECORD).write_text((original.logs / RECORD).read_text())
     assert recorded(copy) == []
