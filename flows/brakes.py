@@ -10,6 +10,7 @@ from pipeline.errors import CheckFailed
 from pipeline.manifest import is_finished
 from pipeline.run_dir import RunDir
 from pipeline.stage import StageCall
+from pipeline.writer import remove_artifact
 from stages.checks.outcome import blocking
 from stages.config import is_held
 
@@ -49,7 +50,11 @@ def lift_hold(run: RunDir, iteration: int, note: Callable[[str], None]) -> None:
 
 
 def _move(run: RunDir, iteration: int, found: Artifact) -> Path:
+    """Move an artifact to `RunDir.held`; the same rows may be there already, of an earlier attempt."""
     aside = run.held(iteration, found.manifest.dataset, found.digest)
+    if is_finished(aside):
+        remove_artifact(found.path)
+        return aside
     aside.parent.mkdir(parents=True, exist_ok=True)
     found.path.rename(aside)
     return aside

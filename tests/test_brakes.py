@@ -65,6 +65,18 @@ def test_a_planted_reward_is_held_and_a_repaired_one_goes_on_from_the_stored_com
     assert problems(place.run) == []
 
 
+def test_a_repair_that_goes_back_to_an_earlier_reward_finds_its_rows_held_already(place: Place) -> None:
+    checks = ANSWERED + NOT_BY_LENGTH
+    for function in (HALF_NULL, BY_LENGTH, HALF_NULL, BY_LENGTH):
+        with pytest.raises(CheckFailed):
+            place.go(place.config(checks, function))
+    place.go(place.config(checks, EXACT))
+    assert place.run.has(0, "policy")
+    kept = [path.name.partition("-")[0] for path in (place.run.root / "held" / "000000").iterdir()]
+    assert [kept.count(name) for name in ("rewards", "advantages", "checks")] == [2, 2, 2]
+    assert problems(place.run) == []
+
+
 def test_the_message_of_a_held_iteration_names_the_condition_and_rows(place: Place) -> None:
     checks = '[[checks]]\nname = "short"\nwhere = "num_tokens > 4"\nseverity = "block"\nmax_share = 0.1\n'
     with pytest.raises(CheckFailed) as raised:
