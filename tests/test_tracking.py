@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from flows.commands.fork import fork_tables
 from flows.environment import set_defaults
 from flows.prepare import prepare
 from flows.session import Session
+from flows.tracking import reporter
 from flows.tracking.base import Figures
 from flows.tracking.reporter import RECORD, TrackingReporter, recorded, tracked
 from pipeline.errors import ConfigError
@@ -155,15 +158,52 @@ def test_a_tracker_that_fails_while_the_run_goes_on_is_left_out_until_the_next_s
 ) -> None:
     run = copied(finished, tmp_path)
     config = TrackingConfig(to=["wandb"])
-    reporter = TrackingReporter(notes := Notes(), run, recorded_config(run), config, "0a0b0c0d", {})
-    reporter.trackers["wandb"] = Broken()
+    told = TrackingReporter(notes := Notes(), run, recorded_config(run), config, "0a0b0c0d", {})
+    told.trackers["wandb"] = Broken()
     rows = run.read_metrics().to_dicts()
     for row in (*rows, {**rows[1], "iteration": 2}):
-        reporter.iteration(row)
-    reporter.close(failed=False)
+        told.iteration(row)
+    told.close(failed=False)
     assert len(notes.texts) == 1
     assert "wandb has failed and is told nothing more (ConnectionError: away)" in notes.texts[0]
     assert json.loads((run.logs / RECORD).read_text())["last"] == {"wandb": 0}
+
+
+class Silent:
+    """A tracker that does not answer."""
+
+    where = "nowhere"
+
+    def __init__(self) -> None:
+        self.is_over = threading.Event()
+
+    def log(self, iteration: int, figures: Figures, groups: Any) -> None:
+        self.is_over.wait(60)
+
+    def close(self, *, failed: bool) -> None: ...
+
+
+def test_a_tracker_that_does_not_answer_holds_neither_the_run_up_nor_its_interruption(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporter, "FAREWELL_SECONDS", 0.1)
+    run = copied(finished, tmp_path)
+    config = recorded_config(run).model_copy(update={"tracking": TrackingConfig(to=["wandb"])})
+    session, silent = Session(config, run, Notes()), Silent()
+
+    def work() -> None:
+        with tracked(session):
+            assert isinstance(session.reporter, TrackingReporter)
+            session.reporter.trackers["wandb"] = silent
+            for iteration in (0, 1):
+                session.metrics(iteration)
+            raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert time.monotonic() - begin < 30
+    silent.is_over.set()
 
 
 def test_nothing_is_written_through_a_link(finished: Path, tmp_path: Path) -> None:
@@ -205,10 +245,8 @@ def test_a_record_that_cannot_be_written_costs_one_note(finished: Path, tmp_path
 
 def test_an_error_of_a_tracker_is_told_without_the_login_in_it(finished: Path, tmp_path: Path) -> None:
     run = copied(finished, tmp_path)
-    reporter = TrackingReporter(
-        notes := Notes(), run, recorded_config(run), TrackingConfig(to=["wandb"]), "0a0b0c0d", {}
-    )
-    reporter._leave_out("mlflow", ConnectionError("http://me:s3cr3t@host/api is gone"))
+    told = TrackingReporter(notes := Notes(), run, recorded_config(run), TrackingConfig(to=["wandb"]), "0a0b0c0d", {})
+    told._leave_out("mlflow", ConnectionError("http://me:s3cr3t@host/api is gone"))
     assert "(ConnectionError: http://host/api is gone)" in notes.texts[0]
 
 

@@ -1,14 +1,17 @@
 """Tells a run's trackers of each iteration once, whatever starts and stops the run has had.
 
 A session reports the iterations of earlier starts, too. A file in the run's logs keeps how far each tracker is: what it
-lacks, because it was added later or has failed, it is told then. Nothing here stops a run.
+lacks, because it was added later or has failed, it is told then. Nothing here stops a run, or holds it up: a thread of
+its own tells the trackers.
 """
 
+import queue
 import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,9 +54,7 @@ def tracked(session: Session) -> Iterator[None]:
         seconds = FAREWELL_SECONDS
         raise
     finally:
-        farewell = threading.Thread(target=reporter.close, kwargs={"failed": failed}, name="tracking", daemon=True)
-        farewell.start()
-        farewell.join(seconds)
+        reporter.close(failed=failed, seconds=seconds)
 
 
 @dataclass(slots=True)
@@ -72,6 +73,10 @@ class TrackingReporter(ForwardingReporter):
     """False = the record could not be written."""
     initial: dict[str, float] = field(default_factory=dict)
     """Figures of the initial policy, which are logged with the first iteration."""
+    _waiting: "queue.Queue[dict[str, Any] | None]" = field(default_factory=queue.Queue)
+    """Rows that the trackers are to be told of; None = no more."""
+    _thread: threading.Thread | None = None
+    _has_failed: bool = False
 
     def evaluation(self, num_updates: int, figures: dict[str, float | None]) -> None:
         if num_updates == 0:
@@ -79,8 +84,32 @@ class TrackingReporter(ForwardingReporter):
         ForwardingReporter.evaluation(self, num_updates, figures)  # the last policy's are in its iteration's row
 
     def iteration(self, row: dict[str, Any]) -> None:
-        """Log the iteration where it is not logged yet."""
+        """Have the iteration logged where it is not logged yet; never waits."""
         ForwardingReporter.iteration(self, row)
+        self._waiting.put(row)
+        if self._thread is None:
+            # the log of the flow run, where notes go, is a setting of the context
+            self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="tracking", daemon=True)
+            self._thread.start()
+
+    def close(self, *, failed: bool, seconds: float | None = None) -> None:
+        """End the run in each tracker when it was told all. ``seconds``: wait so long at most, and tell no more."""
+        self._has_failed = failed
+        if seconds is not None:
+            with suppress(queue.Empty):
+                while True:
+                    self._waiting.get_nowait()
+        self._waiting.put(None)
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _work(self) -> None:
+        while (row := self._waiting.get()) is not None:
+            self._log(row)
+        for name in list(self.trackers):
+            self._told(name, lambda tracker: tracker.close(failed=self._has_failed))
+
+    def _log(self, row: dict[str, Any]) -> None:
         iteration = row["iteration"]
         behind = [name for name in dict.fromkeys(self.config.to) if self.last.get(name, -1) < iteration]
         behind = [name for name in behind if self._tracker(name) is not None]
@@ -92,11 +121,6 @@ class TrackingReporter(ForwardingReporter):
             if self._told(name, lambda tracker: tracker.log(iteration, figures, groups)):
                 self.last[name] = iteration
         self._record()
-
-    def close(self, *, failed: bool) -> None:
-        """End the run in each tracker."""
-        for name in list(self.trackers):
-            self._told(name, lambda tracker: tracker.close(failed=failed))
 
     def _tracker(self, name: TrackerName) -> Tracker | None:
         """Return the tracker, opened when it is first needed; None = it has failed."""
