@@ -206,6 +206,18 @@ def test_a_tracker_that_does_not_answer_holds_neither_the_run_up_nor_its_interru
     silent.is_over.set()
 
 
+def test_rows_that_cannot_be_read_keep_no_figures_from_a_tracker(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    rewards = run.open(1, "rewards")
+    rewards.read()  # what was verified is not verified again
+    rewards.files()[0].unlink()
+    notes = start(run, "tensorboard")
+    assert [note.partition(":")[2].partition(":")[0] for note in notes if "warning" in note] == [
+        " no completions of iteration 1 are tracked"
+    ]
+    assert [step for step, _ in in_tensorboard(run).figures] == [0, 1]
+
+
 def test_nothing_is_written_through_a_link(finished: Path, tmp_path: Path) -> None:
     run = copied(finished, tmp_path)
     run.logs.mkdir(exist_ok=True)

@@ -167,8 +167,9 @@ class TrackingReporter(ForwardingReporter):
     def _groups(self, iteration: int) -> list[View]:
         try:
             return groups_of(self.run, iteration, self.config.groups)
-        except GrpoError as error:
-            self.note(f"warning: no completions of iteration {iteration} are tracked: {error}")
+        except Exception as error:  # rows that cannot be read keep no figures from the trackers
+            told = error if isinstance(error, GrpoError) else f"{type(error).__name__}: {error}"
+            self.note(f"warning: no completions of iteration {iteration} are tracked: {told}")
             return []
 
     def _record(self) -> None:
