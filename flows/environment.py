@@ -28,6 +28,8 @@ DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # else each migration of its database is told
     "WANDB_ERROR_REPORTING": "false",
+    # its own wait for an upload at the end, also at that of an interrupted program, has no limit
+    "WANDB_FINISH_TIMEOUT": "30",
     "TOKENIZERS_PARALLELISM": "false",
 }
 PROBE_SECONDS = 30

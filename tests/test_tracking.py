@@ -295,6 +295,15 @@ def test_a_library_that_is_not_installed_is_named_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_an_upload_that_does_not_end_keeps_no_run_from_its_end() -> None:
+    import wandb
+
+    settings = wandb.Settings()
+    settings.update_from_env_vars(dict(os.environ))
+    assert settings.finish_timeout == 30.0
+
+
 def test_tracking_may_come_and_go_between_two_starts(finished: Path) -> None:
     run = RunDir(finished)
     config = recorded_config(run)
