@@ -150,8 +150,8 @@ def mark_dead(ids: list[UUID]) -> list[UUID]:
 
 
 def _unfinished_tasks(client: "SyncPrefectClient", flow_run: UUID) -> list[UUID]:
-    """Return the task runs of a flow run that still count as begun. Read-only."""
-    begun = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    """Return the task runs of a flow run that still count as begun; one that awaits a retry is scheduled. Read-only."""
+    begun = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED])
     found = client.read_task_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])),
         task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=begun, name=None)),

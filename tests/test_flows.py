@@ -208,7 +208,7 @@ def test_a_config_that_is_wrong_fails_the_flow_run_with_its_message(here: Path, 
 def test_flow_runs_that_died_are_marked_crashed_at_the_next_start(here: Path, client: Any, trained: Any) -> None:
     """With their tasks; of those that the run has recorded, and only those that still count as running."""
     from prefect import task
-    from prefect.states import Completed, Crashed, Running
+    from prefect.states import AwaitingRetry, Completed, Crashed, Running
 
     from flows.flow_runs import DIED, record, recorded
     from flows.train import train
@@ -225,14 +225,15 @@ def test_flow_runs_that_died_are_marked_crashed_at_the_next_start(here: Path, cl
     tasks = [
         client.create_task_run(task(artifacts_of), flow_run_id=one.id, dynamic_key=str(number), state=state())
         for one in (dead, found_dead, strange)
-        for number, state in enumerate((Running, Completed))
+        for number, state in enumerate((Running, Completed, AwaitingRetry))
     ]
     (found,) = new_flow_runs(client, lambda: train(**parameters))
     after = [client.read_flow_run(one.id).state for one in (dead, done, strange)]
     assert [state.name for state in after] == ["Crashed", "Completed", "Running"]
     assert after[0].message == DIED
     names = [client.read_task_run(one.id).state_name for one in tasks]
-    assert names == ["Crashed", "Completed", "Crashed", "Completed", "Running", "Completed"]
+    begun, ended = ["Crashed", "Completed", "Crashed"], ["Running", "Completed", "AwaitingRetry"]
+    assert names == [*begun, *begun, *ended]
     assert client.read_flow_run(found.id).state_name == "Completed"
     assert recorded(run) == [nowhere]
 
