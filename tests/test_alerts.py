@@ -5,14 +5,23 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from prefect.events import Automation, AutomationCore
+from prefect.server.events.schemas.automations import Automation as Stored
 
 from flows import events
 from flows.schedule.alerts import Alert, load_alerts, named_after_host, parse_alerts, shown
-from flows.schedule.automations import PAYLOAD, DeployedAlert, alerting, ending_the_dead, send_test
+from flows.schedule.automations import (
+    PAYLOAD,
+    DeployedAlert,
+    alerting,
+    ending_the_dead,
+    have_the_dead_ended,
+    send_test,
+)
 from flows.schedule.diff import changes
 from flows.watching import HEARTBEAT_SECONDS
 from pipeline.config import validate
@@ -129,6 +138,37 @@ def test_a_flow_run_has_died_when_three_heartbeats_in_a_row_are_missing() -> Non
     assert timedelta(seconds=3 * HEARTBEAT_SECONDS) < trigger.within <= timedelta(seconds=120)
     (action,) = automation.model_dump(mode="json")["actions"]
     assert (action["type"], action["state"], action["force"]) == ("change-flow-run-state", "CRASHED", False)
+
+
+class Server:
+    """Keeps automations as Prefect's server does: each time that one is put, its trigger begins anew."""
+
+    def __init__(self) -> None:
+        self.kept: list[Automation] = []
+        self.triggers: list[UUID] = []
+
+    def read_automations_by_name(self, name: str) -> list[Automation]:
+        return [automation for automation in self.kept if automation.name == name]
+
+    def create_automation(self, automation: AutomationCore) -> None:
+        put = Stored.model_validate({**automation.model_dump(mode="json"), "id": str(uuid4())})
+        self.triggers.append(put.trigger.id)
+        self.kept = [Automation.model_validate(put.model_dump(mode="json"))]
+
+    def update_automation(self, _: UUID, automation: AutomationCore) -> None:
+        self.create_automation(automation)
+
+
+def test_heartbeats_that_are_waited_for_are_not_forgotten_when_a_worker_starts() -> None:
+    server: Any = Server()
+    have_the_dead_ended(server)
+    have_the_dead_ended(server)
+    assert len(server.triggers) == 1
+    changed = server.kept[0].model_copy(update={"enabled": False, "description": "of an earlier version"})
+    server.kept = [changed]
+    have_the_dead_ended(server)
+    assert len(server.triggers) == 2
+    assert (server.kept[0].enabled, server.kept[0].description) == (False, ending_the_dead().description)
 
 
 def test_an_alert_that_is_switched_off_is_not_tried() -> None:

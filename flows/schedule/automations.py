@@ -117,12 +117,17 @@ def ending_the_dead() -> "AutomationCore":
 
 
 def have_the_dead_ended(client: "SyncPrefectClient") -> None:
-    """Create the automation that marks flow runs that died, or bring it up to date; switched off, it stays so."""
+    """Create the automation that marks flow runs that died, or bring it up to date; switched off, it stays so.
+
+    One that is up to date is left alone: the server forgets with each update which heartbeats it waits for.
+    """
     wanted, there = ending_the_dead(), next(iter(client.read_automations_by_name(DIED)), None)
     if there is None:
         client.create_automation(wanted)
-    else:
-        client.update_automation(there.id, wanted.model_copy(update={"enabled": there.enabled}))
+        return
+    wanted = wanted.model_copy(update={"enabled": there.enabled})
+    if there.model_dump(include=set(type(wanted).model_fields)) != wanted.model_dump():
+        client.update_automation(there.id, wanted)
 
 
 def read_all(client: "SyncPrefectClient") -> list[DeployedAlert]:
