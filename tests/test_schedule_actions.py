@@ -197,6 +197,29 @@ def test_a_database_of_another_kind_is_refused(url: str, tmp_path: Path, monkeyp
         local.start(4299, url)
 
 
+LEASES = """
+import asyncio, sys
+from datetime import timedelta
+from uuid import UUID, uuid4
+from prefect.server.concurrency.lease_storage import get_concurrency_lease_storage
+leases = get_concurrency_lease_storage()
+if len(sys.argv) == 1:
+    print(asyncio.run(leases.create_lease([uuid4()], timedelta(hours=1))).id)
+else:
+    print(asyncio.run(leases.read_lease(UUID(sys.argv[1]))).id)
+"""
+
+
+def test_who_holds_a_device_is_known_to_a_server_that_is_started_again(tmp_path: Path) -> None:
+    def serve(*arguments: str) -> str:
+        environment = {**os.environ, **local.environment(4200), "PREFECT_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", LEASES, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    lease = serve()
+    assert serve(lease) == lease
+
+
 def test_every_transaction_of_the_servers_sqlite_waits_for_its_turn_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 

@@ -25,6 +25,10 @@ HOST = "127.0.0.1"
 PORT = 4200
 URL_VARIABLE = "PREFECT_API_URL"
 DATABASE_VARIABLE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+LEASES_VARIABLE = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+"""Who holds a device, in files of PREFECT_HOME. Prefect's default is memory: after a restart of the server nobody could
+renew or release what its database counts as held, so that the device would be taken for ever."""
 PROGRAM = "from flows.schedule.local import serve; serve({port})"
 START_SECONDS = 300.0
 """A slow machine needs half a minute for a new database, a busy one a multiple of that."""
@@ -113,6 +117,7 @@ def environment(port: int) -> dict[str, str]:
         "PREFECT_UI_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT__SERVER_FINAL": "1",
+        LEASES_VARIABLE: os.environ.get(LEASES_VARIABLE, LEASES),
         "PREFECT_LOGGING_INTERNAL_LEVEL": "WARNING",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     }
