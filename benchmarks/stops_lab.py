@@ -163,7 +163,7 @@ class Lab:
         """Return the firings of a schedule that are or were due, the first one first."""
         from flows.schedule import deployments
 
-        return deployments.runs_of(self.client, deployments.read(self.client, name), deployments.MOST)[::-1]
+        return deployments.runs_of(self.client, deployments.read(self.client, name))[::-1]
 
 
 def state(run: Any) -> str:

@@ -12,7 +12,7 @@ from pipeline.run_dir import RunDir
 from pipeline.stage import StageCall
 from pipeline.writer import remove_artifact
 from stages.checks.outcome import blocking
-from stages.config import is_held
+from stages.config import RunConfig, is_held
 
 IDS_SHOWN = 3
 REMADE = ("score", "normalize")
@@ -21,10 +21,12 @@ AFTER_CHECKS = ("check", "batch", "logprobs")
 """Steps that may be made again while the iteration has not trained, because the checks may change."""
 
 
-def set_aside(run: RunDir, call: StageCall[Any, Any], iteration: int, note: Callable[[str], None]) -> None:
+def set_aside(
+    config: RunConfig, run: RunDir, call: StageCall[Any, Any], iteration: int, note: Callable[[str], None]
+) -> None:
     """Move what a repaired reward, or another check, takes the place of to `RunDir.held`: nothing was trained on it."""
     main = list(call.places.values())[-1]
-    if not is_finished(main) or not may_change(run, call.stage.name, iteration):
+    if not is_finished(main) or not may_change(config, run, call.stage.name, iteration):
         return
     found = open_artifact(main)
     if found.manifest.recipe != call.recipe():
@@ -32,14 +34,13 @@ def set_aside(run: RunDir, call: StageCall[Any, Any], iteration: int, note: Call
         note(f"iteration {iteration}: {found.manifest.dataset} are made again; those before are in {run.shown(aside)}")
 
 
-def may_change(run: RunDir, step: str, iteration: int) -> bool:
-    """Return whether another artifact may take the place of what a step has left. Read-only.
-
-    Asked only where the config has [[checks]].
-    """
+def may_change(config: RunConfig, run: RunDir, step: str, iteration: int) -> bool:
+    """Return whether another artifact may take the place of what a step has left. Read-only."""
     if is_finished(run.place(iteration, "policy")):
         return False
-    return step in AFTER_CHECKS or (step in REMADE and is_held(run, iteration))
+    if step in AFTER_CHECKS:
+        return config.executes("check", iteration)
+    return step in REMADE and is_held(run, iteration)
 
 
 def lift_hold(run: RunDir, iteration: int, note: Callable[[str], None]) -> None:

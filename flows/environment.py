@@ -61,13 +61,23 @@ def is_started_by_prefect() -> bool:
     return "PREFECT__FLOW_RUN_ID" in os.environ
 
 
-def _probe(url: str) -> None:
+def answers(url: str, seconds: float = PROBE_SECONDS) -> bool:
+    """Return whether a Prefect server answers in time at the URL of its API. Read-only."""
+    return _why_silent(url, seconds) is None
+
+
+def _why_silent(url: str, seconds: float) -> Exception | None:
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=PROBE_SECONDS):
-            return
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=seconds):
+            return None
     except urllib.error.HTTPError:
-        return  # it answers; Prefect finds out whether it lets us in
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        return None  # it wants credentials, which Prefect has
+    except (OSError, ValueError) as error:
+        return error
+
+
+def _probe(url: str) -> None:
+    if (error := _why_silent(url, PROBE_SECONDS)) is not None:
         raise UsageError(
             f"PREFECT_API_URL is {without_login(url)}, where no Prefect server answers ({error}): start it with "
             "`prefect server start`, or unset the variable to use a temporary one"

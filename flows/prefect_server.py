@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from urllib.request import urlopen
 
 from flows.crash import leave, server_is_lost
-from flows.environment import PROBE_SECONDS
+from flows.environment import answers
 from flows.printing import complain
 from pipeline.errors import GrpoError, ServerError
 from pipeline.processes import end, has_exited, kill_group, log_tail, start_python, when_parent_ends
@@ -74,12 +73,12 @@ def _named(url: str) -> Iterator[Callable[[], None]]:
     except Exception as error:
         if (own := _error_of_run(error)) is not None:
             raise own from None
-        if _answers(url, PROBE_SECONDS):
+        if answers(url):
             raise
         raise ServerError(_silent(url)) from error
     finally:
         is_over.set()
-    if not has_told and not _answers(url, PROBE_SECONDS):
+    if not has_told and not answers(url):
         raise ServerError(_silent(url))
 
 
@@ -95,7 +94,7 @@ def _watch_farewell(url: str, is_over: threading.Event) -> None:
     computed.wait()
     silent_since = None
     while not is_over.wait(1.0):
-        if _answers(url, FAREWELL_SECONDS):  # a busy one takes its time; where none listens is known at once
+        if answers(url, FAREWELL_SECONDS):  # a busy one takes its time; where none listens is known at once
             silent_since = None
         elif silent_since is None:
             silent_since = time.monotonic()
@@ -211,7 +210,7 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         ServerError: when it died, or does not answer in time.
     """
     deadline = time.monotonic() + START_SECONDS
-    while not _answers(url):
+    while not answers(url, POLL_SECONDS * 20):
         if has_exited(process):
             raise ServerError(_died(log))
         if time.monotonic() > deadline:
@@ -220,14 +219,6 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
                 "start one with `prefect server start` and name it in PREFECT_API_URL"
             )
         time.sleep(POLL_SECONDS)
-
-
-def _answers(url: str, seconds: float = POLL_SECONDS * 20) -> bool:
-    try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=seconds):
-            return True
-    except OSError as error:
-        return getattr(error, "code", None) is not None  # an HTTP error is an answer
 
 
 def _watch(process: "subprocess.Popen[bytes]", log: Path, is_over: threading.Event) -> None:

@@ -84,8 +84,7 @@ class Session:
         if step.name == "check":
             self._check_untrained(iteration)
         call = self.wiring.call(step.name, iteration)
-        if self.config.executes("check", iteration):
-            set_aside(self.run, call, iteration, self.reporter.note)
+        set_aside(self.config, self.run, call, iteration, self.reporter.note)
         in_background = step.when in (When.ahead, When.late)  # the reporter shows one stage at a time
         try:
             resources = None if find_finished(call) else self._resources(step, iteration)

@@ -170,6 +170,17 @@ def test_without_checks_a_held_iteration_goes_on_and_its_rewards_are_those_of_th
         place.go(place.config("", EXACT, iterations=2))
 
 
+def test_a_reward_can_be_repaired_and_the_checks_taken_out_at_once(place: Place) -> None:
+    with pytest.raises(CheckFailed):
+        place.go(place.config(ANSWERED, HALF_NULL))
+    held = {name: place.run.open(0, name).digest for name in ("rewards", "advantages", "checks")}
+    place.go(place.config("", EXACT))
+    assert place.run.has(0, "policy")
+    assert not place.run.has(0, "checks")
+    assert all(open_artifact(place.run.held(0, name, digest)).digest == digest for name, digest in held.items())
+    assert problems(place.run) == []
+
+
 def test_rewards_that_were_deleted_are_scored_again_after_a_check_held_them(place: Place) -> None:
     """A judge that was down has the recipe of one that is up."""
     config = place.config(ANSWERED, HALF_NULL)

@@ -13,6 +13,7 @@ from flows.app import build_app
 from flows.cli import main
 from flows.schedule.alerts import EVENTS, load_alerts, parse_alerts
 from flows.schedule.client import have_limit
+from flows.schedule.deployments import runs_of
 from flows.schedule.diff import changes
 from flows.schedule.export import prefect_yaml
 from flows.schedule.spec import duration_of, load_schedules, parse_schedules, seconds_of
@@ -140,6 +141,23 @@ def test_only_what_differs_from_the_file_is_changed() -> None:
 def test_a_schedule_that_was_made_elsewhere_is_not_taken_over() -> None:
     with pytest.raises(UsageError, match="the schedule nightly is there already, made by `grpo schedule add`"):
         changes([schedule()], [deployed(schedule(), file=None)], FILE)
+
+
+class Pages:
+    """Stands for a client of a server with so many firings, which returns at most 200 at a time."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def read_flow_runs(self, *, limit: int, offset: int, **_: object) -> list[int]:
+        assert limit <= 200
+        return list(range(self.count))[offset : offset + limit]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, 450), (20, 20), (300, 300), (1000, 450)])
+def test_all_firings_of_a_schedule_are_seen_however_many_there_are(most: int | None, expected: int) -> None:
+    client: Any = Pages(450)
+    assert runs_of(client, None, most) == list(range(expected))
 
 
 def test_a_prefect_yaml_has_each_schedule_as_a_deployment() -> None:

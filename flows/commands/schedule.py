@@ -176,7 +176,7 @@ def remove(name: Name) -> None:
         from flows.schedule import deployments
 
         there = deployments.read(client, name)
-        if any(not deployments.is_over(run) for run in deployments.runs_of(client, there, deployments.MOST)):
+        if any(not deployments.is_over(run) for run in deployments.runs_of(client, there)):
             raise UsageError(f"{name} runs, or waits to: cancel it first (grpo schedule cancel {name})")
         client.delete_deployment(there.id)
     say(f"{name} is removed")
@@ -202,7 +202,7 @@ def history(
                 "why": run.state.message if run.state else None,
                 "flow_run": str(run.id),
             }
-            for run in deployments.runs_of(client, there, limit or deployments.MOST)
+            for run in deployments.runs_of(client, there, limit or None)
         ]
     columns = ("due", "name", "state", "seconds", "why", "flow_run")
     print_rows(rows, format_, columns=columns[:-1] if format_ is Format.table else columns)

@@ -57,13 +57,14 @@ def stop() -> None:
 @server.command()
 def status() -> None:
     """Say where the server runs; exit code 1 when none answers."""
+    from flows.environment import answers
     from flows.schedule import local
 
     there = local.running()
     if there is None:
         say("no server runs here: grpo server start")
         answer(False)
-    elif not local.answers(there.url):
+    elif not answers(there.url):
         say(f"the server (process {there.pid}) does not answer at {there.ui}: see {local.log_path()}")
         answer(False)
     else:

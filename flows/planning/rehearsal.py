@@ -181,7 +181,7 @@ class Rehearsal(Session):
         coming = tuple(name for name, place in reads.items() if self._is_coming(place))
         is_refused = any(self._is_refused(reads[name]) for name in coming)
         of_inputs: dict[str, Any] = {"inputs": coming, "inputs_are_refused": is_refused}
-        may_be_replaced = iteration is not None and self._may_change(step, iteration)
+        may_be_replaced = iteration is not None and may_change(self.config, self.run, step, iteration)
         if coming and is_finished(main) and not may_be_replaced:
             return planned(Verdict.refuse if is_refused else Verdict.reuse, Reason.inputs, **of_inputs)
         call: Call | None = None
@@ -209,10 +209,6 @@ class Rehearsal(Session):
             return planned(Verdict.refuse, Reason.recipe, differences=_differences(call), error=str(error))
         except GrpoError as error:
             return planned(Verdict.refuse, Reason.unusable, error=str(error))
-
-    def _may_change(self, step: str, iteration: int) -> bool:
-        """Return whether another artifact may take the place of what a step has left; see `Session._execute`."""
-        return self.config.executes("check", iteration) and may_change(self.run, step, iteration)
 
     def _open(self, iteration: int | None, name: str, place: Path) -> Artifact:
         """Return an input that is stored, here or in another run."""

@@ -6,8 +6,6 @@ its logs that says where its page is.
 """
 
 import functools
-import json
-import os
 import re
 import threading
 import time
@@ -20,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
+from flows import notes
 from pipeline.chain import INITIAL
 from pipeline.errors import GrpoError, UsageError
-from pipeline.files import identity, is_locked, locked, write_text
+from pipeline.files import identity, is_locked, locked
 from pipeline.manifest import MANIFEST
 from pipeline.object_store import local_path
-from pipeline.reading import parse_json, read_limited
 from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 NOTE, LOCK = "report.json", "report.lock"
 """In a run's logs: where its page is served, and what its server holds as long as it lives."""
-NOTE_BYTES = 4096
 URL = re.compile(rf"http://{re.escape(HOST)}:[0-9]{{1,5}}/")
 WATCHED = ("advantages", "checks", "policy", "evaluations")
 """Datasets whose end is news."""
@@ -215,7 +212,7 @@ def _noted(run: RunDir, url: str) -> Iterator[None]:
                 run.logs.mkdir(exist_ok=True)
                 held.enter_context(locked(run.logs / LOCK, wait=False))
                 (run.logs / NOTE).unlink(missing_ok=True)  # a killed server's
-                write_text(run.logs / NOTE, json.dumps({"url": url, "pid": os.getpid()}) + "\n")
+                notes.write(run, NOTE, {"url": url})
                 held.enter_context(suppress(OSError))
                 held.callback((run.logs / NOTE).unlink, missing_ok=True)
         yield
@@ -226,7 +223,7 @@ def served_at(run: RunDir) -> str | None:
     try:
         if not is_locked(run.logs / LOCK):
             return None
-        url = parse_json(read_limited(run.logs / NOTE, NOTE_BYTES))["url"]
-        return url if URL.fullmatch(url) else None
-    except (OSError, ValueError, LookupError, TypeError):  # none yet, or no note of ours
+        url = notes.read(run, NOTE).get("url")
+        return url if isinstance(url, str) and URL.fullmatch(url) else None
+    except OSError:  # no lock of ours
         return None

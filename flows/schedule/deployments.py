@@ -144,8 +144,14 @@ def times_of(schedule: Schedule) -> Any:
         ) from None
 
 
-def runs_of(client: "SyncPrefectClient", deployed: Deployed | None, most: int) -> list["FlowRun"]:
-    """Return the flow runs that have begun or should have, the latest first; None = of all schedules. Read-only."""
+def runs_of(client: "SyncPrefectClient", deployed: Deployed | None, most: int | None = None) -> list["FlowRun"]:
+    """Return the flow runs that have begun or should have, the latest first. Read-only.
+
+    Args:
+        client: of the server.
+        deployed: the schedule; None = all.
+        most: how many; None = all.
+    """
     from prefect.client.schemas.filters import (
         DeploymentFilter,
         DeploymentFilterId,
@@ -156,13 +162,22 @@ def runs_of(client: "SyncPrefectClient", deployed: Deployed | None, most: int) -
     )
     from prefect.client.schemas.sorting import FlowRunSort
 
-    return client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployed.id])) if deployed else None,
-        flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))),
-        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        limit=min(most, MOST),
-    )
+    due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))
+    found: list[FlowRun] = []
+    while most is None or len(found) < most:
+        limit = MOST if most is None else min(most - len(found), MOST)
+        page = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployed.id])) if deployed else None,
+            flow_run_filter=FlowRunFilter(expected_start_time=due),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=limit,
+            offset=len(found),
+        )
+        found += page
+        if len(page) < limit:
+            break
+    return found
 
 
 def run_now(client: "SyncPrefectClient", deployed: Deployed) -> "FlowRun":
@@ -179,7 +194,7 @@ def cancel(client: "SyncPrefectClient", deployed: Deployed) -> list["FlowRun"]:
     """Ask that the flow runs of a schedule that run or wait be cancelled; return them. Later firings stay."""
     from prefect.states import Cancelled, Cancelling
 
-    unfinished = [run for run in runs_of(client, deployed, MOST) if not is_over(run)]
+    unfinished = [run for run in runs_of(client, deployed) if not is_over(run)]
     for run in unfinished:
         has_begun = run.state is not None and (run.state.is_running() or run.state.is_pending())
         state: State[Any] = Cancelling() if has_begun else Cancelled(message="cancelled before it began")

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
+from flows.environment import answers
 from flows.schedule.record import state_home
 from pipeline.errors import ServerError, UsageError
 from pipeline.files import is_locked, locked, write_text
@@ -33,8 +32,6 @@ PROGRAM = "from flows.schedule.local import serve; serve({port})"
 START_SECONDS = 300.0
 """A slow machine needs half a minute for a new database, a busy one a multiple of that."""
 STOP_SECONDS = 10.0
-ANSWER_SECONDS = 30.0
-"""A busy server takes its time; where none listens, that is known at once."""
 POLL_SECONDS = 0.1
 
 
@@ -204,17 +201,6 @@ def use_server() -> str:
         )
     os.environ[URL_VARIABLE] = url
     return url
-
-
-def answers(url: str) -> bool:
-    """Return whether a Prefect server answers at the URL of its API. Read-only."""
-    try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=ANSWER_SECONDS):
-            return True
-    except HTTPError:
-        return True  # it wants credentials, which Prefect has
-    except (OSError, ValueError):
-        return False
 
 
 def _check_free(port: int) -> None:
