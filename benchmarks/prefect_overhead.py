@@ -15,6 +15,7 @@ prompts, and from the last policy to its end. Linux only.
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.iterations <= WARM_UP:
         parser.error(f"--iterations must be more than {WARM_UP}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what we started ends with us
     with tempfile.TemporaryDirectory(prefix="grpo-prefect-overhead-") as scratch:
         root = Path(scratch)
         home = root / "prefect"
