@@ -138,11 +138,12 @@ def test_every_stage_of_every_iteration_left_its_artifact(undisturbed: Path) -> 
     assert len(pl.read_parquet(undisturbed / "metrics.parquet")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills",
     [
         [("000001/.completions.partial", "000001/completions")],
-        pytest.param([("000000/prompts",), ("000000/policy",)], marks=pytest.mark.slow),
+        [("000000/prompts",), ("000000/policy",)],
     ],
     ids=["once", "twice"],
 )
@@ -208,6 +209,7 @@ def fork(folder: Path, server: str, undisturbed: Path) -> RunDir:
     return RunDir(folder / "runs" / "fork")
 
 
+@pytest.mark.slow
 def test_a_fork_trains_on_stored_completions_and_then_generates(fork: RunDir, undisturbed: Path) -> None:
     """Its weights are other ones, as its rewards are."""
     assert not fork.place(0, "completions").exists()
@@ -218,6 +220,7 @@ def test_a_fork_trains_on_stored_completions_and_then_generates(fork: RunDir, un
     assert fork.open(0, "policy").digest != RunDir(undisturbed).open(1, "policy").digest
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_found_and_not_run_again(folder: Path, server: str, fork: RunDir) -> None:
     before, times = digests(fork.root), written(fork.root, "*.safetensors")
     finish(start(folder, server, "runs/fork", "run", str(fork.root / "fork.toml")))
