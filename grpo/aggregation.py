@@ -44,6 +44,11 @@ def row_mean(rows: StepRows) -> Floats:
     return rows.tokens_B.astype(np.float64) * (len(rows.tokens_B) + rows.extra_rows)
 
 
+def row_sum(rows: StepRows) -> Floats:
+    """Return the number of rows: the mean over rows of their token sums, as long rows weigh more than short ones."""
+    return np.full(len(rows.tokens_B), len(rows.tokens_B) + rows.extra_rows)
+
+
 def constant_length(rows: StepRows) -> Floats:
     """Return rows x constant: the mean over rows of token sums divided by a constant (Dr. GRPO, arXiv:2503.20783)."""
     if rows.constant is None:
@@ -57,9 +62,16 @@ def prompt_mean(rows: StepRows) -> Floats:
     return tokens_of[rows.prompt_B] * (len(np.unique(rows.prompt_B)) + rows.extra_prompts)
 
 
+def token_sum(rows: StepRows) -> Floats:
+    """Return 1: the sum over tokens, which grows with the batch, and the learning rate with it."""
+    return np.ones(len(rows.tokens_B))
+
+
 AGGREGATIONS: dict[str, Callable[[StepRows], Floats]] = {
     "token_mean": token_mean,
     "row_mean": row_mean,
+    "row_sum": row_sum,
     "constant_length": constant_length,
     "prompt_mean": prompt_mean,
+    "token_sum": token_sum,
 }

@@ -7,8 +7,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from grpo.correction_options import CorrectionConfig, TokenTruncate
-from grpo.losses.options import LossConfig, PpoClip
+from grpo import correction
+from grpo.correction import CorrectionConfig
+from grpo.losses import options as losses
+from grpo.losses.options import TO_SAMPLER, LossConfig
 from grpo.strict import PositiveOrNone, StrictModel
 
 
@@ -56,9 +58,9 @@ class ForwardConfig(StrictModel):
 class UpdateConfig(AdamWConfig, ForwardConfig):
     """Config of the update stage."""
 
-    loss: LossConfig = PpoClip()
+    loss: LossConfig = losses.DEFAULT
     """What a token's loss is, without the correction's weight."""
-    correction: CorrectionConfig = TokenTruncate()
+    correction: CorrectionConfig = correction.DEFAULT
     """What a token's loss is multiplied by."""
     proximal: Literal["phase", "update", "sampler"] = "phase"
     """The policy that the clip compares with. update: the one that the iteration begins with. phase: the same, but over
@@ -71,3 +73,12 @@ class UpdateConfig(AdamWConfig, ForwardConfig):
     """Trade a second forward for memory."""
     record_tokens: bool = False
     """Keep lists in training_records with what became of each token: `grpo tokens` prints them. Changes no weight."""
+
+    @model_validator(mode="after")
+    def _loss_has_its_sampler(self) -> Self:
+        if self.loss.name in TO_SAMPLER and self.proximal != "sampler":
+            raise ValueError(
+                f"the loss {self.loss.name} compares with the sampler, and proximal is {self.proximal}: set "
+                'update.proximal = "sampler"'
+            )
+        return self

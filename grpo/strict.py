@@ -26,5 +26,7 @@ def _null_is_none(value: Any) -> Any:
 OrNone = (BeforeValidator(_none_is_null), PlainSerializer(_null_is_none, when_used="json"))
 """For a setting that is on by default. TOML has no null to switch it off with: a config says "none". A recorded config
 says it as well, since a run made of it would have the default in the place of a null."""
-PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, *OrNone]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+PositiveOrNone = Annotated[Positive | None, *OrNone]
 TextOrNone = Annotated[Annotated[str, Field(min_length=1)] | None, *OrNone]

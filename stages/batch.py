@@ -18,6 +18,7 @@ from pipeline.files import identity
 from pipeline.stage import Stage, StageTask
 from stages.checks.outcome import quarantined
 
+Aggregation = Literal["token_mean", "row_mean", "row_sum", "constant_length", "prompt_mean", "token_sum"]
 IMPORTED = "import"
 """Stage and engine of completions whose sampling probabilities are unknown."""
 NO_POLICY = "none"
@@ -44,9 +45,9 @@ class BatchConfig(StrictModel):
     """Rows with more tokens, prompt and completion together, are dropped as ``too_long``; null = no limit."""
     drop_truncated: bool = False
     """Drop completions cut at max_tokens (DAPO's overlong filtering); their rewards stay in the group's mean."""
-    aggregation: Literal["token_mean", "row_mean", "constant_length", "prompt_mean"] = "token_mean"
-    """Mean of the token losses of an optimizer step: over tokens; over rows, of their token means; over rows, of their
-    token sums by aggregation_tokens; or over prompts, of their token means. See grpo/aggregation.py."""
+    aggregation: Aggregation = "token_mean"
+    """Mean of the token losses of an optimizer step: over tokens; over rows, of their token means, of their token sums,
+    or of these by aggregation_tokens; over prompts, of their token means; or their sum. See grpo/aggregation.py."""
     aggregation_tokens: int | None = Field(None, ge=1)
     """For constant_length: tokens that every row's sum is divided by."""
     zero_variance: Literal["drop", "keep_in_denominator"] = "drop"

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import grpo.strict
-from grpo.losses.options import PpoClip
+from grpo.correction import CorrectionOptions
 from pipeline.config import StrictModel, apply_overrides, load_toml, without_nulls
 from pipeline.errors import ConfigError, RecipeMismatch, UsageError
 from pipeline.run_dir import RunDir
@@ -64,7 +64,10 @@ def test_a_minimal_config_has_every_default(tmp_path: Path) -> None:
         (["generate.group_size=1"], r"generate: group_size is 1.*set generate\.group_size to 2 or more"),
         (["generate.top_p=0.9"], r"generate: top_p=0\.9.*importance ratios would be wrong"),
         (["update.loss.clip_high=4.0"], r"update\.loss: dual_clip is 4\.0, inside of the clip"),
-        (["update.correction.low=0.5"], r"update\.correction\.low: unknown key; known keys: high, kind, veto_high"),
+        (
+            ["update.correction.low=0.5"],
+            r"update\.correction\.low: unknown key; known keys: high, kind, off_policy_",
+        ),
         (["update.correction.kind=token_tuncate"], r"update\.correction: kind should be none, token_truncate, .*found"),
         (
             ["update.correction.kind=k3_mask", "update.correction.high=0.0"],
@@ -261,7 +264,8 @@ def test_what_is_on_by_default_can_be_switched_off_in_toml_and_stays_off_in_a_ru
         and not field.is_required()
         and field.default is not None
     ]
-    assert {name for _, name in on} == {"clip_low", "clip_high", "dual_clip", "max_grad_norm", "answer_column"}
+    names = {"clip_low", "clip_high", "dual_clip", "ratio_cap", "max_grad_norm", "answer_column"}
+    assert {name for _, name in on} == names
     needed = {"source": "x", "base": "x", "preferences": ["x"]}
     for table, name in on:
         off = table.model_validate({key: needed[key] for key in needed if key in table.model_fields} | {name: "none"})
@@ -286,7 +290,7 @@ def test_a_decay_that_float32_rounds_away_is_told(
 
 def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:
     assert grpo.strict.StrictModel.model_config == StrictModel.model_config
-    assert PpoClip.model_fields["clip_low"].description is not None
+    assert CorrectionOptions.model_fields["veto_low"].description is not None
 
 
 def test_a_config_is_read_once(tmp_path: Path) -> None:

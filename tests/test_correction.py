@@ -1,26 +1,19 @@
 """Tests of grpo.correction: the weight of tokens that another policy sampled."""
 
-import json
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from grpo.correction import KINDS, TokenWeights, correct
-from grpo.correction_options import CorrectionConfig
+from grpo.correction import KINDS, OPTIONS, CorrectionConfig, TokenWeights, correct
 from grpo.losses.base import LossInputs, weigh_tokens
 from grpo.losses.clip import ppo_clip
-from grpo.losses.options import PpoClip
 from grpo.settings import UpdateConfig
+from tests.vectors import NEW, NUM_ROWS, NUM_TOKENS, OLD, ROW, SAMPLER, VECTORS, assert_close, gradient, inputs, tokens
 
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 GOLDEN: dict[str, Any] = VECTORS["off_policy"]["weights"]
-FIXTURE: dict[str, Any] = VECTORS["losses"]["fixture"]
-MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
-ROW = MASK.nonzero()[:, 0]
 
 
 def correction(kind: str, **options: float) -> CorrectionConfig:
@@ -45,14 +38,6 @@ CORRECTIONS: dict[str, CorrectionConfig] = {
 }
 
 
-def tokens(values: Any) -> Tensor:
-    """Return the trainable tokens of the fixture, laid end to end, in float64."""
-    return torch.tensor(values, dtype=torch.float64)[MASK]
-
-
-OLD, SAMPLER = tokens(FIXTURE["logp_old"]), tokens(FIXTURE["logp_sampler"])
-
-
 def corrected(proximal: Tensor, sampler: Tensor, row: Tensor, num_rows: int, config: CorrectionConfig) -> TokenWeights:
     """Return what a correction makes of tokens; the current policy is the proximal one."""
     return correct(LossInputs(proximal, proximal, sampler, torch.ones_like(proximal), row, num_rows), config)
@@ -68,26 +53,54 @@ def weights_of(w: list[float], rows: list[int], config: CorrectionConfig) -> lis
     return [round(weight, 9) for weight in found.weight_N.tolist()]
 
 
-@pytest.mark.parametrize("case", CORRECTIONS)
-def test_weights_equal_the_golden_values(case: str) -> None:
-    found = corrected(OLD, SAMPLER, ROW, 4, CORRECTIONS[case]).weight_N
-    torch.testing.assert_close(found, tokens(GOLDEN[case]["token_weight"]), rtol=1e-10, atol=1e-12)
+def test_every_golden_weight_has_a_case() -> None:
+    assert CORRECTIONS.keys() == GOLDEN.keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CORRECTIONS)
-def test_corrected_loss_keeps_the_denominator(case: str) -> None:
-    new = tokens(FIXTURE["logp_new"]).requires_grad_()
-    advantage = torch.tensor(FIXTURE["advantage"], dtype=torch.float64)[ROW]
-    inputs = LossInputs(new, OLD, SAMPLER, advantage, ROW, 4)
-    weight = correct(inputs, CORRECTIONS[case]).weight_N
-    surrogate = ppo_clip(inputs, PpoClip(dual_clip=None)).loss_N
-    loss = weigh_tokens(surrogate, weight, torch.full((4,), 10.0, dtype=torch.float64), ROW).sum()
-    (gradient,) = torch.autograd.grad(loss, new)
-    golden = GOLDEN[case]
-    assert loss.item() == pytest.approx(golden["ppo_clip_higher_token_mean_keep_denominator"], rel=1e-10)
+def test_weights_and_the_loss_that_they_weigh_equal_the_golden_values(case: str, dtype: torch.dtype) -> None:
+    golden, of = GOLDEN[case], inputs(dtype=dtype)
+    weight = correct(of, CORRECTIONS[case]).weight_N
+    denominator = torch.full((NUM_ROWS,), NUM_TOKENS, dtype=dtype)
+    loss = weigh_tokens(ppo_clip(of, dual_clip=None).loss_N, weight, denominator, ROW)
+    assert_close(weight, tokens(golden["token_weight"], dtype))
+    assert (weight > 0).double().mean().item() == pytest.approx(golden["kept_token_fraction"])
+    expected = golden["ppo_clip_higher_token_mean_keep_denominator"]
+    assert_close(loss.sum().detach(), torch.tensor(expected, dtype=dtype))
     if golden["kept_token_fraction"] < 1:
-        assert loss.item() != pytest.approx(golden["ppo_clip_higher_token_mean_kept_tokens_denominator"])
-    torch.testing.assert_close(gradient, tokens(golden["grad_logp_new_keep_denominator"]), rtol=1e-10, atol=1e-12)
+        assert expected != pytest.approx(golden["ppo_clip_higher_token_mean_kept_tokens_denominator"])
+    assert_close(gradient(loss, of.trainer_logprobs_N), tokens(golden["grad_logp_new_keep_denominator"], dtype))
+
+
+@pytest.mark.parametrize(
+    ("sign", "delta", "key"),
+    [
+        (1.0, 0.01, "keep_at_delta_0.0"),
+        (-1.0, 0.01, "advantages_negated_keep_at_delta_0.01"),
+        (1.0, -0.5, "keep_at_delta_-0.5"),
+    ],
+)
+def test_the_off_policy_sequence_mask_equals_the_golden_values(sign: float, delta: float, key: str) -> None:
+    """At 0.01 the first case keeps what it keeps at 0, as its only row with A < 0 has become likelier.
+
+    No config takes the last bound, which is there to drop a row.
+    """
+    golden = VECTORS["off_policy"]["off_policy_sequence_mask"]
+    found = correct(inputs(sign=sign), OPTIONS["none"].model_construct(off_policy_sequence_mask=delta))
+    assert torch.equal(found.weight_N > 0, torch.tensor(golden[key])[ROW])
+    assert torch.equal(found.reasons["off_policy_sequence_mask"], ~torch.tensor(golden[key])[ROW])
+
+
+def test_the_off_policy_sequence_mask_compares_with_the_mean_over_the_row() -> None:
+    """Whose golden values are those of rows 0 to 2; a bound just below one drops it, one just above keeps it."""
+    mean = VECTORS["off_policy"]["off_policy_sequence_mask"]["mean_log_sampler_minus_new"]
+    fallen = SAMPLER - NEW
+    for row in (0, 1, 2):
+        assert fallen[row == ROW].mean().item() == pytest.approx(mean[row])
+    for delta, is_kept in ((mean[2] - 1e-9, False), (mean[2] + 1e-9, True)):
+        found = correct(inputs(sign=-1.0), correction("token_truncate", off_policy_sequence_mask=delta))
+        assert bool((found.weight_N[ROW == 2] > 0).all()) == is_kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,6 +195,7 @@ def test_a_row_has_the_same_weights_alone_and_among_others(kind: str) -> None:
         ("sequence_mask", {"token_cap": 2.0}, "token_cap"),
         ("token_truncate", {"veto_low": 0.0}, "veto_low"),
         ("token_truncate", {"veto_high": 1.0}, "veto_high"),
+        ("token_truncate", {"off_policy_sequence_mask": 0.0}, "off_policy_sequence_mask"),
         ("token_tuncate", {}, "kind should be none, token_truncate"),
     ],
 )
@@ -190,10 +204,11 @@ def test_bounds_that_cannot_be_meant_are_refused(kind: str, options: dict[str, f
         correction(kind, **options)
 
 
-def test_every_kind_that_a_config_can_name_has_a_function() -> None:
-    options = get_args(get_args(CorrectionConfig)[0])
-    assert [get_args(kind)[1].tag for kind in options] == list(KINDS)
-    assert [get_args(kind)[0]().kind for kind in options] == list(KINDS)
+def test_the_options_of_a_kind_are_the_keyword_parameters_of_its_function() -> None:
+    off = {"veto_low": None, "veto_high": None, "off_policy_sequence_mask": None}
+    for name, kind in KINDS.items():
+        assert correction(name).model_dump() == {"kind": name, **off, **(kind.__kwdefaults__ or {})}
+    assert UpdateConfig().correction.kind == "token_truncate"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,6 +265,7 @@ def test_each_token_of_weight_0_has_the_reasons_for_it() -> None:
     reasons = corrected(torch.zeros_like(w), -w.log(), row, 2, config).reasons
     assert {name: held.tolist() for name, held in reasons.items()} == {
         "veto": [False, False, False, True, True],
+        "off_policy_sequence_mask": [False] * 5,
         "unknown_sampler": [False, True, False, False, False],
         "correction": [False, False, True, True, False],
     }

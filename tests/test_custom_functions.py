@@ -30,11 +30,10 @@ from tests.finished import answer, finished_run
 LOSSES = """
 from grpo.losses.base import LossInputs, TokenLosses
 from grpo.losses.clip import ppo_clip
-from grpo.losses.options import PpoClip
 
 
 def same(inputs: LossInputs) -> TokenLosses:
-    return ppo_clip(inputs, PpoClip())
+    return ppo_clip(inputs)
 
 
 def reinforce(inputs: LossInputs, *, factor: float) -> TokenLosses:

@@ -1,33 +1,15 @@
 """Tests of grpo.kl: values and gradients of the estimators."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from grpo.kl import k1, k2, k3, kl_to_sampler, weighted_k3
+from tests.vectors import NEW, OLD, REF, SAMPLER, VECTORS, assert_close, tokens
 
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())
 GOLDEN: dict[str, Any] = VECTORS["kl"]
-FIXTURE: dict[str, Any] = VECTORS["losses"]["fixture"]
-MASK = torch.tensor(FIXTURE["mask"], dtype=torch.bool)
-
-
-def tokens(values: Any) -> Tensor:
-    """Return the trainable tokens of the fixture, laid end to end, in float64."""
-    return torch.tensor(values, dtype=torch.float64)[MASK]
-
-
-NEW, OLD, REF = (tokens(FIXTURE[name]) for name in ("logp_new", "logp_old", "logp_ref"))
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Compare at the tolerance of the vectors."""
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
@@ -62,7 +44,7 @@ def test_weighted_k3_expects_the_gradient_of_the_kl_to_the_reference() -> None:
 
 def test_kl_to_sampler_equals_the_golden_value_and_has_no_gradient() -> None:
     new = NEW.clone().requires_grad_()
-    estimate = kl_to_sampler(new, tokens(FIXTURE["logp_sampler"]))
+    estimate = kl_to_sampler(new, SAMPLER)
     metrics = VECTORS["off_policy"]["metrics_new_vs_sampler"]
     assert estimate.mean().item() == pytest.approx(metrics["kl_k3_sampler_to_new"], rel=1e-10)
     assert not estimate.requires_grad

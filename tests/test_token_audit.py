@@ -13,8 +13,6 @@ import pytest
 
 from flows.commands.tokens import COLUMNS, tell, token_rows, tokens
 from flows.printing import Format
-from grpo.correction_options import TokenMask
-from grpo.losses.options import PpoClip
 from grpo.optimizer import make_optimizer
 from grpo.records import RECORD_SCHEMA, TOKEN_LISTS, TOKEN_RECORD_SCHEMA
 from grpo.settings import UpdateConfig
@@ -36,11 +34,13 @@ LISTS = [*TOKEN_LISTS, "clip_reasons", "mask_reasons", "token_losses"]
 
 def awkward_settings(*, record_tokens: bool) -> UpdateConfig:
     """Return settings under which every reason for a clip or a mask occurs."""
-    return UpdateConfig(
-        learning_rate=1e-2,
-        loss=PpoClip(clip_low=0.001, clip_high=0.001, dual_clip=1.002),
-        correction=TokenMask(low=0.5, high=3.0, veto_low=0.15),
-        record_tokens=record_tokens,
+    return UpdateConfig.model_validate(
+        {
+            "learning_rate": 1e-2,
+            "loss": {"clip_low": 0.001, "clip_high": 0.001, "dual_clip": 1.002},
+            "correction": {"kind": "token_mask", "low": 0.5, "high": 3.0, "veto_low": 0.15},
+            "record_tokens": record_tokens,
+        }
     )
 
 

@@ -1,36 +1,28 @@
-"""The table [update.loss]: one class of options for each loss. Imports neither torch nor transformers."""
+"""The table [update.loss]: the losses by name, and their options from their signatures."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field
 
-from grpo.strict import PositiveOrNone, StrictModel
+from grpo.losses import clip, likelihood, sequence, soft, trust_region
+from grpo.losses.base import TokenLosses
+from grpo.options import one_of, options_of
+from grpo.strict import StrictModel
 
-CUSTOM = "module:function"
-"""Tag of a custom loss."""
+FAMILIES = (clip, soft, likelihood, sequence, trust_region)
+LOSSES: dict[str, Callable[..., TokenLosses]] = {loss.__name__: loss for family in FAMILIES for loss in family.LOSSES}
+"""Name -> function of the inputs and of the options."""
+OF_ROWS = frozenset(loss.__name__ for loss in sequence.LOSSES)
+"""Losses of which a mean of row means is the mean over rows."""
+TO_SAMPLER = frozenset(loss.__name__ for loss in (*likelihood.TO_SAMPLER, *trust_region.TO_SAMPLER))
+"""Losses whose ratio is that to the sampler, and so must not be weighed by proximal / sampler as well."""
 
 
-class PpoClip(StrictModel):
-    """Options of `grpo.losses.clip`."""
+class LossOptions(StrictModel):
+    """Base of the options of each loss."""
 
-    name: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: PositiveOrNone = 0.2
-    """No gradient for A < 0 once the ratio to the proximal policy is under 1 - clip_low; from 1 on, or with "none",
-    never."""
-    clip_high: PositiveOrNone = 0.28
-    """No gradient for A > 0 once the ratio is over 1 + clip_high; "none" = never."""
-    dual_clip: PositiveOrNone = 4.0
-    """Bound on the ratio where A < 0, which the clip leaves open; "none" = unbounded."""
-
-    @model_validator(mode="after")
-    def _dual_clip_outside_of_the_clip(self) -> Self:
-        highest = 1 + (self.clip_high or 0)
-        if self.dual_clip is not None and self.dual_clip <= highest:
-            raise ValueError(
-                f"dual_clip is {self.dual_clip}, inside of the clip at 1 + clip_high = {highest}: raise it, "
-                'or switch dual clipping off with "none"'
-            )
-        return self
+    name: str
 
 
 class CustomLoss(StrictModel):
@@ -42,19 +34,9 @@ class CustomLoss(StrictModel):
     """Further keyword arguments."""
 
 
-def _tag(value: Any) -> str | None:
-    """Return the tag of a table's class; a table without a name has the first class."""
-    name = value.get("name", "ppo_clip") if isinstance(value, dict) else getattr(value, "name", None)
-    if not isinstance(name, str):
-        return None
-    return CUSTOM if ":" in name else name
-
-
-LossConfig = Annotated[
-    Annotated[PpoClip, Tag("ppo_clip")] | Annotated[CustomLoss, Tag(CUSTOM)],
-    Discriminator(
-        _tag,
-        custom_error_type="unknown_loss",
-        custom_error_message="name should be ppo_clip, or module:function of a loss of your own",
-    ),
-]
+OPTIONS = {name: options_of(loss, "name", LossOptions, clip.CHECKS.get(name)) for name, loss in LOSSES.items()}
+if TYPE_CHECKING:
+    LossConfig = LossOptions | CustomLoss
+else:
+    LossConfig = one_of(OPTIONS.values(), "name", "ppo_clip", CustomLoss)
+DEFAULT = OPTIONS["ppo_clip"](name="ppo_clip")
