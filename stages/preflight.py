@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.losses.options import CustomLoss
+from grpo.losses.options import OF_ROWS, CustomLoss
 from pipeline.artifact import open_artifact
 from pipeline.errors import ConfigError
 from pipeline.manifest import is_finished
@@ -175,6 +175,11 @@ def remarks(config: RunConfig) -> list[str]:
             f"update.learning_rate times update.weight_decay is {decay:.0e}, and a float32 weight changes by steps of "
             f"{FLOAT32_STEP:.0e} of its size: the decay is rounded away; set weight_decay to 0, or to "
             f"{FLOAT32_STEP / config.update.learning_rate:.1g} or more"
+        )
+    if config.update.loss.name in OF_ROWS and config.batch.aggregation != "row_mean":
+        found.append(
+            f"update.loss {config.update.loss.name} is a loss of rows, and batch.aggregation = "
+            f'"{config.batch.aggregation}" weighs the rows by their length: "row_mean" is the mean of its paper'
         )
     return found
 

@@ -288,6 +288,15 @@ def test_a_decay_that_float32_rounds_away_is_told(
         assert 1 - decayed == pytest.approx(learning_rate * weight_decay, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("loss", "mean", "is_told"),
+    [("gspo", "token_mean", True), ("gspo", "row_mean", False), ("ppo_clip", "token_mean", False)],
+)
+def test_a_loss_of_rows_under_another_mean_is_told(tmp_path: Path, loss: str, mean: str, is_told: bool) -> None:
+    found = remarks(load(tmp_path, MINIMAL, f"update.loss.name={loss}", f"batch.aggregation={mean}"))
+    assert [text.partition(" is ")[0] for text in found] == ["update.loss gspo"] * is_told
+
+
 def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:
     assert grpo.strict.StrictModel.model_config == StrictModel.model_config
     assert CorrectionOptions.model_fields["veto_low"].description is not None
