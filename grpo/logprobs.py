@@ -4,7 +4,8 @@ Shapes: `B` rows of a microbatch; `T` input tokens, padded on the right; `N` tra
 `H` hidden size; `V` vocabulary; `C` tokens of one chunk of the head.
 
 The hidden states are computed once; the head, which dominates memory, runs chunk by chunk and only at positions whose
-prediction trains. Everything after the hidden states is float32: logits rounded to bfloat16 move a logprob by 0.01.
+prediction trains. Everything after the hidden states is float32: logits rounded to bfloat16 move a logprob by 0.01. (It
+is float64 where the model is.)
 """
 
 from collections.abc import Callable
@@ -34,9 +35,10 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return the logprob of each target and the entropy of its distribution, float32 in nats, shape [N] each.
 
+    Both have a gradient; that of the entropy costs nothing where it is not used.
+
     ``position_N`` indexes the flattened [B, T] grid: the position *before* the target, whose hidden state predicts it.
     Logits are divided by the temperature; a logprob at another temperature cannot be derived from this one.
-    Gradients flow through the logprobs only.
 
     The rows must be padded on the right, and no attention mask is passed: causal attention never looks at what follows,
     and a mask of ones would switch off the fast attention kernels.
@@ -71,9 +73,9 @@ class ChunkedHead(torch.autograd.Function):
         temperature_N: Tensor,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return logprobs and entropies, float32, shape [N] each."""
-        weight32_VH = weight_VH.float()
-        logprob_N = hidden_NH.new_empty(len(target_N), dtype=torch.float32)
+        """Return logprobs and entropies, shape [N] each."""
+        weight32_VH = _wide(weight_VH)
+        logprob_N = weight32_VH.new_empty(len(target_N))
         entropy_N = torch.empty_like(logprob_N)
         logsumexp_N = torch.empty_like(logprob_N)
         for chunk in _chunks(len(target_N), chunk_tokens):
@@ -83,33 +85,43 @@ class ChunkedHead(torch.autograd.Function):
             logprob_N[chunk] = logprob_CV.gather(-1, target_N[chunk, None]).squeeze(-1)
             entropy_N[chunk] = -torch.linalg.vecdot(logprob_CV.exp(), logprob_CV)
             logsumexp_N[chunk] = logsumexp_C
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, temperature_N, logsumexp_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, temperature_N, logsumexp_N, entropy_N)
         ctx.chunk_tokens = chunk_tokens
-        ctx.mark_non_differentiable(entropy_N)
+        ctx.set_materialize_grads(False)  # an entropy that nothing uses has no gradient, not one of zeros
         return logprob_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Return gradients for hidden states, head weight and head bias.
 
-        d logprob / d logits = (onehot(target) - softmax) / temperature. The sums over chunks are float32 whatever the
-        dtype of the head: many small bfloat16 sums would lose bits.
+        d logprob / d logits = (onehot(target) - softmax) / temperature, and d entropy / d logits = -softmax
+        (log softmax + entropy) / temperature. The sums over chunks are float32 whatever the dtype of the head: many
+        small bfloat16 sums would lose bits.
         """
-        hidden_NH, weight_VH, bias_V, target_N, temperature_N, logsumexp_N = ctx.saved_tensors
-        grad_logprob_N = grad_outputs[0]
+        hidden_NH, weight_VH, bias_V, target_N, temperature_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        grad_logprob_N, grad_entropy_N = grad_outputs
+        if grad_logprob_N is None:
+            grad_logprob_N = torch.zeros_like(logsumexp_N)
         needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        weight32_VH = weight_VH.float()
+        weight32_VH = _wide(weight_VH)
         grad_hidden_NH = torch.empty_like(hidden_NH)
         grad_weight_VH = torch.zeros_like(weight32_VH) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        grad_bias_V = torch.zeros_like(_wide(bias_V)) if needs_bias else None
         for chunk in _chunks(len(target_N), ctx.chunk_tokens):
             logits_CV = _logits(hidden_NH[chunk], weight32_VH, bias_V, temperature_N[chunk])
             slope_C = grad_logprob_N[chunk] / temperature_N[chunk]
-            grad_logits_CV = logits_CV.sub_(logsumexp_N[chunk, None]).exp_().mul_(-slope_C[:, None])
+            logprob_CV = logits_CV.sub_(logsumexp_N[chunk, None])
+            of_entropy_CV = None
+            if grad_entropy_N is not None:
+                surprise_CV = (logprob_CV + entropy_N[chunk, None]).mul_(logprob_CV.exp())
+                of_entropy_CV = surprise_CV.mul_(-(grad_entropy_N[chunk] / temperature_N[chunk])[:, None])
+            grad_logits_CV = logprob_CV.exp_().mul_(-slope_C[:, None])
             grad_logits_CV.scatter_add_(-1, target_N[chunk, None], slope_C[:, None])
+            if of_entropy_CV is not None:
+                grad_logits_CV += of_entropy_CV
             grad_hidden_NH[chunk] = (grad_logits_CV @ weight32_VH).to(hidden_NH.dtype)
             if grad_weight_VH is not None:
-                grad_weight_VH.addmm_(grad_logits_CV.T, hidden_NH[chunk].float())
+                grad_weight_VH.addmm_(grad_logits_CV.T, _wide(hidden_NH[chunk]))
             if grad_bias_V is not None:
                 grad_bias_V += grad_logits_CV.sum(0)
         grad_weight = None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
@@ -197,11 +209,16 @@ def _head(model: PreTrainedModel) -> nn.Linear:
 
 
 def _logits(hidden_CH: Tensor, weight32_VH: Tensor, bias_V: Tensor | None, temperature_C: Tensor) -> Tensor:
-    """Return the float32 logits of one chunk at their temperatures, shape [C, V]."""
-    logits_CV = hidden_CH.float() @ weight32_VH.T
+    """Return the logits of one chunk at their temperatures, shape [C, V]."""
+    logits_CV = _wide(hidden_CH) @ weight32_VH.T
     if bias_V is not None:
-        logits_CV += bias_V.float()
+        logits_CV += _wide(bias_V)
     return logits_CV.div_(temperature_C[:, None])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return the tensor in float32, or float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:

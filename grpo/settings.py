@@ -69,6 +69,9 @@ class UpdateConfig(AdamWConfig, ForwardConfig):
     offline_kl_coef: float = Field(0.4, ge=0)
     """Weight of the KL to the proximal policy in the loss of offline iterations under "phase". The clip bounds the
     tokens that were sampled; this bounds the rest of each distribution, which drifts while rows are used again."""
+    entropy_coef: float = 0.0
+    """Weight of the mean entropy over an optimizer step's tokens, subtracted from the loss: above 0 it keeps the policy
+    from becoming sure of itself. The mean is over tokens whatever the aggregation is."""
     gradient_checkpointing: bool = False
     """Trade a second forward for memory."""
     record_tokens: bool = False

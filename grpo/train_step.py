@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.batching import loss_tokens
 from grpo.collate import MicroBatch, collate
 from grpo.correction import correct
 from grpo.kl import kl_to_sampler, weighted_k3
@@ -69,10 +70,12 @@ def train_on_batches(
     records, step_rows = [pl.DataFrame(schema=schema)], []
     for index, rows in enumerate(steps):
         optimizer.adamw.zero_grad(set_to_none=True)
+        num_tokens = int(rows.select(loss_tokens().sum()).item())
         step_records = []
         for microbatch, batch_rows in enumerate(rows.partition_by("microbatch", maintain_order=True)):
             batch = collate(batch_rows).to(model.device)
-            facts = _accumulate_gradient(model, batch, at_start[index][microbatch] if index > 0 else None, config)
+            start_N = at_start[index][microbatch] if index > 0 else None
+            facts = _accumulate_gradient(model, batch, start_N, num_tokens, config)
             record = completion_records(batch_rows, batch, facts, with_tokens=config.record_tokens)
             _check_finite_loss(record)
             step_records.append(record)
@@ -95,9 +98,12 @@ def train_on_batches(
 
 
 def _accumulate_gradient(
-    model: PreTrainedModel, batch: MicroBatch, logprobs_at_start_N: Tensor | None, config: UpdateConfig
+    model: PreTrainedModel, batch: MicroBatch, logprobs_at_start_N: Tensor | None, num_tokens: int, config: UpdateConfig
 ) -> TokenFacts:
-    """Add the gradient of one microbatch to the parameters; return what the forward computed."""
+    """Add the gradient of one microbatch to the parameters; return what the forward computed.
+
+    ``num_tokens`` are the trainable tokens of the whole optimizer step.
+    """
     trainer_N, entropy_N = batch_logprobs(model, batch, config)
     start_N = trainer_N.detach() if logprobs_at_start_N is None else logprobs_at_start_N
     proximal_N = torch.where(batch.proximal_logprobs_N.isfinite(), batch.proximal_logprobs_N, start_N)
@@ -112,13 +118,15 @@ def _accumulate_gradient(
         kl_N = weighted_k3(trainer_N, proximal_N, proximal_N)  # the correction's weight leads from there to the sampler
         token_loss_N = token_loss_N + config.offline_kl_coef * kl_N * is_stored_N
     loss_N = weigh_tokens(token_loss_N, weights.weight_N, batch.loss_denominator_B, batch.row_N)
+    if config.entropy_coef:
+        loss_N = loss_N - config.entropy_coef * entropy_N / num_tokens
     torch.autograd.backward(loss_N.sum())
     return TokenFacts(
         trainer_logprobs=trainer_N.detach(),
         sampling_logprobs=sampling_N,
         importance_ratios=inputs.ratio_N.detach(),
         correction_weights=weights.weight_N,
-        entropies=entropy_N,
+        entropies=entropy_N.detach(),
         kl_to_sampler=kl_to_sampler(trainer_N, sampling_N),
         logprob_differences=(proximal_N - sampling_N).abs(),
         losses=loss_N.detach(),

@@ -78,7 +78,7 @@ def test_logprob_entropy_and_gradient_equal_the_golden_values(temperature: str) 
     (gradient,) = torch.autograd.grad(logprob.sum(), logits)
     golden = GOLDEN["cases"][temperature]
     torch.testing.assert_close(logprob.detach(), torch.tensor(golden["logprob"]), rtol=2e-5, atol=1e-6)
-    torch.testing.assert_close(entropy, torch.tensor(golden["entropy"]), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(entropy.detach(), torch.tensor(golden["entropy"]), rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(gradient, torch.tensor(golden["grad_logprob_wrt_logits"]), rtol=2e-5, atol=1e-6)
     if temperature == "0.6":
         assert not torch.allclose(logprob, torch.tensor(GOLDEN["WRONG_dividing_logprob_by_T0.6"]), rtol=1e-2)
@@ -135,9 +135,32 @@ def test_no_target_at_all_leaves_a_graph_with_zero_gradients() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_entropy_has_no_gradient() -> None:
-    _, entropy = chunked(tiny("qwen2"))
-    assert not entropy.requires_grad
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 100])
+def test_the_gradient_of_the_entropy_is_that_of_the_unmodified_forward(chunk_tokens: int) -> None:
+    """In float64 throughout, alone and beside the gradient of the logprobs."""
+    model = tiny("phi").double()
+
+    def whole() -> tuple[Tensor, Tensor]:
+        logits = model(input_ids=INPUT_IDS).logits.flatten(0, 1)[POSITION] / TEMPERATURE.double()[:, None]
+        every = logits.log_softmax(-1)
+        return every[torch.arange(len(TARGET)), TARGET], -(every.exp() * every).sum(-1)
+
+    for combine in (lambda logprob, entropy: entropy, lambda logprob, entropy: 3 * entropy - logprob):
+        found = gradients(model, combine(*chunked(model, chunk_tokens)))
+        for key, expected in gradients(model, combine(*whole())).items():
+            torch.testing.assert_close(found[key], expected, rtol=1e-9, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("temperature", GOLDEN["cases"])
+def test_in_float64_the_golden_values_hold_to_their_last_digits(temperature: str) -> None:
+    logits = torch.tensor(GOLDEN["logits"], dtype=torch.float64, requires_grad=True)
+    heat = torch.full((3,), float(temperature), dtype=torch.float64)
+    identity = torch.eye(4, dtype=torch.float64)
+    logprob, entropy = ChunkedHead.apply(logits, identity, None, torch.tensor(GOLDEN["token"]), heat, 2)  # type: ignore[no-untyped-call]
+    (gradient,) = torch.autograd.grad(logprob.sum(), logits)
+    for found, name in ((logprob, "logprob"), (entropy, "entropy"), (gradient, "grad_logprob_wrt_logits")):
+        expected = torch.tensor(GOLDEN["cases"][temperature][name], dtype=torch.float64)
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_bfloat16_head_is_computed_in_float32() -> None:

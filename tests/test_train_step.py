@@ -57,6 +57,26 @@ def test_loss_and_gradient_equal_those_of_a_plain_loop_over_tokens() -> None:
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("microbatch_rows", [1, 3, 8])
+def test_the_entropy_bonus_is_the_mean_over_the_tokens_of_the_step(microbatch_rows: int) -> None:
+    """Whatever the rows' denominators and weights are, and however they are cut into microbatches."""
+    model, frame = tiny_policy(), batch_rows(microbatch_rows=microbatch_rows)
+    entropies = []
+    for row in frame.to_dicts():
+        prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
+        logprobs = (model(torch.tensor([prompt + completion])).logits[0] / row["temperature"]).log_softmax(-1)
+        for place in range(len(completion)):
+            if row["loss_mask"] is None or row["loss_mask"][place]:
+                of_token = logprobs[len(prompt) + place - 1]
+                entropies.append(-(of_token.exp() * of_token).sum())
+    bonus = torch.stack(entropies).mean()
+    torch.autograd.backward(-0.3 * bonus)
+    (without, before), (loss, found) = gradients(frame), gradients(frame, frozen(entropy_coef=0.3))
+    assert loss - without == pytest.approx(-0.3 * bonus.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name] - before[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("microbatch_rows", [1, 2, 8])
 def test_how_rows_are_cut_into_microbatches_changes_nothing(microbatch_rows: int) -> None:
     assert_same_update(batch_rows(microbatch_rows=microbatch_rows), batch_rows(microbatch_rows=3))
@@ -320,6 +340,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "correction": {"correction": {"high": 1.5}},
     "proximal": {"proximal": "sampler"},
     "offline_kl_coef": {"offline_kl_coef": 1.0},
+    "entropy_coef": {"entropy_coef": 0.1},
     "autocast_bf16": {"autocast_bf16": True},
 }
 BITS_ALONE = {"head_chunk_tokens", "gradient_checkpointing", "record_tokens", "num_threads"}
