@@ -15,9 +15,9 @@ from stages.checks.outcome import blocking
 from stages.config import RunConfig, is_held
 
 IDS_SHOWN = 3
-REMADE = ("score", "normalize")
+REMADE = ("score", "logprobs", "normalize")
 """Steps of a held iteration that may be made again: nothing has been trained on what they wrote."""
-AFTER_CHECKS = ("check", "batch", "logprobs")
+AFTER_CHECKS = ("check", "batch")
 """Steps that may be made again while the iteration has not trained, because the checks may change."""
 
 

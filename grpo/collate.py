@@ -14,6 +14,8 @@ from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
 
+LISTS = ("loss_mask", "sampling_logprobs", "proximal_logprobs", "reference_logprobs")
+"""Columns with one element per completion token."""
 PAD_TOKEN_ID = 0
 """Any id of the vocabulary will do: causal attention never looks at the padding on the right."""
 
@@ -36,6 +38,8 @@ class MicroBatch:
     """Logprob under the policy that sampled the token, NaN where unknown; float32."""
     proximal_logprobs_N: Tensor
     """Logprob under the proximal policy, NaN where the policy at the start of the update is meant; float32."""
+    reference_logprobs_N: Tensor
+    """Logprob under the reference policy, NaN where there is none; float32."""
     advantage_B: Tensor
     """float32."""
     temperature_B: Tensor
@@ -52,8 +56,9 @@ def collate(rows: pl.DataFrame) -> MicroBatch:
     """Return the microbatch that holds these rows, in their order.
 
     Columns: prompt_token_ids, completion_token_ids, loss_mask (null = every token trains), sampling_logprobs (null, or
-    NaN, = unknown; a null list = all unknown), advantage, temperature, loss_denominator, and perhaps proximal_logprobs,
-    like sampling_logprobs. A row may have no trainable token: it then only takes part in the forward.
+    NaN, = unknown; a null list = all unknown), advantage, temperature, loss_denominator, and perhaps proximal_logprobs
+    and reference_logprobs, like sampling_logprobs. A row may have no trainable token: it then only takes part in the
+    forward.
 
     Raises:
         ValueError: if a prompt is empty or the lists of a completion differ in length, naming the completion.
@@ -84,6 +89,7 @@ def collate(rows: pl.DataFrame) -> MicroBatch:
         completion_token_N=torch.from_numpy(trained),
         sampling_logprobs_N=_token_floats(rows, "sampling_logprobs", trained),
         proximal_logprobs_N=_token_floats(rows, "proximal_logprobs", trained),
+        reference_logprobs_N=_token_floats(rows, "reference_logprobs", trained),
         advantage_B=_float_tensor(rows["advantage"]),
         temperature_B=_float_tensor(rows["temperature"]),
         loss_denominator_B=_float_tensor(rows["loss_denominator"]),
@@ -122,7 +128,7 @@ def _float_tensor(values: pl.Series) -> Tensor:
 def _check_lengths(rows: pl.DataFrame) -> None:
     """Raise for rows whose lists do not belong together: an offset by one would train on the wrong tokens."""
     length = pl.col("completion_token_ids").list.len()
-    lists = [name for name in ("loss_mask", "sampling_logprobs", "proximal_logprobs") if name in rows.columns]
+    lists = [name for name in LISTS if name in rows.columns]
     is_other = pl.any_horizontal((pl.col(name).list.len() != length).fill_null(False) for name in lists)
     wrong = rows.filter((pl.col("prompt_token_ids").list.len().fill_null(0) == 0) | is_other)
     if wrong.height > 0:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,12 @@ class Groups:
     """Of the values; one entry per group."""
     ddof: int
     """Of every standard deviation."""
+    tokens: Floats | None = None
+    """Trainable tokens of the completion."""
+    policy: Integers | None = None
+    """Number of the policy that wrote the completion, from 0."""
+    log_weight: Floats | None = None
+    """Log of the completion's probability under the policy that trains / under the one that wrote it."""
 
     @cached_property
     def size(self) -> Integers:
@@ -60,15 +67,22 @@ class Groups:
         """The standard deviation of the completion's group."""
         return self.statistics.std[self.number]
 
+    def sum(self, x: Floats) -> Floats:
+        """Return the sum over the completion's group; NaN counts 0."""
+        sums: Floats = np.bincount(self.number, np.nan_to_num(x), minlength=len(self.statistics.size)).astype(
+            np.float64
+        )
+        return sums[self.number]
+
     @property
     def is_informative(self) -> Flags:
         """Whether the completion is scored, in a group whose values differ."""
         return ~np.isnan(self.values) & ~self.statistics.is_flat[self.number]
 
 
-def groups_of(values: Floats, number: Integers, ddof: int) -> Groups:
-    """Return the groups of these values, with their statistics."""
-    return Groups(values, number, statistics(values, number, ddof), ddof)
+def groups_of(values: Floats, number: Integers, ddof: int, **more: Any) -> Groups:
+    """Return the groups of these values, with their statistics; ``more`` are further fields of `Groups`."""
+    return Groups(values, number, statistics(values, number, ddof), ddof, **more)
 
 
 def statistics(values: Floats, group: Integers, ddof: int) -> GroupStatistics:

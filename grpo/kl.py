@@ -1,4 +1,6 @@
-"""Estimates of a KL divergence from logprobs of sampled tokens, per token.
+"""Estimates of a KL divergence from logprobs of sampled tokens, per token, and the KL to the reference in a loss.
+
+No torch is imported, as in grpo/losses.
 
 Every function takes ``log_ratio``: the log of the other policy minus the log of the policy that the tokens were
 sampled from, and estimates KL(sampled-from || other). Shapes: `N` tokens; any one shape works.
@@ -8,22 +10,27 @@ gradient of k1 is 0, of k2 that of KL(trainer || ref), of k3 that of KL(ref || t
 ``weighted_k3``.
 """
 
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
-from grpo.losses.base import LOG_RATIO_LIMIT
+from grpo.losses.base import LOG_RATIO_LIMIT, LossInputs, bounded_exp
+from grpo.settings import KlConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def k1(log_ratio_N: Tensor) -> Tensor:
+def k1(log_ratio_N: "Tensor") -> "Tensor":
     """Return ``-log_ratio``: unbiased, and negative for many single tokens (Schulman, Approximating KL Divergence)."""
     return -log_ratio_N
 
 
-def k2(log_ratio_N: Tensor) -> Tensor:
+def k2(log_ratio_N: "Tensor") -> "Tensor":
     """Return ``log_ratio^2 / 2``: never negative, biased, close when the policies are close."""
     return log_ratio_N.square() / 2
 
 
-def k3(log_ratio_N: Tensor) -> Tensor:
+def k3(log_ratio_N: "Tensor") -> "Tensor":
     """Return ``exp(log_ratio) - 1 - log_ratio``: never negative, unbiased, of low variance.
 
     The log ratio is bounded, so that the result is finite. ``expm1`` keeps the digits of small ratios: in float32, at
@@ -33,17 +40,34 @@ def k3(log_ratio_N: Tensor) -> Tensor:
     return bounded_N.expm1() - bounded_N
 
 
-def weighted_k3(trainer_logprobs_N: Tensor, sampled_logprobs_N: Tensor, ref_logprobs_N: Tensor) -> Tensor:
+def weighted_k3(trainer_logprobs_N: "Tensor", sampled_logprobs_N: "Tensor", ref_logprobs_N: "Tensor") -> "Tensor":
     """Return ``exp(trainer - sampled) * k3(ref - trainer)``, shape [N], whose gradient flows through the ratio too.
 
     For tokens sampled by another policy than the one under training. The gradient is
     ``ratio * (trainer - ref) * grad trainer``, unbiased for KL(trainer || ref) (DeepSeek-V3.2, arXiv:2512.02556).
     Detaching the ratio would turn it into the gradient of KL(ref || trainer).
     """
-    log_ratio_N = (trainer_logprobs_N - sampled_logprobs_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_ratio_N.exp() * k3(ref_logprobs_N - trainer_logprobs_N)
+    return bounded_exp(trainer_logprobs_N - sampled_logprobs_N) * k3(ref_logprobs_N - trainer_logprobs_N)
 
 
-def kl_to_sampler(trainer_logprobs_N: Tensor, sampling_logprobs_N: Tensor) -> Tensor:
+def kl_to_sampler(trainer_logprobs_N: "Tensor", sampling_logprobs_N: "Tensor") -> "Tensor":
     """Return the k3 estimate of KL(sampler || trainer) per token, shape [N], without gradient; NaN where unknown."""
     return k3((trainer_logprobs_N - sampling_logprobs_N).detach())
+
+
+PLAIN = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def kl_losses(inputs: LossInputs, reference_logprobs_N: "Tensor", config: KlConfig) -> "Tensor":
+    """Return what [update.kl] adds to the loss of each token, shape [N], before its mean is taken.
+
+    It is multiplied by no advantage and no correction. The ratio of ``weighted_k3`` is that to the sampler: trainer /
+    proximal with its gradient, times proximal / sampler as a constant, at most ``ratio_cap``, and 1 where the sampler
+    is unknown.
+    """
+    if config.name != "weighted_k3":
+        return config.coef * PLAIN[config.name](reference_logprobs_N - inputs.trainer_logprobs_N)
+    log_w_N = (inputs.proximal_logprobs_N - inputs.sampling_logprobs_N).detach()
+    w_N = bounded_exp(log_w_N.masked_fill(~log_w_N.isfinite(), 0.0)).clamp(max=config.ratio_cap or math.inf)
+    kl_N = weighted_k3(inputs.trainer_logprobs_N, inputs.proximal_logprobs_N, reference_logprobs_N)
+    return config.coef * w_N * kl_N

@@ -29,11 +29,13 @@ RECORD_SCHEMA = pl.Schema(
         "importance_ratio_max": pl.Float64(),
         "clipped_low_tokens": pl.Int32(),
         "clipped_high_tokens": pl.Int32(),
+        "bounded_tokens": pl.Int32(),
         "correction_weight_mean": pl.Float64(),
         "masked_tokens": pl.Int32(),
         "known_tokens": pl.Int32(),
         "entropy_mean": pl.Float64(),
         "kl_to_sampler": pl.Float64(),
+        "kl_to_reference": pl.Float64(),
         "logprob_difference_max": pl.Float64(),
         "loss": pl.Float64(),
         "trainer_logprobs": pl.List(pl.Float32),
@@ -58,7 +60,7 @@ TOKEN_RECORD_SCHEMA = pl.Schema(
 )
 """Schema of records with tokens. Others lack the last three columns, on which their bytes must not depend."""
 
-FLOATS = (*TOKEN_LISTS, "kl_to_sampler", "logprob_differences", "losses")
+FLOATS = (*TOKEN_LISTS, "kl_to_sampler", "kl_to_reference", "logprob_differences", "losses")
 """Float fields of `TokenFacts`."""
 
 NONE = ""
@@ -75,12 +77,16 @@ class TokenFacts:
     correction_weights: Tensor
     entropies: Tensor
     kl_to_sampler: Tensor
+    kl_to_reference: Tensor
+    """NaN without a reference policy."""
     logprob_differences: Tensor
     """|proximal - sampler|: engine mismatch plus staleness, before this update has changed anything."""
     losses: Tensor
     """The token's share of the loss of the optimizer step."""
     clip_reasons: Mapping[str, Tensor]
     """Why a token has no gradient, from the loss: name -> bool."""
+    bounds: Mapping[str, Tensor]
+    """What has changed a token's gradient and left some, from the loss: name -> bool."""
     mask_reasons: Mapping[str, Tensor]
     """Why a token has weight 0, from the correction: name -> bool."""
 
@@ -98,6 +104,7 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
     row_N: IntArray = batch.row_N.cpu().numpy()
     token: dict[str, FloatArray] = {name: getattr(facts, name).double().cpu().numpy() for name in FLOATS}
     clips: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.clip_reasons.items()}
+    bounds: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.bounds.items()}
     masks: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.mask_reasons.items()}
     is_known_N = np.isfinite(token["sampling_logprobs"])
     known_row_N = row_N[is_known_N]
@@ -115,11 +122,13 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
         "importance_ratio_max": _maxima(token["importance_ratios"], row_N, num_rows),
         "clipped_low_tokens": count(clips.get("clipped_low", nowhere_N)),
         "clipped_high_tokens": count(clips.get("clipped_high", nowhere_N)),
+        "bounded_tokens": count(np.any([nowhere_N, *bounds.values()], axis=0)),
         "correction_weight_mean": _means(token["correction_weights"], row_N, num_rows),
         "masked_tokens": count(token["correction_weights"] == 0),
         "known_tokens": np.bincount(known_row_N, minlength=num_rows),
         "entropy_mean": _means(token["entropies"], row_N, num_rows),
         "kl_to_sampler": _means(token["kl_to_sampler"][is_known_N], known_row_N, num_rows),
+        "kl_to_reference": _means(token["kl_to_reference"], row_N, num_rows).fill_nan(None),
         "logprob_difference_max": _maxima(token["logprob_differences"][is_known_N], known_row_N, num_rows),
         "loss": np.bincount(row_N, token["losses"], minlength=num_rows),
     }
@@ -129,7 +138,7 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
         columns[name] = as_lists(token[name], place_N, completion_B) if with_tokens else [None] * num_rows
     if not with_tokens:
         return pl.DataFrame(columns).cast(RECORD_SCHEMA)
-    columns["clip_reasons"] = _as_texts(_first(clips, len(row_N)), NONE, place_N, completion_B)
+    columns["clip_reasons"] = _as_texts(_first({**clips, **bounds}, len(row_N)), NONE, place_N, completion_B)
     columns["mask_reasons"] = _as_texts(_first(masks, len(row_N)), "loss_mask", place_N, completion_B)
     columns["token_losses"] = as_lists(token["losses"], place_N, completion_B)
     return pl.DataFrame(columns).cast(TOKEN_RECORD_SCHEMA)

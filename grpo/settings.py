@@ -3,15 +3,15 @@
 Imports neither torch nor transformers: a config is read long before there is a model.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from grpo import correction
-from grpo.correction import CorrectionConfig
+from grpo.correction import CorrectionConfig, UpperBound
 from grpo.losses import options as losses
 from grpo.losses.options import TO_SAMPLER, LossConfig
-from grpo.strict import PositiveOrNone, StrictModel
+from grpo.strict import OrNone, PositiveOrNone, StrictModel
 
 
 class AdamWConfig(StrictModel):
@@ -55,6 +55,20 @@ class ForwardConfig(StrictModel):
     """CPU threads; they change the bits of the result."""
 
 
+class KlConfig(StrictModel):
+    """The table [update.kl]: the KL divergence to a reference policy, in the loss of every token."""
+
+    name: Literal["weighted_k3", "k1", "k2", "k3"] = "weighted_k3"
+    """The estimate. weighted_k3 has the gradient of KL(trainer || reference), whoever sampled the tokens; k2 has it for
+    tokens of the trainer; k3, the textbook's, has that of KL(reference || trainer); k1 has none in the mean."""
+    coef: float = Field(1e-3, gt=0)
+    """Weight in the loss."""
+    ratio_cap: Annotated[UpperBound | None, *OrNone] = 2.0
+    """For weighted_k3: bound on proximal / sampler; "none" = no bound."""
+    refresh_every: int | None = Field(None, ge=1)
+    """The reference is the policy that the last iteration divisible by this began with; null = the initial policy."""
+
+
 class UpdateConfig(AdamWConfig, ForwardConfig):
     """Config of the update stage."""
 
@@ -69,6 +83,8 @@ class UpdateConfig(AdamWConfig, ForwardConfig):
     offline_kl_coef: float = Field(0.4, ge=0)
     """Weight of the KL to the proximal policy in the loss of offline iterations under "phase". The clip bounds the
     tokens that were sampled; this bounds the rest of each distribution, which drifts while rows are used again."""
+    kl: KlConfig | None = None
+    """What holds the policy to a reference; null = nothing does."""
     entropy_coef: float = 0.0
     """Weight of the mean entropy over an optimizer step's tokens, subtracted from the loss: above 0 it keeps the policy
     from becoming sure of itself. The mean is over tokens whatever the aggregation is."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from grpo.batching import loss_tokens
 from grpo.collate import MicroBatch, collate
 from grpo.correction import correct
-from grpo.kl import kl_to_sampler, weighted_k3
+from grpo.kl import k3, kl_losses, kl_to_sampler, weighted_k3
 from grpo.losses.base import LossInputs, weigh_tokens
 from grpo.losses.chosen import token_losses
 from grpo.optimizer import Optimizer, clip_gradient, take_step
@@ -55,7 +55,8 @@ def train_on_batches(
 
     Where rows bring no proximal_logprobs, those of the first optimizer step are the current ones, detached: no forward
     is spent on them. Later steps get theirs from a forward before the first step. Where rows bring some under
-    ``proximal = "phase"``, the loss of a token also has ``offline_kl_coef`` times its KL(current || proximal).
+    ``proximal = "phase"``, the loss of a token also has ``offline_kl_coef`` times its KL(current || proximal). Under
+    ``kl`` rows bring reference_logprobs.
     ``on_microbatch(optimizer_step, microbatch)`` is called after each microbatch.
 
     Raises:
@@ -117,7 +118,10 @@ def _accumulate_gradient(
         is_stored_N = batch.proximal_logprobs_N.isfinite()
         kl_N = weighted_k3(trainer_N, proximal_N, proximal_N)  # the correction's weight leads from there to the sampler
         token_loss_N = token_loss_N + config.offline_kl_coef * kl_N * is_stored_N
+    denominator_N = batch.loss_denominator_B[batch.row_N]
     loss_N = weigh_tokens(token_loss_N, weights.weight_N, batch.loss_denominator_B, batch.row_N)
+    if config.kl is not None:
+        loss_N = loss_N + kl_losses(inputs, batch.reference_logprobs_N, config.kl) / denominator_N
     if config.entropy_coef:
         loss_N = loss_N - config.entropy_coef * entropy_N / num_tokens
     torch.autograd.backward(loss_N.sum())
@@ -128,9 +132,11 @@ def _accumulate_gradient(
         correction_weights=weights.weight_N,
         entropies=entropy_N.detach(),
         kl_to_sampler=kl_to_sampler(trainer_N, sampling_N),
+        kl_to_reference=k3(batch.reference_logprobs_N - trainer_N.detach()),
         logprob_differences=(proximal_N - sampling_N).abs(),
         losses=loss_N.detach(),
         clip_reasons=token.reasons,
+        bounds=token.bounds,
         mask_reasons=weights.reasons,
     )
 

@@ -21,9 +21,10 @@ class From(StrEnum):
     """Where an input of a stage comes from."""
 
     here = "the dataset of the input's name, of the same iteration"
-    if_made = "like here, in iterations that have it and need it; else there is no such input"
+    if_made = "like here, where the config has the stage read it in this iteration; else there is no such input"
     earlier = "like here, but of the iteration before, where the config asks for it"
     initial = "the initial policy"
+    named = "the policies under which the iteration's rows are looked at; one input policy:<name> for each"
     before = "the policy that the iteration begins with"
     after = "the policy after the iteration's update"
     members = "the policies of the group's members; one input policy:<name> for each"
@@ -61,7 +62,17 @@ CHAIN = (
     Step("prompts", ("prompts",), {"policy": From.initial}, when=When.ahead),
     Step("generate", ("completions",), {"prompts": From.here, "policy": From.members}, uses=("engine",)),
     Step("score", ("rewards",), {"prompts": From.here, "completions": From.here}, uses=("scorer",)),
-    Step("normalize", ("advantages",), {"rewards": From.here}),
+    Step(
+        "logprobs",
+        ("logprobs",),
+        {"completions": From.here, "rewards": From.here, "policy": From.named},
+        uses=("trainer",),
+    ),
+    Step(
+        "normalize",
+        ("advantages",),
+        {"rewards": From.here, "completions": From.if_made, "logprobs": From.if_made},
+    ),
     Step(
         "check",
         ("checks",),
@@ -75,7 +86,6 @@ CHAIN = (
         uses=("auditor",),
     ),
     Step("batch", ("batches",), {"completions": From.here, "advantages": From.here, "checks": From.if_made}),
-    Step("logprobs", ("logprobs",), {"batches": From.here, "policy": From.initial}, uses=("trainer",)),
     Step(
         "update",
         ("training_records", "optimizer_steps", "policy"),

@@ -164,10 +164,15 @@ SCHEMAS: dict[str, pa.Schema] = {
         ],
     ),
     "logprobs": dataset(
-        "Log probabilities of trained rows under a policy that is not being trained: one row per completion.",
+        "Log probabilities of rows under policies that do not train: one row per policy and completion that may train.",
         [
             COMPLETION_ID,
-            column("policy_name", pa.string(), "proximal = the policy that the clip compares with"),
+            column(
+                "policy_name",
+                pa.string(),
+                "proximal = the policy that the clip compares with; reference = that of [update.kl]; current = the one "
+                "that trains",
+            ),
             column("policy_digest", pa.string(), "digest of the policy artifact with those weights"),
             column(
                 "logprobs",
@@ -192,6 +197,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             column("importance_ratio_max", pa.float64(), "largest current / proximal probability", nullable=True),
             column("clipped_low_tokens", pa.int32(), "tokens with A < 0 and a ratio under 1 - clip_low: no gradient"),
             column("clipped_high_tokens", pa.int32(), "tokens with A > 0 and a ratio over 1 + clip_high: no gradient"),
+            column("bounded_tokens", pa.int32(), "tokens whose gradient another bound of the loss has changed"),
             column("correction_weight_mean", pa.float64(), "mean sampler correction weight", nullable=True),
             column("masked_tokens", pa.int32(), "tokens that the correction gave weight 0"),
             column("known_tokens", pa.int32(), "trained tokens whose sampling logprob is known"),
@@ -205,6 +211,12 @@ SCHEMAS: dict[str, pa.Schema] = {
                 "kl_to_sampler",
                 pa.float64(),
                 "mean over known_tokens of the k3 estimate of KL(sampler || current), nats",
+                nullable=True,
+            ),
+            column(
+                "kl_to_reference",
+                pa.float64(),
+                "mean over tokens of the k3 estimate of KL(current || reference), nats; null without [update.kl]",
                 nullable=True,
             ),
             column(
@@ -352,8 +364,20 @@ SCHEMAS: dict[str, pa.Schema] = {
                 "mean over the trained tokens whose sampling logprob is known of the k3 estimate, nats",
                 nullable=True,
             ),
+            column(
+                "kl_to_reference",
+                pa.float64(),
+                "mean over the trained tokens of the k3 estimate of KL(current || reference), nats; null without one",
+                nullable=True,
+            ),
             column("clip_low_share", pa.float64(), "share of tokens clipped with A < 0", nullable=True),
             column("clip_high_share", pa.float64(), "share of tokens clipped with A > 0", nullable=True),
+            column(
+                "bounded_share",
+                pa.float64(),
+                "share of tokens whose gradient another bound of the loss has changed",
+                nullable=True,
+            ),
             column("loss", pa.float64(), "mean over optimizer steps", nullable=True),
             column("grad_norm", pa.float64(), "before clipping, mean over optimizer steps", nullable=True),
             column("learning_rate", pa.float64(), "at the last optimizer step", nullable=True),

@@ -3,10 +3,10 @@
 prompts           a task or a dataset -> the prompts of an iteration
 generate          prompts and policies -> groups of completions
 score             completions -> rewards
+logprobs          completions and policies -> the log probabilities under each
 normalize         rewards -> advantages
 check             the rows of an iteration -> what the run's checks say of them
 batch             completions and advantages -> the training order
-logprobs          batches and an earlier policy -> that policy's logprobs
 update            batches and a policy -> the next policy
 optimizer         the optimizer's state after an update
 evaluate          held-out prompts and a policy -> scored completions
@@ -14,6 +14,7 @@ policy            a checkpoint -> the policy that a run begins with
 importing         completions written elsewhere -> prompts and completions
 config            the configuration of a run
 wiring            the stages bound to a run: config, inputs, places
+presets           methods of papers as settings, by name
 preflight         checks before anything starts
 disk              what a run will take of the disk
 custom_functions  the user's losses, baselines and scales, and their sources

@@ -21,9 +21,11 @@ from stages.checks.config import CheckConfig, CheckStageConfig, JudgeAnswered, O
 from stages.checks.outcome import blocking
 from stages.evaluate import EvaluateConfig, EvaluateTaskConfig
 from stages.generate import GenerateConfig
+from stages.logprobs import CURRENT, PROXIMAL, REFERENCE
 from stages.members import coming_members, member_updates
 from stages.normalize import NormalizeConfig
 from stages.policy import PolicyConfig
+from stages.presets.merge import with_preset
 from stages.prompts import PromptsConfig
 from stages.score import ScoreConfig, find_rewards
 from stages.starter.starter import StarterConfig
@@ -150,23 +152,42 @@ class RunConfig(StrictModel):
     def executes(self, step: str, iteration: int) -> bool:
         """Return whether the iteration has this step.
 
-        It has logprobs if its proximal policy is that of an earlier one, and check if there are [[checks]].
+        It has logprobs if its rows are looked at under other policies, and check if there are [[checks]].
         """
         if step == "check":
             return bool(self.checks)
-        is_later = iteration > 0 and self.stored(iteration) is not None
-        return step != "logprobs" or (is_later and self.update.proximal == "phase")
+        return step != "logprobs" or bool(self.named_policies(iteration))
 
-    def needs(self, dataset: str, iteration: int) -> bool:
-        """Return whether the iteration reads a dataset that others do without, see `pipeline.chain.From`.
+    def named_policies(self, iteration: int) -> dict[str, int]:
+        """Return the policies under which the rows of an iteration are looked at: name -> updates behind it.
+
+        The proximal one, where it is that of an earlier iteration; the reference, where a KL to it is asked for; the
+        current one, where the baseline weighs by it.
+        """
+        found = {}
+        if "logprobs" in self.normalize.reads:
+            found[CURRENT] = iteration
+        if self.update.proximal == "phase" and iteration > 0 and self.stored(iteration) is not None:
+            found[PROXIMAL] = 0
+        if self.update.kl is not None:
+            every = self.update.kl.refresh_every
+            found[REFERENCE] = iteration // every * every if every else 0
+        return found
+
+    def needs(self, step: str, dataset: str, iteration: int) -> bool:
+        """Return whether a step of the iteration reads a dataset that it can do without, see `pipeline.chain.From`.
 
         Only what a quarantine keeps from training decides batches, so they depend on no other checks.
         """
+        if step == "normalize":
+            return dataset in self.normalize.reads
         if dataset == "checks":
             return any(check.severity == "quarantine" for check in self.checks)
         if dataset == "training_records":
             asks = any(isinstance(check, OffPolicy) and check.max_kl is not None for check in self.checks)
             return asks and iteration > 0
+        if dataset == "logprobs":
+            return bool(self.named_policies(iteration).keys() & {PROXIMAL, REFERENCE})
         return self.executes(WRITER[dataset].name, iteration)
 
     def is_to_be_evaluated(self, num_updates: int) -> bool:
@@ -177,12 +198,14 @@ class RunConfig(StrictModel):
     def needed_policies(self, num_updates: int) -> set[int]:
         """Return the existing policies that coming iterations read besides the last one, by the updates behind them.
 
-        They are members of coming groups, and the proximal policy of offline iterations: the initial one.
-        ``num_updates`` policies exist besides the initial one.
+        They are members of coming groups, and those under which coming rows are looked at. ``num_updates`` policies
+        exist besides the initial one.
         """
-        offline = range(num_updates, sum(len(source.iterations) for source in self.offline))
-        proximal = {0} if any(self.executes("logprobs", iteration) for iteration in offline) else set()
-        return coming_members(self.generate.plan(), num_updates) | proximal
+        num_stored = sum(len(source.iterations) for source in self.offline)
+        # later iterations that generate have the reference of the next one, or one that is still to be made
+        coming = range(num_updates, max(num_stored, min(num_updates + 1, self.iterations)))
+        named = {number for iteration in coming for number in self.named_policies(iteration).values()}
+        return coming_members(self.generate.plan(), num_updates) | {number for number in named if number <= num_updates}
 
     @property
     def held_out_share(self) -> float:
@@ -224,9 +247,9 @@ def parse_config(toml: str, source: str, overrides: list[str] | None = None) -> 
     """Return the validated config of a TOML text; ``source`` names it in messages.
 
     Raises:
-        ConfigError: naming every wrong key, or that the text is no TOML.
+        ConfigError: naming every wrong key, or that the text is no TOML, or that there is no such preset.
     """
-    tables = expanded(apply_overrides(parse_toml(toml, source), overrides or []))
+    tables = expanded(with_preset(apply_overrides(parse_toml(toml, source), overrides or [])))
     return validate(config_class(), tables, source)
 
 

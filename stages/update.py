@@ -22,4 +22,4 @@ def compute(task: StageTask[UpdateConfig, Trainer]) -> None:
     task.writers["optimizer_steps"].write_part(0, steps)
 
 
-STAGE = Stage("update", version=3, config=UpdateConfig, compute=compute)
+STAGE = Stage("update", version=4, config=UpdateConfig, compute=compute)

@@ -31,8 +31,9 @@ from stages.checkpoints import (
 )
 from stages.checks.config import AuditCheck, CheckStageConfig
 from stages.config import RunConfig
-from stages.custom_functions import SOURCES, sources
+from stages.custom_functions import SOURCES, is_custom, sources
 from stages.generate import check_room
+from stages.logprobs import LogprobsConfig
 from stages.members import MemberConfig, check_same_tokenizer, member_updates
 from stages.optimizer import OptimizerConfig, state_beside
 from stages.policy import PolicyConfig
@@ -81,7 +82,8 @@ class Wiring:
             case "check":
                 return CheckStageConfig(checks=self.config.checks)
             case "logprobs":
-                return ForwardConfig(**self.config.update.model_dump(include=set(ForwardConfig.model_fields)))
+                forward = self.config.update.model_dump(include=set(ForwardConfig.model_fields))
+                return LogprobsConfig(**forward, microbatch_tokens=self.config.batch.microbatch_tokens)
         table: BaseModel = getattr(self.config, name)
         return table
 
@@ -92,12 +94,15 @@ class Wiring:
             match source:
                 case From.here:
                     found[dataset] = self.run.place(iteration, dataset)
-                case From.if_made if self.config.needs(dataset, iteration):
+                case From.if_made if self.config.needs(name, dataset, iteration):
                     found[dataset] = self.run.place(iteration, dataset)
-                case From.earlier if self.config.needs(dataset, iteration):
+                case From.earlier if self.config.needs(name, dataset, iteration):
                     found[dataset] = self.run.place(iteration - 1, dataset)
                 case From.initial:
                     found[dataset] = self.run.initial_policy
+                case From.named:
+                    for policy_name, num_updates in self.config.named_policies(iteration).items():
+                        found[f"{dataset}:{policy_name}"] = self.run.policy_before(num_updates)
                 case From.before:
                     found[dataset] = self.run.policy_before(iteration)
                 case From.after:
@@ -246,6 +251,13 @@ def _of_normalize(wiring: Wiring, iteration: int) -> dict[str, Any]:
     return _sources(wiring, wiring.config.normalize.functions())
 
 
+def _of_logprobs(wiring: Wiring, iteration: int) -> dict[str, Any]:
+    # without a comparison the rows of a group with zero variance train, too
+    normalize = wiring.config.normalize
+    is_compared = (normalize.baseline, normalize.scale) != ("none", "none")
+    return {} if is_compared and not any(map(is_custom, normalize.functions().values())) else {"every_group": True}
+
+
 def _of_update(wiring: Wiring, iteration: int) -> dict[str, Any]:
     return _sources(wiring, {"update.loss.name": wiring.config.update.loss.name})
 
@@ -265,6 +277,7 @@ _PARAMETERS: Mapping[str, Callable[[Wiring, int], dict[str, Any]]] = {
     "prompts": _of_prompts,
     "generate": _of_generate,
     "score": _of_score,
+    "logprobs": _of_logprobs,
     "normalize": _of_normalize,
     "check": _of_check,
     "batch": _of_batch,

@@ -61,7 +61,7 @@ def write_run(
     for index, numbers in enumerate(training):
         record = {"completion_id": f"t{index}", "optimizer_step": 0, "num_tokens": 10, "known_tokens": 10, "loss": 0.0}
         record |= {name: value for name, value in numbers.items() if name != "entropy"}
-        zeros = {"clipped_low_tokens": 0, "clipped_high_tokens": 0, "masked_tokens": 0}
+        zeros = {"clipped_low_tokens": 0, "clipped_high_tokens": 0, "bounded_tokens": 0, "masked_tokens": 0}
         write_artifact(
             run.place(index, "training_records"), "training_records", fill("training_records", [record], **zeros)
         )

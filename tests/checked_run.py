@@ -15,7 +15,7 @@ from stages.inspect.metrics import append_metrics, iteration_metrics
 from tests.policies import EOS
 from tests.small_run import CONFIG, DIGIT_0, EXACT
 
-STEPS = ("prompts", "generate", "score", "normalize", "check", "batch", "update", "optimizer")
+STEPS = ("prompts", "generate", "score", "logprobs", "normalize", "check", "batch", "update", "optimizer")
 BY_LENGTH, HALF_NULL = "tests.rewards:eighths", "tests.rewards:only_threes"
 ANSWERED = '[[checks]]\ncheck = "judge_answered"\nseverity = "block"\n'
 NOT_BY_LENGTH = """[[checks]]

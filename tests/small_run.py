@@ -4,6 +4,7 @@ from contextlib import closing
 from pathlib import Path
 
 from flows.session import Session
+from pipeline.chain import CHAIN, When
 from pipeline.run_dir import RunDir
 from stages.config import load_config
 from stages.engines.base import Request
@@ -38,8 +39,9 @@ EXACT = "stages.rewards.answers.matching:exact_match"
 
 def perform_iteration(session: Session, iteration: int) -> None:
     """Perform every stage of an iteration but its evaluation."""
-    for stage in ("prompts", "generate", "score", "normalize", "batch", "update", "optimizer"):
-        session.perform(stage, iteration)
+    for step in CHAIN:
+        if step.when is not When.evaluation and session.config.executes(step.name, iteration):
+            session.perform(step.name, iteration)
 
 
 def make_small_run(folder: Path, policy: Path, iterations: int = 1, function: str = EXACT) -> Path:

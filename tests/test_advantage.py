@@ -1,10 +1,12 @@
 """Tests of grpo.advantages: group statistics, the rule of equal rewards, and the combination of several rewards."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -24,6 +26,13 @@ GOLDEN_OPTIONS: dict[str, dict[str, Any]] = {
     "group_std_sample_eps1e-4": {"scale": "group_std", "ddof": 1, "eps": 1e-4},
     "group_std_population_eps0": {"scale": "group_std", "ddof": 0, "eps": 0.0},
     "leave_one_out": {"baseline": "leave_one_out", "scale": "none"},
+    "leave_one_out_mean__leave_one_out_sample_std_eps1e-6": {
+        "baseline": "leave_one_out",
+        "scale": "leave_one_out_std",
+        "eps": 1e-6,
+    },
+    "mean_normalised_maxrl_eps0": {"scale": "group_mean", "eps": 0.0},
+    "batch_std_of_raw_rewards_sample_eps1e-4": {"scale": "batch_raw_std", "eps": 1e-4},
 }
 
 REWARD_LISTS = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=12)
@@ -46,11 +55,88 @@ def by_group(frame: pl.DataFrame, column: str = "advantage") -> dict[str, list[A
     return {key[0]: part[column].to_list() for key, part in frame.partition_by("group_id", as_dict=True).items()}
 
 
+def test_every_golden_case_has_its_options() -> None:
+    assert GOLDEN_OPTIONS.keys() == GOLDEN["cases"].keys()
+
+
 @pytest.mark.parametrize("case", GOLDEN_OPTIONS)
 def test_advantages_equal_the_golden_values(case: str) -> None:
     result = by_group(advantages(reward_rows(**GOLDEN["groups"]), **GOLDEN_OPTIONS[case]))
     for group, expected in GOLDEN["cases"][case].items():
         assert result[group] == pytest.approx(expected, rel=1e-10, abs=1e-12), group
+
+
+@pytest.mark.parametrize(("ddof", "key"), [(0, "advantage_population"), (1, "advantage_sample")])
+def test_whitening_over_tokens_equals_the_golden_values(ddof: Any, key: str) -> None:
+    """Flat groups beside them change nothing: the formula is that over the groups that train."""
+    golden = GOLDEN["token_whitening"]
+    rows = reward_rows(**golden["groups"], flat=[1.0, 1.0], unknown=[None, 1.0])
+    lengths = [length for group in golden["token_lengths"].values() for length in group] + [7, 9, 100, 100]
+    found = by_group(advantages(rows.with_columns(tokens=pl.Series(lengths)), scale="token_whitened", ddof=ddof))
+    for group in golden["groups"]:
+        assert found[group] == pytest.approx(golden[key][group], rel=1e-10)
+    assert found["flat"] == found["unknown"] == [0.0, 0.0]
+
+
+def test_the_length_weighted_baseline_equals_the_golden_values() -> None:
+    golden = GOLDEN["length_weighted_baseline"]
+    rows = reward_rows(b=[*golden["rewards"], None])
+    frame = advantages(rows.with_columns(tokens=pl.Series([*golden["lengths"], 50])), baseline="length_weighted")
+    assert frame["advantage"].to_list() == pytest.approx([*golden["advantage"], 0.0], rel=1e-10)
+
+
+MIXTURE = GOLDEN["mixture_group_baselines"]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "key"),
+    [
+        ("group_mean", "advantage_plain_mean"),
+        ("importance_weighted", "advantage_snis_leave_one_out"),
+        ("importance_weighted_squared", "advantage_w2_leave_one_out"),
+    ],
+)
+@pytest.mark.parametrize("shift", [0.0, 2000.0, -2000.0])
+def test_baselines_of_a_mixed_group_equal_the_golden_values(baseline: str, key: str, shift: float) -> None:
+    """Only ratios of weights count, so that none overflows; an unscored completion has no part in them."""
+    rows = reward_rows(other=[0.0, 1.0], mixed=[*MIXTURE["rewards"], None])
+    log_weight = [0.0, 0.0, *(w + shift for w in MIXTURE["seq_log_ratio_target_over_behaviour"]), 9.0 + shift]
+    frame = advantages(rows.with_columns(log_weight=pl.Series(log_weight)), baseline=baseline)
+    assert by_group(frame)["mixed"] == pytest.approx([*MIXTURE[key], 0.0], rel=1e-10)
+
+
+def test_a_weight_beside_which_all_others_vanish_is_not_its_own_baseline() -> None:
+    rows = reward_rows(a=[1.0, 0.0, 0.5]).with_columns(log_weight=pl.Series([0.0, -200.0, -201.0]))
+    found = advantages(rows, baseline="importance_weighted")["advantage"].to_list()
+    others = (0.0 + 0.5 * math.exp(-1)) / (1 + math.exp(-1))
+    assert found == pytest.approx([1.0 - others, -1.0, -0.5])
+
+
+def test_a_baseline_per_policy_compares_with_answers_of_the_same_policy_and_group() -> None:
+    """self: 1, 1, 0 of mean 2/3; old and teacher are alone, and have nobody to be compared with."""
+    rows = reward_rows(mixed=MIXTURE["rewards"], other=[0.0, 1.0])
+    policy = pl.Series([0, 0, 0, 1, 2, 1, 1])
+    found = by_group(advantages(rows.with_columns(policy=policy), baseline="per_policy"))
+    assert found["mixed"] == pytest.approx([1 / 3, 1 / 3, -2 / 3, 0.0, 0.0])
+    assert found["other"] == [-0.5, 0.5]
+
+
+@given(REWARD_LISTS)
+def test_a_standard_deviation_without_oneself_is_that_of_the_others(rewards: list[float]) -> None:
+    found = advantages(reward_rows(a=rewards), baseline="leave_one_out", scale="leave_one_out_std", eps=0.0)
+    plain = advantages(reward_rows(a=rewards), baseline="leave_one_out")["advantage"]
+    for index, value in enumerate(found["advantage"]):
+        others = np.array(rewards[:index] + rewards[index + 1 :])
+        std = float(np.std(others, ddof=1)) if len(others) > 1 else 0.0
+        if std > 1e-3:
+            assert value == pytest.approx(plain[index] / std, rel=1e-6)
+        elif std == 0:
+            assert value == plain[index]
+
+
+def test_a_group_whose_mean_is_not_positive_has_no_mean_to_be_divided_by() -> None:
+    found = advantages(reward_rows(a=[-1.0, 1.0], b=[-2.0, 1.0]), scale="group_mean")
+    assert found["advantage"].to_list() == [0.0] * 4
 
 
 def test_batch_scale_divides_by_the_std_of_centred_rewards_of_groups_that_differ() -> None:
@@ -64,11 +150,13 @@ def test_batch_scale_divides_by_the_std_of_centred_rewards_of_groups_that_differ
 
 
 def test_flat_groups_change_no_scale() -> None:
-    """One informative group among ten has the advantages that it would have alone."""
+    """One informative group among ten has the advantages that it would have alone; raw rewards spread otherwise."""
     flat: dict[str, list[float | None]] = {f"flat{i}": [0.5] * 4 for i in range(9)}
-    for scale in SCALES:
-        alone = advantages(reward_rows(a=[1.0, 0.0, 0.0, 1.0]), scale=scale)["advantage"]
-        among = advantages(reward_rows(a=[1.0, 0.0, 0.0, 1.0], **flat), scale=scale)["advantage"]
+    for scale in SCALES.keys() - {"batch_raw_std"}:
+        one, ten = reward_rows(a=[1.0, 0.0, 0.0, 1.0]), reward_rows(a=[1.0, 0.0, 0.0, 1.0], **flat)
+        alone, among = (
+            advantages(rows.with_columns(tokens=pl.lit(3)), scale=scale)["advantage"] for rows in (one, ten)
+        )
         assert among.to_list() == [*alone, *[0.0] * 36], scale
 
 
@@ -280,11 +368,15 @@ def test_rewards_normalized_one_by_one_equal_the_golden_values() -> None:
     assert combined["reward"].to_list() == pytest.approx([1.0, 0.25, 1.5, 0.1, 1.1])
     undivided = by_group(advantages(combined))
     whole = by_group(advantages(combined, scale="batch_std", ddof=1, eps=1e-4))
+    lengths = pl.Series([n for group in golden["token_lengths"].values() for n in group])
+    whitened = by_group(advantages(combined.with_columns(tokens=lengths), scale="token_whitened", ddof=1, eps=1e-4))
     for group in ("1", "2"):
         step = golden["gdpo_step1_2_per_component_sample_std_eps1e-4_weighted_sum"][f"g{group}"]
         assert undivided[group] == pytest.approx(step, rel=1e-10, abs=1e-12)
         final = golden["gdpo_final_sequence_level_batch_norm_sample_std_eps1e-4"][f"g{group}"]
         assert whole[group] == pytest.approx(final, rel=1e-10, abs=1e-12)
+        of_tokens = golden["gdpo_final_token_level_whitening_sample_var_eps1e-8"][f"g{group}"]
+        assert whitened[group] == pytest.approx(of_tokens, rel=1e-10, abs=1e-12)
 
 
 def test_a_member_without_one_of_the_rewards_is_unscored_and_leaves_the_others_comparable() -> None:

@@ -89,7 +89,7 @@ def test_the_message_of_a_held_iteration_names_the_condition_and_rows(place: Pla
 
 
 def test_only_what_a_check_holds_is_made_again_and_never_its_completions(place: Place) -> None:
-    place.go(place.config(ANSWERED + NEVER.replace("block", "warn")), STEPS[:5])
+    place.go(place.config(ANSWERED + NEVER.replace("block", "warn")), STEPS[:6])
     with pytest.raises(RecipeMismatch, match="scored by other versions"):
         place.go(place.config(ANSWERED, BY_LENGTH))
     with_other_score = place.config(ANSWERED, HALF_NULL)
@@ -109,18 +109,17 @@ def test_only_what_a_check_holds_is_made_again_and_never_its_completions(place: 
 def test_checks_change_until_the_iteration_has_trained(
     place: Place, tmp_path: Path, tiny_policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Batches depend on the checks of a quarantine, and the logprobs of an offline iteration on the batches."""
+    """Batches depend on the checks of a quarantine, and the logprobs of an offline iteration on none."""
     place.go(place.config("", iterations=2), iterations=2)
     other = Place(tmp_path / "other", tiny_policy, place.source)
     other.folder.mkdir()
     offline = f'[[offline]]\nrun = "{place.run.root}"\niterations = [0, 1]\n'
     off_policy = '[[checks]]\ncheck = "off_policy"\nmax_age = 0\n'
-    steps = (*STEPS[:6], "logprobs", *STEPS[6:])
-    other.go(other.config(LONG_ONES + offline, iterations=2), steps)
-    other.go(other.config(LONG_ONES + offline, iterations=2), steps[:7], iterations=2)
+    other.go(other.config(LONG_ONES + offline, iterations=2))
+    other.go(other.config(LONG_ONES + offline, iterations=2), STEPS[:7], iterations=2)
     assert other.run.has(1, "logprobs")
     config = other.config(LONG_ONES + off_policy + offline, iterations=2)
-    other.go(config, steps, iterations=2)
+    other.go(config, iterations=2)
     checks = other.run.open(1, "checks")
     assert checks.read()["note"][1] == "no age: offline"
     assert "training_records" not in checks.manifest.inputs
@@ -130,7 +129,6 @@ def test_checks_change_until_the_iteration_has_trained(
     assert {path.name.rpartition("-")[0] for path in (other.run.root / "held" / "000001").iterdir()} == {
         "checks",
         "batches",
-        "logprobs",
     }
     assert problems(other.run) == []
     with other.session(config) as session:
@@ -144,7 +142,7 @@ def test_checks_change_until_the_iteration_has_trained(
 def test_a_check_of_the_audit_has_the_settings_of_the_run(place: Place) -> None:
     config = place.config(NOT_BY_LENGTH + '[normalize]\ncombine = "normalize_each"\nweights = {exact = 2.0}\n')
     evaluate = config.evaluate.model_copy(update={"pass_threshold": 0.5})
-    place.go(config.model_copy(update={"evaluate": evaluate}), STEPS[:5])
+    place.go(config.model_copy(update={"evaluate": evaluate}), STEPS[:6])
     audited = {"pass_threshold": 0.5, "weights": {"exact": 2.0}, "combine": "normalize_each"}
     assert place.run.open(0, "checks").manifest.config["audited"] == audited
 
@@ -245,7 +243,7 @@ def test_batches_do_not_depend_on_checks_that_decide_no_row(place: Place, tmp_pa
 
 def test_a_batch_is_not_made_before_the_checks(place: Place) -> None:
     config = place.config(ANSWERED)
-    place.go(config, STEPS[:4])
+    place.go(config, STEPS[:5])
     with place.session(config) as session, pytest.raises(ArtifactMissing):
         session.perform("batch", 0)
 

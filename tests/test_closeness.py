@@ -92,7 +92,14 @@ def test_another_number_of_rows_and_other_columns_are_told(tmp_path: Path, train
 
 @pytest.fixture
 def trained_records() -> pl.DataFrame:
-    names = ("num_tokens", "clipped_low_tokens", "clipped_high_tokens", "masked_tokens", "known_tokens")
+    names = (
+        "num_tokens",
+        "clipped_low_tokens",
+        "clipped_high_tokens",
+        "bounded_tokens",
+        "masked_tokens",
+        "known_tokens",
+    )
     return fill("training_records", [{}], completion_id="c0", optimizer_step=0, loss=1e-4, **dict.fromkeys(names, 0))
 
 

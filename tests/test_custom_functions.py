@@ -164,7 +164,9 @@ def test_a_baseline_or_scale_without_a_number_for_each_member_is_refused(options
 
 
 def test_an_unknown_baseline_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="found 'mean', expected one of group_mean, leave_one_out, none, or module"):
+    with pytest.raises(
+        ValueError, match=r"found 'mean', expected one of group_mean, leave_one_out, .*, none, or module"
+    ):
         NormalizeConfig(baseline="mean")
 
 

@@ -157,6 +157,7 @@ def test_the_progress_of_a_long_stage_moves_on_the_page_and_ends_at_100(trained:
     assert notes == []
 
 
+@pytest.mark.slow
 def test_without_prefect_the_command_does_the_same(folder: Path, trained: Any) -> None:
     """It asks no server, not even one that is named, and imports neither Prefect nor a tracker."""
     command = ("-c", NO_PREFECT, "run", "small.toml", "--run", "runs/plain", "--set", "seed=1", "--no-prefect")

@@ -116,6 +116,7 @@ with open_scorer(2) as scorer:
 """
 
 
+@pytest.mark.slow
 def test_a_pause_of_all_processes_longer_than_the_limit_costs_no_reward() -> None:
     process = subprocess.Popen([sys.executable, "-c", PAUSED], stdout=subprocess.PIPE, text=True)
     try:

@@ -25,6 +25,7 @@ def test_a_mean_of_nothing_is_null() -> None:
     """A NaN would pass for a figure, and verify would find that it differs from itself."""
     unknown = [{**row, "known_tokens": 0, "kl_to_sampler": None} for row in RECORDS]
     zeros = {"optimizer_step": 0, "masked_tokens": 0, "loss": 0.0, "clipped_low_tokens": 0, "clipped_high_tokens": 0}
+    zeros["bounded_tokens"] = 0
     measured = fill("training_records", unknown, **zeros).select(**training_measures()).row(0, named=True)
     assert (measured["kl_to_sampler"], measured["clip_low_share"]) == (None, 0.0)
 
@@ -51,7 +52,8 @@ def run(tmp_path: Path) -> RunDir:
     scored[3:] = [{**row, "drop_reason": "zero_variance"} for row in scored[3:]]
     write("advantages", advantage_rows(*scored))
     zeros = {"optimizer_step": 0, "masked_tokens": 0, "loss": 0.0}
-    write("training_records", fill("training_records", RECORDS, clipped_low_tokens=1, clipped_high_tokens=2, **zeros))
+    clipped = {"clipped_low_tokens": 1, "clipped_high_tokens": 2, "bounded_tokens": 4, "kl_to_reference": 0.5}
+    write("training_records", fill("training_records", RECORDS, **clipped, **zeros))
     write("optimizer_steps", fill("optimizer_steps", STEPS))
     return run
 
@@ -75,6 +77,8 @@ def test_the_row_of_an_iteration_is_what_its_artifacts_say(run: RunDir) -> None:
         "kl_to_sampler": 5 / 11,
         "clip_low_share": 3 / 24,
         "clip_high_share": 6 / 24,
+        "bounded_share": 12 / 24,
+        "kl_to_reference": 0.5,
         "loss": 0.125,
         "grad_norm": 3.0,
         "learning_rate": 0.5,

@@ -30,7 +30,7 @@ from tests.finished import forge
 from tests.small_run import make_small_run
 from tests.updates import batch_rows, frozen, gradients, sha256_of_weights, tiny_policy
 
-STEPS = ("score", "normalize", "batch", "logprobs", "update", "optimizer")
+STEPS = ("score", "logprobs", "normalize", "batch", "update", "optimizer")
 ROWS_AGAIN = 3
 SHARP = {"learning_rate": 0.05, "num_threads": 1}
 

@@ -45,9 +45,11 @@ def facts() -> TokenFacts:
         correction_weights=torch.tensor([1.5, 0.5, 0.0]),
         entropies=torch.tensor([1.0, 3.0, 2.0]),
         kl_to_sampler=torch.tensor([0.5, 0.25, NAN]),
+        kl_to_reference=torch.tensor([0.25, 0.5, NAN]),
         logprob_differences=torch.tensor([0.25, 0.0, NAN]),
         losses=torch.tensor([0.5, -0.25, 0.0]),
         clip_reasons=flags(clipped_low="100", clipped_high="011", dual_clip="000"),
+        bounds=flags(ratio_cap="100", ratio_floor="101"),
         mask_reasons=flags(veto="000", unknown_sampler="001", correction="000"),
     )
 
@@ -68,11 +70,13 @@ def test_numbers_of_a_completion_are_over_its_trainable_tokens() -> None:
         "importance_ratio_max": 2.0,
         "clipped_low_tokens": 1,
         "clipped_high_tokens": 1,
+        "bounded_tokens": 1,
         "correction_weight_mean": 1.0,
         "masked_tokens": 0,
         "known_tokens": 2,
         "entropy_mean": 2.0,
         "kl_to_sampler": 0.375,
+        "kl_to_reference": 0.375,
         "logprob_difference_max": 0.25,
         "loss": 0.25,
     }
@@ -82,12 +86,13 @@ def test_a_completion_without_tokens_has_counts_of_zero_and_means_of_null() -> N
     empty = record()[1]
     assert [empty[name] for name in ("num_tokens", "masked_tokens", "clipped_low_tokens", "loss")] == [0, 0, 0, 0.0]
     unknown = ("importance_ratio_mean", "importance_ratio_max", "correction_weight_mean", "entropy_mean")
-    assert {empty[name] for name in (*unknown, "kl_to_sampler", "logprob_difference_max")} == {None}
+    assert {empty[name] for name in (*unknown, "kl_to_sampler", "kl_to_reference", "logprob_difference_max")} == {None}
 
 
 def test_a_sampler_nobody_recorded_is_null_and_counted_as_masked() -> None:
     unknown = record()[2]
     assert unknown["kl_to_sampler"] is None
+    assert unknown["kl_to_reference"] is None
     assert unknown["logprob_difference_max"] is None
     assert (unknown["masked_tokens"], unknown["known_tokens"]) == (1, 0)
     assert unknown["importance_ratio_max"] == 1.0
@@ -129,7 +134,7 @@ def test_a_veto_comes_before_other_reasons_for_a_weight_of_0() -> None:
 def test_a_loss_with_reasons_of_its_own_has_them_recorded_and_clips_nothing() -> None:
     other = replace(facts(), clip_reasons=flags(capped="110"), mask_reasons={})
     frame = completion_records(rows(), collate(rows()), other, with_tokens=True)
-    assert frame["clip_reasons"].to_list() == [["capped", None, "capped"], [], [None]]
+    assert frame["clip_reasons"].to_list() == [["capped", None, "capped"], [], ["ratio_floor"]]
     assert frame["mask_reasons"].to_list() == [[None, "loss_mask", None], [], [None]]
     assert frame["clipped_low_tokens"].to_list() == [0, 0, 0]
 

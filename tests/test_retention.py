@@ -20,6 +20,7 @@ from flows.commands.verify import print_verification
 from flows.printing import Format
 from flows.replayer import Replayer
 from flows.session import Session
+from grpo.settings import KlConfig
 from pipeline.artifact import PRUNED_NOTE, open_artifact
 from pipeline.config import validate
 from pipeline.conformance import conform
@@ -320,6 +321,16 @@ def test_the_proximal_policy_of_an_offline_phase_is_needed(config: RunConfig, ru
     tables = {**config.model_dump(mode="json"), "offline": [{"run": str(run.root), "iterations": [0, 1, 2]}]}
     offline = validate(RunConfig, tables, "offline")
     assert [offline.needed_policies(n) for n in (1, 2, 3)] == [{0, 1}, {0, 2}, {3}]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, {0}), (10, {20}), (7, {21}), (27, {27})])
+def test_the_reference_policy_of_coming_iterations_is_needed(
+    config: RunConfig, every: int | None, expected: set[int]
+) -> None:
+    kl = KlConfig(refresh_every=every)
+    held = config.model_copy(update={"update": config.update.model_copy(update={"kl": kl}), "iterations": 30})
+    assert held.needed_policies(27) == {27} | expected
+    assert held.needed_policies(30) == {30}
 
 
 def test_a_policy_that_is_to_be_evaluated_and_was_dropped_is_told_at_the_start(config: RunConfig, run: RunDir) -> None:

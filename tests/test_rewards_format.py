@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import RewardError
 from stages.rewards.answers.format import cosine_length, cosine_length_identity, soft_overlong, tags_in_order
 from stages.rewards.functions import RewardConfig, find_reward
+from tests.vectors import VECTORS
 
 EXACT = "stages.rewards.answers.matching:exact_match"
 SYMBOLIC = "stages.rewards.answers.symbolic:math_match"
@@ -49,6 +50,14 @@ def test_the_identity_of_a_length_reward_follows_its_verifier() -> None:
 def test_a_verifier_that_lacks_an_argument_is_refused() -> None:
     with pytest.raises(RewardError, match=r"'verifier' \(.*exact_match\) has no parameters \['digits'\]"):
         cosine_length_identity(max_tokens=10, verifier=EXACT, verifier_arguments={"digits": 3})
+
+
+def test_the_overlong_punishment_equals_the_golden_values() -> None:
+    golden = VECTORS["advantages"]["soft_overlong_punishment"]
+    lengths = [case["length"] for case in golden["cases"]]
+    frame = pl.DataFrame({"num_tokens": lengths, "finish_reason": ["stop"] * len(lengths)})
+    found = frame.select(soft_overlong(golden["L_max"], golden["L_cache"]).alias("r")).unnest("r")["reward"]
+    assert found.to_list() == [case["reward"] for case in golden["cases"]]
 
 
 def test_the_overlong_punishment_never_rises_and_stays_between_minus_one_and_zero() -> None:

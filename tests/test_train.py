@@ -188,6 +188,7 @@ def test_the_engine_and_the_trainer_agree_on_the_current_policy(undisturbed: Pat
     assert difference["before"] > 1e-4  # other weights, and their own log probabilities
 
 
+@pytest.mark.slow
 def test_the_last_state_of_a_finished_run_is_made_again_and_nothing_else(
     folder: Path, server: str, undisturbed: Path
 ) -> None:

@@ -341,6 +341,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "proximal": {"proximal": "sampler"},
     "offline_kl_coef": {"offline_kl_coef": 1.0},
     "entropy_coef": {"entropy_coef": 0.1},
+    "kl": {"kl": {"coef": 0.5}},
+    "kl.coef": {"kl": {"coef": 0.7}},
+    "kl.name": {"kl": {"coef": 0.5, "name": "k3"}},
+    "kl.ratio_cap": {"kl": {"coef": 0.5, "ratio_cap": None}},
     "autocast_bf16": {"autocast_bf16": True},
 }
 BITS_ALONE = {"head_chunk_tokens", "gradient_checkpointing", "record_tokens", "num_threads"}
@@ -353,9 +357,13 @@ def weights_after(settings: dict[str, Any]) -> Tensor:
     model, config = tiny_policy(), UpdateConfig.model_validate({**LARGE, **settings})
     optimizer = make_optimizer(model, config)
     rows = [batch_rows(num_steps=2, seed=seed) for seed in (1, 2)]
-    proximal = frame_logprobs(model, rows[1], config).rename({"logprobs": "proximal_logprobs"})
-    train_on_batches(model, optimizer, rows[0], config)
-    train_on_batches(model, optimizer, rows[1].join(proximal, on="completion_id", maintain_order="left"), config)
+    before = [frame_logprobs(model, frame, config) for frame in rows]
+    first, second = (
+        frame.join(own.rename({"logprobs": "reference_logprobs"}), on="completion_id", maintain_order="left")
+        for frame, own in zip(rows, before, strict=True)
+    )
+    train_on_batches(model, optimizer, first, config)
+    train_on_batches(model, optimizer, second.with_columns(proximal_logprobs="reference_logprobs"), config)
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo.settings import KlConfig
 from pipeline.chain import CHAIN, INITIAL, From
 from pipeline.run_dir import RunDir
 from stages.config import RunConfig, recorded_config
@@ -80,11 +81,39 @@ def test_inputs_come_from_where_the_chain_says(run: RunDir, config: RunConfig) -
             continue  # this run has no evaluation
         found = Wiring(config, run).call(step.name, 1).inputs
         for name, source in step.reads.items():
-            if source in (From.if_made, From.earlier):
-                assert name not in found  # this run has no offline iteration and no checks
+            if source in (From.if_made, From.earlier, From.named):
+                assert name not in found  # this run has no offline iteration, no reference policy and no checks
                 continue
             given = found["policy:current" if source is From.members else name]
             assert given.path == places.get(source, run.place(1, name)), (step.name, name)
+
+
+@pytest.mark.parametrize(("refresh_every", "expected"), [(None, 0), (1, 1), (2, 0)])
+def test_the_reference_is_the_policy_of_the_last_refresh(
+    run: RunDir, config: RunConfig, refresh_every: int | None, expected: int
+) -> None:
+    kl = KlConfig(refresh_every=refresh_every)
+    held = config.model_copy(update={"update": config.update.model_copy(update={"kl": kl})})
+    found = Wiring(held, run).reads("logprobs", 1)
+    assert found["policy:reference"] == run.policy_before(expected)
+    assert Wiring(held, run).reads("update", 1)["logprobs"] == run.place(1, "logprobs")
+    assert "logprobs" not in Wiring(config, run).reads("update", 1)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "scale", "expected"),
+    [
+        ("group_mean", "none", {}),
+        ("none", "group_std", {}),
+        ("none", "none", {"every_group": True}),
+        ("flows.app:build_app", "none", {"every_group": True}),
+    ],
+)
+def test_logprobs_leave_groups_out_where_these_cannot_train(
+    run: RunDir, config: RunConfig, baseline: str, scale: str, expected: dict[str, bool]
+) -> None:
+    normalize = config.normalize.model_copy(update={"baseline": baseline, "scale": scale})
+    assert Wiring(config.model_copy(update={"normalize": normalize}), run).call("logprobs", 1).parameters == expected
 
 
 def test_outputs_go_into_the_iteration_and_those_of_the_first_evaluation_before_it(

@@ -40,7 +40,7 @@ from tests.stores import (
 )
 
 
-@pytest.fixture(scope="module", params=["memory", "s3"])
+@pytest.fixture(scope="module", params=["memory", pytest.param("s3", marks=pytest.mark.slow)])
 def remote(
     request: pytest.FixtureRequest, config: RunConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunDir, str]:

@@ -46,7 +46,13 @@ def whatif(
     for index in indices:
         stored = run_dir.open(index, "advantages").read().with_columns(pl.lit(index).alias("iteration"))
         # one iteration is one batch: scale = batch_std must not see other iterations
-        fresh = normalize_rows(run_dir.open(index, "rewards").scan(), wanted)
+        if lacking := sorted(name for name in wanted.reads if not run_dir.has(index, name)):
+            raise UsageError(
+                f"normalize.baseline {wanted.baseline} reads {lacking[0]}, which iteration {index} of {run} does not "
+                "have: train with it (grpo fork)"
+            )
+        read = {name: run_dir.open(index, name).scan() for name in wanted.reads}
+        fresh = normalize_rows(run_dir.open(index, "rewards").scan(), wanted, **read)
         per_iteration.append({"iteration": index, **compare(None, (stored, fresh)).advantages})
         before.append(stored)
         after.append(fresh)

@@ -43,7 +43,8 @@ def advantages(
     ``ddof`` is that of every standard deviation.
 
     A column ``signal``, as `normalize_each` returns it, replaces the reward in the advantage; the group statistics
-    stay those of the reward.
+    stay those of the reward. Columns ``tokens``, ``policy`` and ``log_weight`` are those of `Groups`, which some
+    baselines and scales need.
 
     A reward that is null, NaN or infinite is unknown: it enters no statistic, and its advantage is 0. The advantage is
     also 0 in a group with one scored completion or zero variance, unless baseline and scale are both ``none``.
@@ -57,7 +58,8 @@ def advantages(
     _check_options(baseline, scale, ddof, eps)
     number = group_numbers(rewards)
     shown = groups_of(known(rewards["reward"]), number, ddof)
-    groups = groups_of(known(rewards["signal"]), number, ddof) if "signal" in rewards.columns else shown
+    more = {name: rewards[name].to_numpy() for name in ("tokens", "policy", "log_weight") if name in rewards.columns}
+    groups = groups_of(known(rewards["signal" if "signal" in rewards.columns else "reward"]), number, ddof, **more)
 
     is_compared = baseline != "none" or scale != "none"
     reason = np.full(len(number), -1, dtype=np.int8)

@@ -40,6 +40,7 @@ SCALE_OF_ONE = {
         "entropies",
         "entropy_mean",
         "kl_to_sampler",
+        "kl_to_reference",
         "logprob_difference_max",
     },
     "optimizer_steps": {"loss"},

@@ -142,8 +142,10 @@ def training_measures() -> dict[str, pl.Expr]:
     return {
         "entropy_trained": token_mean("entropy_mean"),
         "kl_to_sampler": token_mean("kl_to_sampler", "known_tokens"),
+        "kl_to_reference": token_mean("kl_to_reference"),
         "clip_low_share": pl.col("clipped_low_tokens").sum() / tokens.sum(),
         "clip_high_share": pl.col("clipped_high_tokens").sum() / tokens.sum(),
+        "bounded_share": pl.col("bounded_tokens").sum() / tokens.sum(),
     }
 
 

@@ -26,9 +26,9 @@ class Trainer(Protocol):
         ...
 
     def logprobs(
-        self, policy: Artifact, batches: Artifact, config: ForwardConfig, progress: Progress = silent
+        self, policy: Artifact, rows: pl.DataFrame, config: ForwardConfig, progress: Progress = silent
     ) -> pl.DataFrame:
-        """Return completion_id and logprobs of the rows that are not dropped, under a policy.
+        """Return completion_id and logprobs of rows, as `frame_logprobs` takes them, under a policy.
 
         It may be another one than the trainer is at, and need memory for a second model.
 
@@ -47,8 +47,8 @@ class Trainer(Protocol):
     ) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Train on the rows that are not dropped; return training records and optimizer steps.
 
-        ``logprobs`` are those of the proximal policy; None = the policy that the trainer is at. Afterwards the trainer
-        is at no policy until it has saved one.
+        ``logprobs`` are those of named policies; without a proximal one it is the policy that the trainer is at.
+        Afterwards the trainer is at no policy until it has saved one.
 
         Raises:
             GrpoError: when a loss or a gradient is not finite.

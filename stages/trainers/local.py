@@ -58,17 +58,16 @@ class LocalTrainer:
         self._weights = {n: facts["sha256"] for n, facts in policy.manifest.files.items() if n.endswith(WEIGHTS)}
 
     def logprobs(
-        self, policy: Artifact, batches: Artifact, config: ForwardConfig, progress: Progress = silent
+        self, policy: Artifact, rows: pl.DataFrame, config: ForwardConfig, progress: Progress = silent
     ) -> pl.DataFrame:
-        """Return completion_id and logprobs of the rows that are not dropped, under a policy."""
+        """Return completion_id and logprobs of rows under a policy."""
         from grpo.optimizer import deterministic
         from grpo.policy import load_policy
         from grpo.policy_logprobs import frame_logprobs
 
         deterministic(config.num_threads)
-        rows = _trained_rows(batches)
         try:
-            model = load_policy(policy.path, device=self.device)
+            model = self._loaded()[0] if self.is_at(policy) else load_policy(policy.path, device=self.device)
             return frame_logprobs(model, rows, config, _listener(progress, rows))
         except ValueError as error:
             raise PolicyError(str(error)) from error
@@ -91,8 +90,7 @@ class LocalTrainer:
         model, optimizer = self._loaded()
         rows = _trained_rows(batches)
         if logprobs is not None:
-            proximal = logprobs.read().select("completion_id", proximal_logprobs="logprobs")
-            rows = rows.join(proximal, on="completion_id", how="left", validate="m:1", maintain_order="left")
+            rows = with_logprobs(rows, logprobs.read())
         deterministic(config.num_threads)
         self._recipe = None
         try:
@@ -131,6 +129,25 @@ def resolve_device(device: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def with_logprobs(rows: pl.DataFrame, logprobs: pl.DataFrame) -> pl.DataFrame:
+    """Return rows with a column ``<name>_logprobs`` for each policy that has a name there.
+
+    Raises:
+        GrpoError: when one lacks a row.
+    """
+    for (name,), found in logprobs.partition_by("policy_name", as_dict=True, maintain_order=True).items():
+        column = f"{name}_logprobs"
+        named = found.select("completion_id", pl.col("logprobs").alias(column))
+        rows = rows.join(named, on="completion_id", how="left", validate="m:1", maintain_order="left")
+        if len(lacking := rows.filter(pl.col(column).is_null())):
+            raise GrpoError(
+                f"the logprobs under the policy {name!r} lack {len(lacking)} rows that train, the first is completion "
+                f"{lacking['completion_id'][0]}: expected one for each; delete the dataset logprobs, to have it made "
+                "again"
+            )
+    return rows
 
 
 def _trained_rows(batches: Artifact) -> pl.DataFrame:

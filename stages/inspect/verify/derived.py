@@ -25,6 +25,7 @@ from stages.inspect.metrics import iteration_metrics
 from stages.inspect.verify.files import Catalog, Located
 from stages.inspect.verify.ledger import PART, Ledger, Rule, Where, apply_rules, compare
 from stages.inspect.verify.rows import fingerprint, scan
+from stages.logprobs import NEEDED, forward_rows
 
 TOLERANCE = 1e-9
 """Relative; for sums whose order another version of polars may choose otherwise, and for figures of metrics."""
@@ -54,8 +55,11 @@ def check_rewards(ledger: Ledger, item: Located, source: Located) -> None:
     apply_rules(ledger, where, scan(rewards), rules, "completion_id")
 
 
-def check_advantages(ledger: Ledger, item: Located, source: Located) -> None:
-    """Recompute the advantages from the rewards, and compare every column and the order."""
+def check_advantages(ledger: Ledger, item: Located, source: Located, more: Mapping[str, Located]) -> None:
+    """Recompute the advantages from the rewards, and compare every column and the order.
+
+    ``more`` are the other datasets that the baseline or the scale has read.
+    """
     where, advantages, rewards = item.where, item.artifact, source.artifact
     settings = dict(advantages.manifest.config)
     written_by = {SOURCES: settings.pop(SOURCES)} if SOURCES in settings else {}
@@ -70,7 +74,9 @@ def check_advantages(ledger: Ledger, item: Located, source: Located) -> None:
     if not is_same:
         ledger.skipped("advantages", "a function of normalize is not there as it was")
         return
-    expected = normalize.normalize_rows(pl.scan_parquet(rewards.files(), glob=False), config)
+    expected = normalize.normalize_rows(
+        pl.scan_parquet(rewards.files(), glob=False), config, **{name: scan(of.artifact) for name, of in more.items()}
+    )
     found = scan(advantages).collect(engine="streaming")
     rows, count = compare(
         expected, found, ["completion_id"], limit=ledger.limit, tolerance=_tolerance(advantages.manifest.environment)
@@ -175,23 +181,35 @@ def slim(completions: Artifact) -> pl.DataFrame:
     ).collect(engine="streaming")
 
 
-def check_logprobs_rows(ledger: Ledger, item: Located, batches: Located) -> None:
-    """Check that the logprobs of another policy are one row per trained completion, with a number for each token."""
-    where, found = item.where, scan(item.artifact)
+def check_logprobs_rows(ledger: Ledger, item: Located, completions: Located, rewards: Located) -> None:
+    """Check that logprobs have a row per policy and completion that may train, with a number for each token."""
+    where, found, manifest = item.where, scan(item.artifact), item.artifact.manifest
     lengths = {"tokens": pl.col("completion_token_ids").list.len(), "trained": loss_tokens().cast(pl.UInt32)}
-    kept = scan(batches.artifact).filter(pl.col("drop_reason").is_null()).unique("completion_id", keep="first")
-    digest = item.artifact.manifest.inputs["policy"]["digest"]
-    expected = kept.select("completion_id", policy_digest=pl.lit(digest), **lengths).collect(engine="streaming")
+    every = manifest.config.get("every_group", False)
+    may_train = forward_rows(
+        scan(completions.artifact).select(NEEDED).collect(engine="streaming"),
+        None if every else scan(rewards.artifact).select("group_id", "reward_name", "reward").collect(),
+        manifest.config["microbatch_tokens"],
+    ).select("completion_id", **lengths)
+    policies = {n.partition(":")[2]: of["digest"] for n, of in manifest.inputs.items() if n.startswith("policy:")}
+    named = pl.DataFrame({"policy_name": list(policies), "policy_digest": list(policies.values())})
+    expected = may_train.join(named, how="cross")
     logprobs = pl.col("logprobs")
     numbers = logprobs.list.eval(pl.element().is_finite().fill_null(False).cast(pl.UInt32)).list.sum()
     stored = found.select(
-        "completion_id", "policy_digest", PART, tokens=logprobs.list.len(), trained=numbers.cast(pl.UInt32)
-    )
+        "completion_id",
+        "policy_name",
+        "policy_digest",
+        PART,
+        tokens=logprobs.list.len(),
+        trained=numbers.cast(pl.UInt32),
+    ).collect(engine="streaming")
+    keys = ["policy_name", "completion_id"]
     rows, count = compare(
-        expected, stored.collect(engine="streaming"), ["completion_id"], limit=ledger.limit, is_ordered=False
+        expected.select(stored.drop(PART).columns), stored, keys, limit=ledger.limit, is_ordered=False
     )
     ledger.checked("records", expected.height)
-    ledger.wrong_rows("records", where, rows, count, sources=[batches.where])
+    ledger.wrong_rows("records", where, rows, count, sources=[completions.where, rewards.where])
     is_odd = logprobs.list.eval((pl.element() > 1e-6) | ~pl.element().is_finite()).list.any()
     rules = [Rule("records", is_odd.fill_null(False), "a log probability is above 0, or not finite")]
     apply_rules(ledger, where, found, rules, "completion_id")
@@ -229,7 +247,7 @@ def _check_figures(ledger: Ledger, where: Where, records: Artifact) -> None:
     ]
     rules += [
         Rule("records", (pl.col(name) < 0) | (pl.col(name) > tokens), f"{name} is impossible", (name, "num_tokens"))
-        for name in ("clipped_low_tokens", "clipped_high_tokens", "masked_tokens")
+        for name in ("clipped_low_tokens", "clipped_high_tokens", "bounded_tokens", "masked_tokens")
     ]
     shown = ("importance_ratio_mean", "importance_ratio_max")
     is_odd = ((mean > highest * (1 + 1e-6)) | (mean < 0)).fill_null(False)
@@ -302,8 +320,10 @@ METRIC_SOURCES = {
         "num_tokens",
         "entropy_trained",
         "kl_to_sampler",
+        "kl_to_reference",
         "clip_low_share",
         "clip_high_share",
+        "bounded_share",
     ),
     "checks": ("num_failed_checks", "num_quarantined"),
     "optimizer_steps": ("loss", "grad_norm", "learning_rate"),

@@ -87,7 +87,7 @@ def _check_kind(ledger: Ledger, key: tuple[int | None, str], item: Located) -> N
     if is_policy or step is None or manifest.stage != step.name:
         return
     needed = {name: source for name, source in step.reads.items() if source not in (From.if_made, From.earlier)}
-    required = {f"{name}:" if source is From.members else name for name, source in needed.items()}
+    required = {f"{name}:" if source in (From.members, From.named) else name for name, source in needed.items()}
     names = {"policy:" if name.startswith("policy:") else name for name in manifest.inputs}
     if lacking := sorted(required - names):
         ledger.wrong("inputs", item.where, f"the manifest of stage {manifest.stage} names no {', '.join(lacking)}")
@@ -112,6 +112,8 @@ def _source_in_run(key: tuple[int | None, str], name: str, artifact: Artifact) -
     match step.reads.get(name) if step else None:
         case From.initial:
             return (None, "initial_policy")
+        case From.named:
+            return None  # the config says which one
         case From.held_out:
             return (None, "held_out_prompts")
         case From.before:

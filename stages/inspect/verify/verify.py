@@ -163,7 +163,9 @@ class _RowVerifier:
         if rewards and completions and self._can_derive("rewards", rewards):
             ledger.attempt("rewards", rewards.where, partial(check_rewards, ledger, rewards, completions))
         if advantages and rewards and self._can_derive("advantages", advantages):
-            ledger.attempt("advantages", advantages.where, partial(check_advantages, ledger, advantages, rewards))
+            read = {"completions": completions, "logprobs": logprobs}
+            more = {name: of for name, of in read.items() if of and name in advantages.artifact.manifest.inputs}
+            ledger.attempt("advantages", advantages.where, partial(check_advantages, ledger, advantages, rewards, more))
         checks = self.get(index, "checks")
         sources = self._inputs(checks, index) if checks else {}
         if checks and sources and self._can_derive("checks", checks):
@@ -174,8 +176,9 @@ class _RowVerifier:
             used = checks if "checks" in batches.artifact.manifest.inputs else None
             check = partial(check_batches, ledger, batches, completions, advantages, used)
             ledger.attempt("batches", batches.where, check)
-        if logprobs and batches and self._can_derive("records", logprobs):
-            ledger.attempt("records", logprobs.where, partial(check_logprobs_rows, ledger, logprobs, batches))
+        if logprobs and completions and rewards and self._can_derive("records", logprobs):
+            check = partial(check_logprobs_rows, ledger, logprobs, completions, rewards)
+            ledger.attempt("records", logprobs.where, check)
         if records and steps and batches and self._can_derive("records", records):
             ledger.attempt("records", records.where, partial(check_records, ledger, records, steps, batches))
             ledger.attempt("records", records.where, partial(check_tokens, ledger, records, batches))

@@ -1,0 +1,90 @@
+"""Baselines and scales that need more than rewards: what the stages normalize and logprobs give them in a run."""
+
+import math
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from flows.commands.whatif import whatif
+from flows.printing import Format
+from pipeline.errors import UsageError
+from pipeline.run_dir import RunDir
+from stages.inspect.verify.verify import verify_run
+from stages.normalize import NormalizeConfig, member_facts
+from tests.builders import fill
+from tests.finished import finished_run, forge, replace_value
+
+
+def run_with(folder: Path, policy: Path, normalize: str) -> RunDir:
+    """Return a finished run with these settings of [normalize]."""
+    return finished_run(folder, policy, learning_rate=0.02, update=f"[normalize]\n{normalize}\n")
+
+
+def test_a_scale_over_tokens_reads_the_completions(tmp_path: Path, tiny_policy: Path) -> None:
+    run = run_with(tmp_path, tiny_policy, 'scale = "token_whitened"')
+    assert not run.has(0, "logprobs")
+    assert set(run.open(0, "advantages").manifest.inputs) == {"rewards", "completions"}
+    rows = run.open(0, "advantages").read().filter(pl.col("drop_reason").is_null())
+    tokens = run.open(0, "completions").read().select("completion_id", n=pl.col("completion_token_ids").list.len())
+    weighed = rows.join(tokens, on="completion_id")
+    assert (weighed["advantage"] * weighed["n"]).sum() == pytest.approx(0.0, abs=1e-9)
+    assert verify_run(run).problems == []
+    forge(run, run.place(0, "advantages"), replace_value("advantage", 0, 3.0))
+    assert "advantages" in {problem.check for problem in verify_run(run).problems}
+
+
+def test_a_baseline_weighs_by_the_policy_with_which_the_iteration_begins(tmp_path: Path, tiny_policy: Path) -> None:
+    run = run_with(tmp_path, tiny_policy, 'baseline = "importance_weighted"')
+    logprobs = run.open(1, "logprobs").read()
+    assert logprobs["policy_name"].unique().to_list() == ["current"]
+    assert logprobs["policy_digest"].unique().to_list() == [run.open(0, "policy").digest]
+    assert set(run.open(1, "advantages").manifest.inputs) == {"rewards", "completions", "logprobs"}
+    assert set(run.open(1, "policy").manifest.inputs) == {"batches", "policy"}
+    assert verify_run(run).problems == []
+
+
+def test_what_a_run_lacks_cannot_be_tried(tmp_path: Path, tiny_policy: Path) -> None:
+    run = run_with(tmp_path, tiny_policy, "")
+    whatif(str(run.root), ["normalize.baseline=length_weighted"], Format.jsonl)
+    with pytest.raises(UsageError, match=r"reads logprobs, which iteration 0 of .* does not have: train with it"):
+        whatif(str(run.root), ["normalize.baseline=importance_weighted"], Format.jsonl)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, set()),
+        ({"scale": "token_whitened"}, {"completions"}),
+        ({"baseline": "length_weighted"}, {"completions"}),
+        ({"baseline": "per_policy"}, {"completions"}),
+        ({"baseline": "importance_weighted"}, {"completions", "logprobs"}),
+        ({"baseline": "importance_weighted_squared"}, {"completions", "logprobs"}),
+    ],
+)
+def test_a_config_reads_what_its_functions_need(settings: dict[str, str], expected: set[str]) -> None:
+    assert NormalizeConfig(**settings).reads == expected
+
+
+def test_the_weight_of_a_completion_is_the_product_of_its_known_ratios() -> None:
+    """Over trainable tokens, with truncated sampling's kept mass taken back."""
+    rows = [
+        {"completion_id": "a", "policy_digest": "y", "completion_token_ids": [1, 2, 3],
+         "sampling_logprobs": [-1.0, -2.0, -3.0], "kept_mass": None, "loss_mask": [True, False, True]},
+        {"completion_id": "b", "policy_digest": "x", "completion_token_ids": [1, 2], "sampling_logprobs": [-1.0, None],
+         "kept_mass": [0.5, 0.5], "loss_mask": None},
+        {"completion_id": "c", "policy_digest": "y", "completion_token_ids": [1], "sampling_logprobs": [-1.0],
+         "kept_mass": None, "loss_mask": None},
+    ]  # fmt: skip
+    logprobs = pl.DataFrame(
+        {
+            "completion_id": ["a", "b", "a"],
+            "policy_name": ["current", "current", "reference"],
+            "logprobs": [[-0.5, None, -2.0], [-0.25, -9.0], [-7.0, -7.0, -7.0]],
+        },
+        schema_overrides={"logprobs": pl.List(pl.Float32)},
+    )
+    found = member_facts(fill("completions", rows).lazy(), logprobs.lazy()).collect()
+    assert found["tokens"].to_list() == [2.0, 2.0, 1.0]
+    assert found["policy"].to_list() == [1, 0, 1]
+    assert found["log_weight"].to_list() == pytest.approx([0.5 + 1.0, 0.75 + math.log(2), 0.0])
