@@ -106,6 +106,7 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
     clips: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.clip_reasons.items()}
     bounds: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.bounds.items()}
     masks: dict[str, FlagArray] = {name: is_so_N.cpu().numpy() for name, is_so_N in facts.mask_reasons.items()}
+    told = {**clips, **bounds}
     is_known_N = np.isfinite(token["sampling_logprobs"])
     known_row_N = row_N[is_known_N]
     nowhere_N = np.zeros(len(row_N), dtype=np.bool_)
@@ -120,8 +121,8 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
         "num_tokens": np.bincount(row_N, minlength=num_rows),
         "importance_ratio_mean": _means(token["importance_ratios"], row_N, num_rows),
         "importance_ratio_max": _maxima(token["importance_ratios"], row_N, num_rows),
-        "clipped_low_tokens": count(clips.get("clipped_low", nowhere_N)),
-        "clipped_high_tokens": count(clips.get("clipped_high", nowhere_N)),
+        "clipped_low_tokens": count(told.get("clipped_low", nowhere_N)),
+        "clipped_high_tokens": count(told.get("clipped_high", nowhere_N)),
         "bounded_tokens": count(np.any([nowhere_N, *bounds.values()], axis=0)),
         "correction_weight_mean": _means(token["correction_weights"], row_N, num_rows),
         "masked_tokens": count(token["correction_weights"] == 0),
@@ -138,7 +139,7 @@ def completion_records(rows: pl.DataFrame, batch: MicroBatch, facts: TokenFacts,
         columns[name] = as_lists(token[name], place_N, completion_B) if with_tokens else [None] * num_rows
     if not with_tokens:
         return pl.DataFrame(columns).cast(RECORD_SCHEMA)
-    columns["clip_reasons"] = _as_texts(_first({**clips, **bounds}, len(row_N)), NONE, place_N, completion_B)
+    columns["clip_reasons"] = _as_texts(_first(told, len(row_N)), NONE, place_N, completion_B)
     columns["mask_reasons"] = _as_texts(_first(masks, len(row_N)), "loss_mask", place_N, completion_B)
     columns["token_losses"] = as_lists(token["losses"], place_N, completion_B)
     return pl.DataFrame(columns).cast(TOKEN_RECORD_SCHEMA)

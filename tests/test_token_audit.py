@@ -194,6 +194,26 @@ def test_a_run_with_tokens_passes_the_audit_and_has_the_weights_of_one_without(r
     assert set(names[0]) - set(names[1]) == {"clip_reasons", "mask_reasons", "token_losses"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "column", "reason"),
+    [
+        ('loss = { name = "dppo_k2", low = 1e-9, high = 1e-9 }', "clipped_low_tokens", "clipped_low"),
+        ("correction = { off_policy_sequence_mask = 1e-9 }", "masked_tokens", "off_policy_sequence_mask"),
+    ],
+)
+def test_every_reason_and_bound_is_counted_as_verify_counts_it(
+    tmp_path: Path, tiny_policy: Path, settings: str, column: str, reason: str
+) -> None:
+    """With the clips of a loss that leaves the tokens some gradient, and a mask of whole rows."""
+    recorded = f'record_tokens = true\nproximal = "sampler"\n{settings}'
+    run = finished_run(tmp_path, tiny_policy, learning_rate=0.02, update=recorded)
+    rows = run.open(0, "training_records").read()
+    lists = "mask_reasons" if column == "masked_tokens" else "clip_reasons"
+    counted = rows.select(pl.col(lists).explode() == reason).to_series().sum()
+    assert rows[column].sum() == counted > 0
+    assert verify_run(run).problems == []
+
+
 def test_each_token_of_a_completion_is_a_line(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     completion = trained_id(run)
     tokens(run.root, completion, 0, Format.jsonl)

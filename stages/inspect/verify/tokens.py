@@ -29,7 +29,7 @@ MEANS = {
 COUNTS = {
     "clipped_low_tokens": ("clip_reasons", ["clipped_low"]),
     "clipped_high_tokens": ("clip_reasons", ["clipped_high"]),
-    "masked_tokens": ("mask_reasons", ["veto", "unknown_sampler", "correction"]),
+    "masked_tokens": ("mask_reasons", ["veto", "off_policy_sequence_mask", "unknown_sampler", "correction"]),
 }
 """Number of the row -> the list and its reasons that it counts."""
 
