@@ -100,4 +100,10 @@ class UpdateConfig(AdamWConfig, ForwardConfig):
                 f"the loss {self.loss.name} compares with the sampler, and proximal is {self.proximal}: set "
                 'update.proximal = "sampler"'
             )
+        if self.loss.name == "reinforce" and self.proximal == "sampler":
+            raise ValueError(
+                'the loss reinforce has no ratio, and under proximal = "sampler" no correction weighs a token: nothing '
+                'would make up for what another policy has sampled; set update.proximal = "update", or use cispo, '
+                "which has the ratio to the sampler"
+            )
         return self

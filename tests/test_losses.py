@@ -287,6 +287,13 @@ def test_an_enormous_ratio_gives_a_finite_loss_and_gradient(name: str, far: floa
         assert torch.isfinite(gradient(loss, new)).all()
 
 
+def test_a_loss_without_a_ratio_needs_the_corrections() -> None:
+    """Under proximal = "sampler" the correction is 1, so that no stale answer would be weighed at all."""
+    assert UpdateConfig.model_validate({"loss": {"name": "reinforce"}, "proximal": "update"}).proximal == "update"
+    with pytest.raises(ValueError, match=r'reinforce has no ratio, .* set update.proximal = "update"'):
+        UpdateConfig.model_validate({"loss": {"name": "reinforce"}, "proximal": "sampler"})
+
+
 def test_gspo_token_gives_each_token_its_own_advantage() -> None:
     of = inputs()
     varied = LossInputs(of.trainer_logprobs_N, OLD, SAMPLER, torch.arange(10).double() / 10, ROW, NUM_ROWS)
