@@ -202,8 +202,9 @@ class RunConfig(StrictModel):
         exist besides the initial one.
         """
         num_stored = sum(len(source.iterations) for source in self.offline)
-        # later iterations that generate have the reference of the next one, or one that is still to be made
-        coming = range(num_updates, max(num_stored, min(num_updates + 1, self.iterations)))
+        # later iterations that generate have the reference of the next one, or one that is still to be made;
+        # after the last iteration, too: raising ``iterations`` continues a finished run
+        coming = range(num_updates, max(num_stored, num_updates + 1))
         named = {number for iteration in coming for number in self.named_policies(iteration).values()}
         return coming_members(self.generate.plan(), num_updates) | {number for number in named if number <= num_updates}
 

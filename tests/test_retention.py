@@ -330,7 +330,15 @@ def test_the_reference_policy_of_coming_iterations_is_needed(
     kl = KlConfig(refresh_every=every)
     held = config.model_copy(update={"update": config.update.model_copy(update={"kl": kl}), "iterations": 30})
     assert held.needed_policies(27) == {27} | expected
-    assert held.needed_policies(30) == {30}
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, {0}), (10, {30}), (7, {28}), (27, {27})])
+def test_a_finished_run_keeps_the_reference_with_which_it_can_be_continued(
+    config: RunConfig, every: int | None, expected: set[int]
+) -> None:
+    kl = KlConfig(refresh_every=every)
+    held = config.model_copy(update={"update": config.update.model_copy(update={"kl": kl}), "iterations": 30})
+    assert held.needed_policies(30) == {30} | expected
 
 
 def test_a_policy_that_is_to_be_evaluated_and_was_dropped_is_told_at_the_start(config: RunConfig, run: RunDir) -> None:
