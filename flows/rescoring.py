@@ -55,6 +55,11 @@ def rescore_run(
     settings = validate(config_class(), tables, "the new run's config")
     check_unchanged(run, settings)
     check_normalize(settings.normalize)
+    if "logprobs" in settings.normalize.reads:
+        raise UsageError(
+            f"normalize.baseline {settings.normalize.baseline} weighs by the policy that trains, and none trains in a "
+            "re-scored run: choose another baseline, or train with it (grpo fork)"
+        )
     keeps_rewards = "score" not in apply_overrides(own, overrides) and all(source.has(i, "rewards") for i in chosen)
     if not keeps_rewards:
         _check_rewards(source, chosen[0], settings)

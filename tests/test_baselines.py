@@ -8,6 +8,8 @@ import pytest
 
 from flows.commands.whatif import whatif
 from flows.printing import Format
+from flows.reporter import SilentReporter
+from flows.rescoring import rescore_run
 from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.verify import verify_run
@@ -16,9 +18,9 @@ from tests.builders import fill
 from tests.finished import finished_run, forge, replace_value
 
 
-def run_with(folder: Path, policy: Path, normalize: str) -> RunDir:
+def run_with(folder: Path, policy: Path, normalize: str, *, name: str = "run") -> RunDir:
     """Return a finished run with these settings of [normalize]."""
-    return finished_run(folder, policy, learning_rate=0.02, update=f"[normalize]\n{normalize}\n")
+    return finished_run(folder, policy, name=name, learning_rate=0.02, update=f"[normalize]\n{normalize}\n")
 
 
 def test_a_scale_over_tokens_reads_the_completions(tmp_path: Path, tiny_policy: Path) -> None:
@@ -47,8 +49,18 @@ def test_a_baseline_weighs_by_the_policy_with_which_the_iteration_begins(tmp_pat
 def test_what_a_run_lacks_cannot_be_tried(tmp_path: Path, tiny_policy: Path) -> None:
     run = run_with(tmp_path, tiny_policy, "")
     whatif(str(run.root), ["normalize.baseline=length_weighted"], Format.jsonl)
-    with pytest.raises(UsageError, match=r"reads logprobs, which iteration 0 of .* does not have: train with it"):
-        whatif(str(run.root), ["normalize.baseline=importance_weighted"], Format.jsonl)
+    for lacking in (run, run_with(tmp_path, tiny_policy, "[update.kl]", name="held")):  # which has those of a reference
+        assert lacking.has(0, "logprobs") == (lacking is not run)
+        with pytest.raises(UsageError, match=r"reads logprobs, which iteration 0 of .* does not have of the policy"):
+            whatif(str(lacking.root), ["normalize.baseline=importance_weighted"], Format.jsonl)
+
+
+def test_a_baseline_that_weighs_by_a_policy_cannot_be_re_scored_with(tmp_path: Path, tiny_policy: Path) -> None:
+    run, own = run_with(tmp_path, tiny_policy, ""), {"normalize": {"baseline": "importance_weighted"}}
+    new = RunDir(tmp_path / "runs" / "again")
+    with pytest.raises(UsageError, match=r"importance_weighted weighs by the policy that trains, .*grpo fork"):
+        rescore_run(run, own, new, None, [], SilentReporter())
+    assert not new.resolved_config.exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 from flows.commands.options import Output, Overrides, Run, permit_named
 from flows.printing import Format, print_rows, say
 from pipeline.errors import ArtifactMissing, UsageError
+from pipeline.run_dir import RunDir
 from pipeline.runs import open_run
 
 WRITES = False
@@ -46,10 +47,10 @@ def whatif(
     for index in indices:
         stored = run_dir.open(index, "advantages").read().with_columns(pl.lit(index).alias("iteration"))
         # one iteration is one batch: scale = batch_std must not see other iterations
-        if lacking := sorted(name for name in wanted.reads if not run_dir.has(index, name)):
+        if lacking := sorted(name for name in wanted.reads if not _has(run_dir, index, name)):
             raise UsageError(
                 f"normalize.baseline {wanted.baseline} reads {lacking[0]}, which iteration {index} of {run} does not "
-                "have: train with it (grpo fork)"
+                "have of the policy that trains: train with it (grpo fork)"
             )
         read = {name: run_dir.open(index, name).scan() for name in wanted.reads}
         fresh = normalize_rows(run_dir.open(index, "rewards").scan(), wanted, **read)
@@ -67,6 +68,15 @@ def whatif(
                "mean_size_b", "rank_correlation")  # fmt: skip
     print_rows(_thinned(per_iteration), format_, columns=columns)
     print_comparison(found, run_dir, indices, format_)
+
+
+def _has(run: RunDir, iteration: int, dataset: str) -> bool:
+    """Return whether an iteration has what baselines read; logprobs may be those of a reference alone. Read-only."""
+    from stages.logprobs import CURRENT
+
+    if not run.has(iteration, dataset):
+        return False
+    return dataset != "logprobs" or f"policy:{CURRENT}" in run.open(iteration, dataset).manifest.inputs
 
 
 def _thinned(rows: list[dict[str, Any]], most: int = 20) -> list[dict[str, Any]]:
