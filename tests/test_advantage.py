@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.advantages.baselines import BASELINES
 from grpo.advantages.estimate import ADVANTAGE_COLUMNS, advantages
 from grpo.advantages.scales import SCALES
 from grpo.combine import combine, normalize_each
@@ -76,6 +77,20 @@ def test_whitening_over_tokens_equals_the_golden_values(ddof: Any, key: str) -> 
     for group in golden["groups"]:
         assert found[group] == pytest.approx(golden[key][group], rel=1e-10)
     assert found["flat"] == found["unknown"] == [0.0, 0.0]
+
+
+def test_a_group_without_a_token_that_trains_stops_no_iteration() -> None:
+    """Its rows are dropped as no_trainable_token."""
+    rows = reward_rows(a=[1.0, 0.0, None], b=[1.0, 0.0]).with_columns(tokens=pl.Series([0.0, 0.0, 3.0, 1.0, 3.0]))
+    found = by_group(advantages(rows, baseline="length_weighted"))
+    assert found == {"a": [0.0, 0.0, 0.0], "b": [0.75, -0.25]}
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_no_rewards_have_no_advantages(baseline: str) -> None:
+    none = reward_rows(a=[1.0]).clear()
+    more = {"tokens": pl.Float64, "policy": pl.Int64, "log_weight": pl.Float64}
+    assert advantages(none.with_columns(pl.Series(n, [], dtype=t) for n, t in more.items()), baseline=baseline).is_empty()
 
 
 def test_the_length_weighted_baseline_equals_the_golden_values() -> None:

@@ -29,9 +29,13 @@ def leave_one_out(groups: Groups) -> Floats:
 
 
 def length_weighted(groups: Groups) -> Floats:
-    """Return ``R - sum(T R) / sum(T)``, T the tokens of each completion (OPO, arXiv:2505.23585)."""
+    """Return ``R - sum(T R) / sum(T)``, T the tokens of each completion (OPO, arXiv:2505.23585).
+
+    0 in a group without a token that trains.
+    """
     tokens = np.where(np.isnan(groups.values), 0.0, _given(groups.tokens))
-    return groups.values - groups.sum(tokens * groups.values) / groups.sum(tokens)
+    total = groups.sum(tokens)
+    return np.where(total > 0, groups.values - groups.sum(tokens * groups.values) / total, groups.values * 0.0)
 
 
 def per_policy(groups: Groups) -> Floats:
@@ -66,7 +70,7 @@ def _weighted_by_others(groups: Groups, power: float) -> Floats:
     for rows in np.split(order, np.cumsum(np.bincount(groups.number))[:-1]):
         others = np.where(np.eye(len(rows), dtype=np.bool_), -np.inf, log_weight[rows])
         # the largest of the others is 1: a weight beside which they vanish is not among them
-        weight = np.exp(others - others.max(axis=1, keepdims=True))
+        weight = np.exp(others - others.max(axis=1, keepdims=True, initial=-np.inf))
         baseline[rows] = (weight * value[rows]).sum(axis=1) / weight.sum(axis=1)
     result: Floats = groups.values - baseline
     return result
