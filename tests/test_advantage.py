@@ -86,11 +86,25 @@ def test_a_group_without_a_token_that_trains_stops_no_iteration() -> None:
     assert found == {"a": [0.0, 0.0, 0.0], "b": [0.75, -0.25]}
 
 
+@pytest.mark.parametrize(("shift", "factor"), [(0.0, 1.0), (1000.0, 1.0), (0.0, 1e-8), (0.0, 1e8)])
+def test_the_std_of_the_others_depends_on_neither_the_unit_nor_the_zero_of_a_reward(
+    shift: float, factor: float
+) -> None:
+    values = [0.0, 0.0005, 0.0007, 0.0002, 0.0002]
+    rows = reward_rows(a=[shift + factor * value for value in values])
+    found = advantages(rows, baseline="leave_one_out", scale="leave_one_out_std", eps=0.0)["advantage"].to_list()
+    others = [values[:i] + values[i + 1 :] for i in range(5)]
+    expected = [(v - np.mean(o)) / np.std(o, ddof=1) for v, o in zip(values, others, strict=True)]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_no_rewards_have_no_advantages(baseline: str) -> None:
     none = reward_rows(a=[1.0]).clear()
     more = {"tokens": pl.Float64, "policy": pl.Int64, "log_weight": pl.Float64}
-    assert advantages(none.with_columns(pl.Series(n, [], dtype=t) for n, t in more.items()), baseline=baseline).is_empty()
+    assert advantages(
+        none.with_columns(pl.Series(n, [], dtype=t) for n, t in more.items()), baseline=baseline
+    ).is_empty()
 
 
 def test_the_length_weighted_baseline_equals_the_golden_values() -> None:

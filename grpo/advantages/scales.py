@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from grpo.groups import ROUNDING, Floats, Groups, standard_deviation
+from grpo.groups import ROUNDING, ZERO_VARIANCE_TOLERANCE, Floats, Groups, standard_deviation
 
 Scale = Callable[[Floats, Groups, float], Floats]
 
@@ -47,9 +47,12 @@ def leave_one_out_std(raw: Floats, groups: Groups, eps: float) -> Floats:
     size, mean = groups.size, groups.statistics.mean[groups.number]
     others = size - 1
     of_others = (mean * size - groups.values) / others
-    squares = groups.sum((groups.values - mean) ** 2) - (groups.values - mean) ** 2 - others * (of_others - mean) ** 2
+    squares_of_group = groups.sum((groups.values - mean) ** 2)
+    squares = squares_of_group - (groups.values - mean) ** 2 - others * (of_others - mean) ** 2
     variance = np.where(others > groups.ddof, squares / (others - groups.ddof), 0.0)
-    std = np.sqrt(np.where(variance > ROUNDING * np.maximum(1.0, np.abs(mean)) ** 2, variance, 0.0))
+    # what is left of squares that cancel, and what `statistics` calls flat, is no spread
+    tolerated = np.maximum(ZERO_VARIANCE_TOLERANCE * np.abs(mean), ROUNDING) ** 2
+    std = np.sqrt(np.where(variance > np.maximum(tolerated, ROUNDING * squares_of_group), variance, 0.0))
     return np.where(std > 0, raw / (std + eps), raw)
 
 
