@@ -61,10 +61,12 @@ def compute(task: StageTask[LogprobsConfig, Trainer]) -> None:
     rewards = None if task.parameters.get("every_group") else task.inputs["rewards"].scan().collect()
     rows = forward_rows(completions, rewards, task.config.microbatch_tokens)
     policies = {name.partition(":")[2]: found for name, found in task.inputs.items() if name.startswith("policy:")}
+    found: dict[str, pl.DataFrame] = {}  # several names may be those of one policy
     for part, (name, policy) in enumerate(policies.items()):
-        progress = _share(task.progress, part, len(policies))
-        found = task.resources.logprobs(policy, rows, task.config, progress)
-        named = found.with_columns(policy_name=pl.lit(name), policy_digest=pl.lit(policy.digest))
+        if policy.digest not in found:
+            progress = _share(task.progress, part, len(policies))
+            found[policy.digest] = task.resources.logprobs(policy, rows, task.config, progress)
+        named = found[policy.digest].with_columns(policy_name=pl.lit(name), policy_digest=pl.lit(policy.digest))
         task.writer.write_part(part, named.select("completion_id", "policy_name", "policy_digest", "logprobs"))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -10,10 +11,12 @@ from flows.commands.whatif import whatif
 from flows.printing import Format
 from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run
+from pipeline.artifact import Artifact
 from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.verify import verify_run
 from stages.normalize import NormalizeConfig, member_facts
+from stages.trainers.local import LocalTrainer
 from tests.builders import fill
 from tests.finished import finished_run, forge, replace_value
 
@@ -44,6 +47,24 @@ def test_a_baseline_weighs_by_the_policy_with_which_the_iteration_begins(tmp_pat
     assert set(run.open(1, "advantages").manifest.inputs) == {"rewards", "completions", "logprobs"}
     assert set(run.open(1, "policy").manifest.inputs) == {"batches", "policy"}
     assert verify_run(run).problems == []
+
+
+def test_a_policy_of_several_names_has_one_forward(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference that is refreshed in every iteration is the current policy."""
+    compute, forwards = LocalTrainer.logprobs, []
+
+    def counted(self: LocalTrainer, policy: Artifact, *rest: Any) -> pl.DataFrame:
+        forwards.append(policy.digest)
+        return compute(self, policy, *rest)
+
+    monkeypatch.setattr(LocalTrainer, "logprobs", counted)
+    run = run_with(tmp_path, tiny_policy, 'baseline = "importance_weighted"\n[update.kl]\nrefresh_every = 1')
+    assert len(forwards) == len(set(forwards)) == 2
+    for iteration in (0, 1):
+        rows = run.open(iteration, "logprobs").read().partition_by("policy_name", as_dict=True, include_key=False)
+        assert rows["current",].equals(rows["reference",])
 
 
 def test_what_a_run_lacks_cannot_be_tried(tmp_path: Path, tiny_policy: Path) -> None:
