@@ -11,7 +11,7 @@ from grpo import correction
 from grpo.correction import CorrectionConfig, UpperBound
 from grpo.losses import options as losses
 from grpo.losses.options import TO_SAMPLER, LossConfig
-from grpo.strict import OrNone, PositiveOrNone, StrictModel
+from grpo.strict import NoneIsNull, OrNone, PositiveOrNone, StrictModel
 
 
 class AdamWConfig(StrictModel):
@@ -83,8 +83,8 @@ class UpdateConfig(AdamWConfig, ForwardConfig):
     offline_kl_coef: float = Field(0.4, ge=0)
     """Weight of the KL to the proximal policy in the loss of offline iterations under "phase". The clip bounds the
     tokens that were sampled; this bounds the rest of each distribution, which drifts while rows are used again."""
-    kl: KlConfig | None = None
-    """What holds the policy to a reference; null = nothing does."""
+    kl: Annotated[KlConfig | None, NoneIsNull] = None
+    """What holds the policy to a reference; null or "none" = nothing does."""
     entropy_coef: float = 0.0
     """Weight of the mean entropy over an optimizer step's tokens, subtracted from the loss: above 0 it keeps the policy
     from becoming sure of itself. The mean is over tokens whatever the aggregation is."""

@@ -23,7 +23,9 @@ def _null_is_none(value: Any) -> Any:
     return "none" if value is None else value
 
 
-OrNone = (BeforeValidator(_none_is_null), PlainSerializer(_null_is_none, when_used="json"))
+NoneIsNull = BeforeValidator(_none_is_null)
+"""For a setting that a preset may have on: TOML has no null to switch it off with, so a config says "none"."""
+OrNone = (NoneIsNull, PlainSerializer(_null_is_none, when_used="json"))
 """For a setting that is on by default. TOML has no null to switch it off with: a config says "none". A recorded config
 says it as well, since a run made of it would have the default in the place of a null."""
 Positive = Annotated[float, Field(gt=0)]

@@ -64,6 +64,18 @@ def test_another_loss_takes_no_option_of_the_presets_one() -> None:
     }  # fmt: skip
 
 
+def test_another_estimate_of_the_kl_keeps_the_presets_coefficient() -> None:
+    found = config("grpo_original", '[update.kl]\nname = "weighted_k3"\n').update.kl
+    assert found is not None
+    assert (found.name, found.coef) == ("weighted_k3", 0.04)
+
+
+def test_the_kl_of_a_preset_can_be_switched_off() -> None:
+    found = config("grpo_original", '[update]\nkl = "none"\n')
+    assert found.update.kl is None
+    assert found.model_dump(mode="json")["update"]["kl"] is None
+
+
 def test_an_override_chooses_a_preset() -> None:
     found = parse_config(MINIMAL.format(preset="", more=""), "config", ["preset=sapo", "normalize.scale=none"])
     assert (found.update.loss.name, found.normalize.scale) == ("sapo", "none")

@@ -8,8 +8,8 @@ from pipeline.config import parse_toml
 from pipeline.errors import ConfigError
 
 FOLDER = Path(__file__).parent
-CHOICES = ("name", "kind")
-"""Keys that choose what the other keys of a table mean."""
+CHOICES = {"loss": "name", "correction": "kind"}
+"""Tables with options that belong to a choice -> the key that makes it."""
 
 
 def presets() -> tuple[str, ...]:
@@ -35,11 +35,12 @@ def with_preset(tables: Mapping[str, Any]) -> dict[str, Any]:
     return _merged(parse_toml(path.read_text(encoding="utf-8"), path.name), own)
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    if any(key in base and key in over and base[key] != over[key] for key in CHOICES):
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any], table: str = "") -> dict[str, Any]:
+    key = CHOICES.get(table, "")
+    if key in base and key in over and base[key] != over[key]:
         return dict(over)
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         if isinstance(base[key], dict) and isinstance(over[key], dict):
-            merged[key] = _merged(base[key], over[key])
+            merged[key] = _merged(base[key], over[key], key)
     return merged
