@@ -1,6 +1,7 @@
 """Baselines and scales that need more than rewards: what the stages normalize and logprobs give them in a run."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from flows.commands.whatif import whatif
 from flows.printing import Format
 from flows.reporter import SilentReporter
 from flows.rescoring import rescore_run
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import UsageError
 from pipeline.run_dir import RunDir
 from stages.inspect.verify.verify import verify_run
 from stages.normalize import NormalizeConfig, member_facts
 from stages.trainers.local import LocalTrainer
 from tests.builders import fill
-from tests.finished import finished_run, forge, replace_value
+from tests.finished import finished_run, forge, problems_of, replace_value
+from tests.manifests import fix_hashes, manifest_of
 
 
 def run_with(folder: Path, policy: Path, normalize: str, *, name: str = "run") -> RunDir:
@@ -65,6 +67,21 @@ def test_a_policy_of_several_names_has_one_forward(
     for iteration in (0, 1):
         rows = run.open(iteration, "logprobs").read().partition_by("policy_name", as_dict=True, include_key=False)
         assert rows["current",].equals(rows["reference",])
+
+
+def test_verify_finds_logprobs_of_another_policy_under_the_name_of_the_current_one(
+    tmp_path: Path, tiny_policy: Path
+) -> None:
+    run = run_with(tmp_path, tiny_policy, 'baseline = "importance_weighted"')
+    place = run.place(1, "logprobs")
+    initial = open_artifact(run.initial_policy)
+    manifest = manifest_of(place)
+    path = os.path.relpath(initial.path.resolve(), place.resolve())
+    manifest["inputs"]["policy:current"] = {"path": path, "digest": initial.digest}
+    fix_hashes(place, manifest)
+    forge(run, place, lambda rows: rows.with_columns(policy_digest=pl.lit(initial.digest)))
+    (found,) = problems_of(run, "inputs")
+    assert found.found.endswith("policy:current is initial_policy, expected iterations/000000/policy")
 
 
 def test_what_a_run_lacks_cannot_be_tried(tmp_path: Path, tiny_policy: Path) -> None:

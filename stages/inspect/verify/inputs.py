@@ -17,6 +17,7 @@ from stages import policy
 from stages.batch import IMPORTED
 from stages.inspect.verify.files import Catalog, Located, policy_key, relative_path
 from stages.inspect.verify.ledger import Ledger, Where, describe
+from stages.logprobs import CURRENT, PROXIMAL
 from stages.rewards.functions import RewardConfig
 from stages.score import ScoreConfig
 
@@ -112,8 +113,8 @@ def _source_in_run(key: tuple[int | None, str], name: str, artifact: Artifact) -
     match step.reads.get(name) if step else None:
         case From.initial:
             return (None, "initial_policy")
-        case From.named:
-            return None  # the config says which one
+        case From.named:  # of a reference the config says which one
+            return {CURRENT: policy_key(index), PROXIMAL: (None, "initial_policy")}.get(member)
         case From.held_out:
             return (None, "held_out_prompts")
         case From.before:
