@@ -32,7 +32,8 @@ from tests.vectors import (
 )
 
 GOLDEN: dict[str, Any] = VECTORS["losses"]
-PROXIMAL = {name: SAMPLER if name in TO_SAMPLER else OLD for name in LOSSES}
+PROXIMAL = {name: SAMPLER if name in TO_SAMPLER else OLD for name in LOSSES} | {"vespo": OLD}
+"""That of the golden values, which have vespo's ratio to the proximal policy."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reinforce": ("reinforce", {}),
@@ -285,6 +286,13 @@ def test_an_enormous_ratio_gives_a_finite_loss_and_gradient(name: str, far: floa
         loss = LOSSES[name](of).loss_N
         assert torch.isfinite(loss).all()
         assert torch.isfinite(gradient(loss, new)).all()
+
+
+@pytest.mark.parametrize("name", ["topr", "vespo", "dppo_k2"])
+def test_a_loss_that_compares_with_the_sampler_is_weighed_by_no_correction_as_well(name: str) -> None:
+    """In one step the ratio to another proximal policy is 1, and options that bound it would do nothing."""
+    with pytest.raises(ValueError, match=f'the loss {name} compares with the sampler, .*proximal = "sampler"'):
+        UpdateConfig.model_validate({"loss": {"name": name}, "proximal": "update"})
 
 
 def test_a_loss_without_a_ratio_needs_the_corrections() -> None:

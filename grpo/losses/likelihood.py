@@ -55,8 +55,8 @@ def vespo(
 ) -> TokenLosses:
     """Return ``-R^k exp(decay (1 - R)) A log p`` of each token, k the power, the factor a constant: 1 at R = 1.
 
-    VESPO (arXiv:2602.10693), whose R is that to the sampler under ``update.proximal = "sampler"``; elsewhere the
-    correction weighs what lies between the proximal policy and the sampler, as in TRL.
+    VESPO (arXiv:2602.10693), whose R is that to the sampler: so with ``update.proximal = "sampler"``. TRL's R is the
+    same, and it multiplies by no weight beside it.
 
     Args:
         inputs: the tokens.
@@ -73,6 +73,6 @@ def vespo(
     return TokenLosses(-weight_N * inputs.advantage_N * inputs.trainer_logprobs_N, {})
 
 
-TO_SAMPLER = (topr,)
+TO_SAMPLER = (topr, vespo)
 """Whose ratio is that to the sampler."""
 LOSSES = (reinforce, cispo, topr, vespo)
