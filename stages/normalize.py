@@ -37,7 +37,7 @@ class NormalizeConfig(StrictModel):
     """Reward name -> weight in the sum; a reward that is not named has weight 1."""
     combine: Literal["sum", "normalize_each"] = "sum"
     """sum = the weighted sum of the rewards is normalized; normalize_each = each reward is normalized in its group by
-    its own mean and std, then the weighted sum is (GDPO with scale = "batch_std", and with no other)."""
+    its own mean and std, then the weighted sum is (GDPO with scale = "batch_std", or "token_whitened" as in verl)."""
 
     @property
     def reads(self) -> frozenset[str]:

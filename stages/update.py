@@ -1,8 +1,8 @@
 """update: batches and a policy -> the next policy and a record of what happened to every row.
 
-The order, the microbatches and the denominators are in the batches; this stage only does the arithmetic of `grpo`. With
-the input logprobs, their policy is the proximal one, with which the clip compares. transformers and vLLM load the next
-policy as it is; the optimizer's state becomes an artifact of its own (stages/optimizer.py).
+The order, the microbatches and the denominators are in the batches; this stage only does the arithmetic of `grpo`. The
+input logprobs, where there is one, has the numbers of the proximal policy, of the reference, or of both. transformers
+and vLLM load the next policy as it is; the optimizer's state becomes an artifact of its own (stages/optimizer.py).
 """
 
 from grpo.settings import UpdateConfig

@@ -46,7 +46,7 @@ class LossInputs:
 
     @cached_property
     def tokens_N(self) -> "Tensor":
-        """Trainable tokens of the token's row, in the dtype of the logprobs."""
+        """Trainable tokens of the token's row, in the dtype of the advantages."""
         return self.row_sum_N((self.row_N == self.row_N).to(self.advantage_N.dtype))
 
     def row_sum_N(self, x_N: "Tensor") -> "Tensor":
