@@ -77,6 +77,30 @@ def test_the_entropy_bonus_is_the_mean_over_the_tokens_of_the_step(microbatch_ro
         torch.testing.assert_close(found[name] - before[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("microbatch_rows", [1, 3])
+def test_the_kl_to_a_reference_has_the_mean_of_the_loss_and_no_weight_of_a_correction(microbatch_rows: int) -> None:
+    """Rows have denominators of their own, and the correction leaves no token a weight."""
+    model = tiny_policy()
+    rows = batch_rows(microbatch_rows=microbatch_rows)
+    rows = rows.with_columns(loss_denominator=pl.Series(range(3, 3 + rows.height), dtype=pl.Float64))
+    other = frame_logprobs(model, rows.with_columns(temperature=pl.lit(1.5)), FROZEN)  # of another distribution
+    frame = rows.join(other.rename({"logprobs": "reference_logprobs"}), on="completion_id", maintain_order="left")
+    expected = torch.zeros(())
+    for row in frame.to_dicts():
+        prompt, completion = row["prompt_token_ids"], row["completion_token_ids"]
+        logprobs = (model(torch.tensor([prompt + completion])).logits[0] / row["temperature"]).log_softmax(-1)
+        for place, (token, reference) in enumerate(zip(completion, row["reference_logprobs"], strict=True)):
+            if reference is not None:
+                kl = (logprobs[len(prompt) + place - 1, token] - reference) ** 2 / 2
+                expected = expected + 0.3 * kl / row["loss_denominator"]
+    torch.autograd.backward(expected)
+    settings = {"kl": {"name": "k2", "coef": 0.3}, "correction": {"kind": "token_mask", "low": 1.0, "high": 1.0}}
+    loss, found = gradients(frame, frozen(**settings))
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("microbatch_rows", [1, 2, 8])
 def test_how_rows_are_cut_into_microbatches_changes_nothing(microbatch_rows: int) -> None:
     assert_same_update(batch_rows(microbatch_rows=microbatch_rows), batch_rows(microbatch_rows=3))
