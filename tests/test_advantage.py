@@ -150,6 +150,16 @@ def test_a_baseline_per_policy_compares_with_answers_of_the_same_policy_and_grou
     assert found["other"] == [-0.5, 0.5]
 
 
+def test_equal_rewards_of_a_policy_have_exactly_no_advantage_per_policy() -> None:
+    """Their mean is rounded, and a scale without eps would make the rounding an advantage of 0.9."""
+    rows = reward_rows(a=[0.1, 0.1, 0.1, 0.7, 0.7, 0.7], b=[0.0, 1.0])
+    frame = rows.with_columns(policy=pl.Series([0, 0, 0, 1, 1, 1, 0, 0]), tokens=pl.lit(3.0))
+    for scale in ("none", "token_whitened"):
+        found = by_group(advantages(frame, baseline="per_policy", scale=scale, ddof=0, eps=0.0))
+        assert found["a"] == [0.0] * 6
+        assert found["b"][1] > 0.4
+
+
 @given(REWARD_LISTS)
 def test_a_standard_deviation_without_oneself_is_that_of_the_others(rewards: list[float]) -> None:
     found = advantages(reward_rows(a=rewards), baseline="leave_one_out", scale="leave_one_out_std", eps=0.0)

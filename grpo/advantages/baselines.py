@@ -41,12 +41,13 @@ def length_weighted(groups: Groups) -> Floats:
 def per_policy(groups: Groups) -> Floats:
     """Return R minus the mean of those of the group's completions that the same policy wrote (RePO, arXiv:2506.09340).
 
-    A completion that is the only one of its policy has 0.
+    A completion that is the only one of its policy has 0, and so have those of a policy whose rewards are equal.
     """
     policy = _given(groups.policy)
     of_policy = groups.number * (int(policy.max(initial=0)) + 1) + policy
     _, number = np.unique(of_policy, return_inverse=True)
-    return groups.values - statistics(groups.values, number, groups.ddof).mean[number]
+    found = statistics(groups.values, number, groups.ddof)
+    return np.where(found.is_flat[number], groups.values * 0.0, groups.values - found.mean[number])
 
 
 def importance_weighted(groups: Groups) -> Floats:
