@@ -65,6 +65,16 @@ def test_a_planted_reward_is_held_and_a_repaired_one_goes_on_from_the_stored_com
     assert problems(place.run) == []
 
 
+def test_the_logprobs_of_a_held_iteration_are_made_again_for_the_groups_that_differ_now(place: Place) -> None:
+    with pytest.raises(CheckFailed):
+        place.go(place.config(ANSWERED + "[update.kl]\n", HALF_NULL))
+    held = place.run.open(0, "logprobs").digest
+    place.go(place.config(ANSWERED + "[update.kl]\n", EXACT))
+    assert place.run.has(0, "policy")
+    assert open_artifact(place.run.held(0, "logprobs", held)).digest == held
+    assert problems(place.run) == []
+
+
 def test_a_repair_that_goes_back_to_an_earlier_reward_finds_its_rows_held_already(place: Place) -> None:
     checks = ANSWERED + NOT_BY_LENGTH
     for function in (HALF_NULL, BY_LENGTH, HALF_NULL, BY_LENGTH):

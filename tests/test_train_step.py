@@ -101,6 +101,18 @@ def test_the_kl_to_a_reference_has_the_mean_of_the_loss_and_no_weight_of_a_corre
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_the_recorded_kl_to_a_reference_is_the_k3_estimate_of_the_trainers_divergence_from_it() -> None:
+    model, rows, settings = tiny_policy(), batch_rows(), frozen(kl={"coef": 0.3}, record_tokens=True)
+    other = frame_logprobs(model, rows.with_columns(temperature=pl.lit(1.5)), FROZEN)
+    frame = rows.join(other.rename({"logprobs": "reference_logprobs"}), on="completion_id", maintain_order="left")
+    records, _ = train_on_batches(model, make_optimizer(model, settings), frame, settings)
+    for record, reference in zip(records.to_dicts(), frame["reference_logprobs"].to_list(), strict=True):
+        pairs = zip(reference, record["trainer_logprobs"], strict=True)
+        k3 = [math.exp(of - own) - 1 - (of - own) for of, own in pairs if own is not None]
+        expected = pytest.approx(sum(k3) / len(k3), rel=1e-4) if k3 else None
+        assert record["kl_to_reference"] == expected
+
+
 @pytest.mark.parametrize("microbatch_rows", [1, 2, 8])
 def test_how_rows_are_cut_into_microbatches_changes_nothing(microbatch_rows: int) -> None:
     assert_same_update(batch_rows(microbatch_rows=microbatch_rows), batch_rows(microbatch_rows=3))

@@ -8,6 +8,7 @@ from grpo.settings import KlConfig
 from pipeline.chain import CHAIN, INITIAL, From
 from pipeline.run_dir import RunDir
 from stages.config import RunConfig, recorded_config
+from stages.logprobs import LogprobsConfig
 from stages.wiring import Wiring
 from tests.small_run import make_small_run
 
@@ -98,6 +99,17 @@ def test_the_reference_is_the_policy_of_the_last_refresh(
     assert found["policy:reference"] == run.policy_before(expected)
     assert Wiring(held, run).reads("update", 1)["logprobs"] == run.place(1, "logprobs")
     assert "logprobs" not in Wiring(config, run).reads("update", 1)
+
+
+def test_a_forward_under_another_policy_is_that_of_the_update(run: RunDir, config: RunConfig) -> None:
+    """Its logprobs are compared with the update's, so nothing else may differ."""
+    forward = {"autocast_bf16": True, "head_chunk_tokens": 7, "num_threads": 3}
+    tables = {
+        "update": config.update.model_copy(update=forward),
+        "batch": config.batch.model_copy(update={"microbatch_tokens": 99}),
+    }
+    found = Wiring(config.model_copy(update=tables), run).call("logprobs", 1).config
+    assert found == LogprobsConfig(**forward, microbatch_tokens=99)
 
 
 @pytest.mark.parametrize(
