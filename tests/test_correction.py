@@ -173,6 +173,15 @@ def test_weights_are_constants() -> None:
     assert not corrected(proximal, SAMPLER, ROW, 4, correction("token_truncate")).weight_N.requires_grad
 
 
+def test_a_token_of_an_unknown_sampler_does_not_thin_the_mean_of_the_off_policy_sequence_mask() -> None:
+    own = torch.full((3,), -1.6)
+    sampler = torch.tensor([-1.0, float("nan"), -1.0])
+    of = LossInputs(own, own, sampler, -torch.ones(3), torch.tensor([0, 0, 1]), 2)
+    for bound, is_masked in ((0.5, [True, True, True]), (0.7, [False, False, False])):
+        found = correct(of, correction("token_truncate", off_policy_sequence_mask=bound))
+        assert found.reasons["off_policy_sequence_mask"].tolist() == is_masked
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_weights_alone_and_among_others(kind: str) -> None:
     config = bounded(kind, low=0.9, high=1.6)
