@@ -19,9 +19,11 @@ def options_of(
 
     ``check`` takes those of them that it names, and raises ValueError for values that do not go together.
     """
-    keywords = [found for found in signature(function).parameters.values() if found.kind is Parameter.KEYWORD_ONLY]
     name = function.__name__
-    fields: dict[str, Any] = {found.name: (found.annotation, found.default) for found in keywords}
+    fields: dict[str, Any] = {
+        found.name: (found.annotation, ... if found.default is Parameter.empty else found.default)
+        for found in _keywords(function)
+    }
     validators: dict[str, Any] = {}
     if check is not None:
         checked = tuple(signature(check).parameters)
@@ -42,7 +44,11 @@ def options_of(
 
 def given(function: Callable[..., Any], table: Any) -> dict[str, Any]:
     """Return a function's keyword arguments from the table of its options."""
-    return {name: getattr(table, name) for name in function.__kwdefaults__ or {}}
+    return {found.name: getattr(table, found.name) for found in _keywords(function)}
+
+
+def _keywords(function: Callable[..., Any]) -> list[Parameter]:
+    return [found for found in signature(function).parameters.values() if found.kind is Parameter.KEYWORD_ONLY]
 
 
 def one_of(tables: Iterable[type[Any]], key: str, default: str, custom: type[StrictModel] | None = None) -> Any:

@@ -11,7 +11,7 @@ from grpo.settings import UpdateConfig
 from pipeline.artifact import open_artifact
 from pipeline.chain import CHAIN, WRITER, load_stage
 from pipeline.config import Place, StrictModel, apply_overrides, deciding, parse_toml, read_toml, validate
-from pipeline.errors import RecipeMismatch
+from pipeline.errors import ConfigError, RecipeMismatch
 from pipeline.manifest import is_finished
 from pipeline.retention import RetentionConfig
 from pipeline.run_dir import RunDir
@@ -261,6 +261,11 @@ def derive_tables(run: RunDir, tables: Mapping[str, Any], overrides: list[str] |
     """
     recorded = run.settings()
     found = apply_overrides({**recorded, **tables}, overrides or [])
+    if "preset" in found:
+        raise ConfigError(
+            f"preset is {found['preset']!r}, but the settings of {run.name} stay where a table does not replace them: "
+            "expected no preset; give the tables of stages/presets that you want"
+        )
     return found if found.get("checks") == recorded.get("checks") else expanded(found)
 
 

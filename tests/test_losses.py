@@ -11,7 +11,8 @@ from grpo.aggregation import AGGREGATIONS, StepRows
 from grpo.losses.base import LossInputs, TokenLosses, bounded_exp, weigh_tokens
 from grpo.losses.chosen import token_losses
 from grpo.losses.clip import ppo_clip
-from grpo.losses.options import LOSSES, OF_ROWS, TO_SAMPLER
+from grpo.losses.options import LOSSES, OF_ROWS, TO_SAMPLER, LossOptions
+from grpo.options import given, options_of
 from grpo.settings import UpdateConfig
 from tests.vectors import (
     ADVANTAGE,
@@ -353,6 +354,15 @@ def test_partial_sums_over_the_global_denominator_add_up_to_the_token_mean() -> 
 def test_a_loss_that_cannot_be_meant_is_refused(table: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         UpdateConfig.model_validate({"loss": table})
+
+
+def test_an_option_without_a_default_must_be_given() -> None:
+    def scaled(inputs: LossInputs, *, factor: float) -> TokenLosses: ...
+
+    table = options_of(scaled, "name", LossOptions)
+    with pytest.raises(ValueError, match="factor"):
+        table()
+    assert given(scaled, table(factor=2.0)) == {"factor": 2.0}
 
 
 def test_the_options_of_a_loss_are_the_keyword_parameters_of_its_function() -> None:

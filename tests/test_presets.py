@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from stages.config import RunConfig, parse_config
+from pipeline.run_dir import RunDir
+from stages.config import RunConfig, derive_tables, parse_config
 from stages.presets.merge import FOLDER, presets, with_preset
 
 MINIMAL = """
@@ -89,6 +90,15 @@ def test_a_preset_that_leaves_something_open_says_what() -> None:
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"preset is 'grpo': expected one of cispo, dapo, .*; correct the name"):
         config("grpo")
+
+
+def test_a_fork_takes_no_preset(tmp_path: Path) -> None:
+    """Its tables replace those of the run as a whole: a preset would reset the learning rate, too."""
+    run = RunDir(tmp_path / "run")
+    run.record_config("", config("gspo").model_dump(mode="json"))
+    for tables, overrides in (({"preset": "sapo"}, []), ({}, ["preset=sapo"])):
+        with pytest.raises(ConfigError, match=r"preset is 'sapo', but the settings of .* expected no preset"):
+            derive_tables(run, tables, overrides)
 
 
 def test_without_a_preset_nothing_changes() -> None:

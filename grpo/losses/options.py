@@ -34,7 +34,9 @@ class CustomLoss(StrictModel):
     """Further keyword arguments."""
 
 
-OPTIONS = {name: options_of(loss, "name", LossOptions, clip.CHECKS.get(name)) for name, loss in LOSSES.items()}
+CHECKS = {name: check for family in FAMILIES for name, check in getattr(family, "CHECKS", {}).items()}
+"""Name -> function of some of the options that refuses those which do not go together."""
+OPTIONS = {name: options_of(loss, "name", LossOptions, CHECKS.get(name)) for name, loss in LOSSES.items()}
 if TYPE_CHECKING:
     LossConfig = LossOptions | CustomLoss
 else:
