@@ -10,7 +10,6 @@ gradient of k1 is 0, of k2 that of KL(trainer || ref), of k3 that of KL(ref || t
 ``weighted_k3``.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 from grpo.losses.base import LOG_RATIO_LIMIT, LossInputs, bounded_exp
@@ -61,13 +60,15 @@ PLAIN = {"k1": k1, "k2": k2, "k3": k3}
 def kl_losses(inputs: LossInputs, reference_logprobs_N: "Tensor", config: KlConfig) -> "Tensor":
     """Return what [update.kl] adds to the loss of each token, shape [N], before its mean is taken.
 
-    It is multiplied by no advantage and no correction. The ratio of ``weighted_k3`` is that to the sampler: trainer /
-    proximal with its gradient, times proximal / sampler as a constant, at most ``ratio_cap``, and 1 where the sampler
-    is unknown.
+    It is multiplied by no advantage and no correction. The ratio of ``weighted_k3`` is that to the sampler, or to the
+    proximal policy where the sampler is unknown; its gradient is ``min(ratio, ratio_cap) (trainer - reference)``.
     """
     if config.name != "weighted_k3":
         return config.coef * PLAIN[config.name](reference_logprobs_N - inputs.trainer_logprobs_N)
-    log_w_N = (inputs.proximal_logprobs_N - inputs.sampling_logprobs_N).detach()
-    w_N = bounded_exp(log_w_N.masked_fill(~log_w_N.isfinite(), 0.0)).clamp(max=config.ratio_cap or math.inf)
-    kl_N = weighted_k3(inputs.trainer_logprobs_N, inputs.proximal_logprobs_N, reference_logprobs_N)
-    return config.coef * w_N * kl_N
+    trainer_N, sampling_N = inputs.trainer_logprobs_N, inputs.sampling_logprobs_N
+    sampled_from_N = sampling_N.where(sampling_N.isfinite(), inputs.proximal_logprobs_N)
+    kl_N = weighted_k3(trainer_N, sampled_from_N, reference_logprobs_N)
+    if config.ratio_cap is None:
+        return config.coef * kl_N
+    ratio_N = bounded_exp((trainer_N - sampled_from_N).detach())
+    return config.coef * (config.ratio_cap / ratio_N).clamp(max=1) * kl_N

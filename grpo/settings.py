@@ -64,7 +64,7 @@ class KlConfig(StrictModel):
     coef: float = Field(1e-3, gt=0)
     """Weight in the loss."""
     ratio_cap: Annotated[UpperBound | None, *OrNone] = 2.0
-    """For weighted_k3: bound on proximal / sampler; "none" = no bound."""
+    """For weighted_k3: bound on the ratio trainer / sampler; "none" = no bound."""
     refresh_every: int | None = Field(None, ge=1)
     """The reference is the policy that the last iteration divisible by this began with; null = the initial policy."""
 

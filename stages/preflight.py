@@ -176,6 +176,12 @@ def remarks(config: RunConfig) -> list[str]:
             f"{FLOAT32_STEP:.0e} of its size: the decay is rounded away; set weight_decay to 0, or to "
             f"{FLOAT32_STEP / config.update.learning_rate:.1g} or more"
         )
+    steps = config.batch.optimizer_steps * config.batch.epochs
+    if config.update.loss.name == "reinforce" and (steps > 1 or config.offline):
+        found.append(
+            "update.loss reinforce takes no ratio, and in later optimizer steps, or with [[offline]] rows, the weights "
+            'are others than the proximal policy: "cispo" is the same loss with the ratio'
+        )
     if config.update.loss.name in OF_ROWS and config.batch.aggregation != "row_mean":
         found.append(
             f"update.loss {config.update.loss.name} is a loss of rows, and batch.aggregation = "

@@ -297,6 +297,16 @@ def test_a_loss_of_rows_under_another_mean_is_told(tmp_path: Path, loss: str, me
     assert [text.partition(" is ")[0] for text in found] == ["update.loss gspo"] * is_told
 
 
+@pytest.mark.parametrize(
+    ("loss", "steps", "is_told"), [("reinforce", 2, True), ("reinforce", 1, False), ("cispo", 2, False)]
+)
+def test_a_loss_without_a_ratio_over_several_steps_is_told(
+    tmp_path: Path, loss: str, steps: int, is_told: bool
+) -> None:
+    found = remarks(load(tmp_path, MINIMAL, f"update.loss.name={loss}", f"batch.optimizer_steps={steps}"))
+    assert [text.partition(" takes ")[0] for text in found] == ["update.loss reinforce"] * is_told
+
+
 def test_the_tables_of_grpo_are_as_strict_as_all_others() -> None:
     assert grpo.strict.StrictModel.model_config == StrictModel.model_config
     assert CorrectionOptions.model_fields["veto_low"].description is not None

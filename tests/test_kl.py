@@ -90,19 +90,24 @@ def test_the_kl_in_the_loss_equals_the_golden_values_whatever_the_advantage(name
     """With an unknown sampler, so that the ratio of weighted_k3 is that to the proximal policy, as in the vectors."""
     of = inputs(sign=sign)
     of = replace(of, sampling_logprobs_N=of.sampling_logprobs_N * math.nan)
-    found = kl_losses(of, REF, KlConfig(name=name, coef=0.5))
+    found = kl_losses(of, REF, KlConfig(name=name, coef=0.5, ratio_cap=None))
     assert_close(found.detach(), 0.5 * tokens(GOLDEN[key]["per_token"]))
     slope = gradient(found / NUM_TOKENS, of.trainer_logprobs_N)
     assert_close(slope, 0.5 * tokens(GOLDEN[key]["grad_logp_new_token_mean"]))
 
 
+@pytest.mark.parametrize("proximal", [OLD, SAMPLER])
 @pytest.mark.parametrize("ratio_cap", [None, 1.5])
-def test_the_ratio_of_weighted_k3_is_that_to_the_sampler_up_to_its_cap(ratio_cap: float | None) -> None:
-    of = inputs()
+def test_the_ratio_of_weighted_k3_is_that_to_the_sampler_up_to_its_cap(
+    ratio_cap: float | None, proximal: Tensor
+) -> None:
+    """Whatever the proximal policy is."""
+    of = inputs(proximal=proximal)
     slope = gradient(kl_losses(of, REF, KlConfig(coef=1.0, ratio_cap=ratio_cap)), of.trainer_logprobs_N)
-    w = (OLD - SAMPLER).exp().clamp(max=ratio_cap or math.inf)
-    assert_close(slope, w * (NEW - OLD).exp() * (NEW - REF))
-    assert ((OLD - SAMPLER).exp() > 1.5).any()
+    ratio = (NEW - SAMPLER).exp()
+    assert_close(slope, ratio.clamp(max=ratio_cap or math.inf) * (NEW - REF))
+    assert (ratio > 1.5).any()
+    assert (ratio < 1.5).any()
 
 
 def test_kl_to_sampler_equals_the_golden_value_and_has_no_gradient() -> None:
