@@ -152,11 +152,11 @@ def _signal_tree(pid: int, number: signal.Signals) -> list[int]:
 
 
 def test_a_busy_machine_costs_no_reward(scorer: Scorer) -> None:
-    score(scorer, "work_for", ["0", "0"], time_limit=0.5)  # the processes are there
+    score(scorer, "work_for", ["0", "0"], time_limit=1.0)  # the processes are there
     loop = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(loop) for _ in range(2 * len(os.sched_getaffinity(0)))]
     try:
-        rows = score(scorer, "work_for", ["0.25"] * 2, time_limit=0.5)
+        rows = score(scorer, "work_for", ["0.5"] * 2, time_limit=1.0)  # three times as long by the clock
     finally:
         for other in others:
             other.kill()
