@@ -10,7 +10,7 @@ from types import ModuleType
 
 import typer
 
-from flows.crash import INTERRUPTED, fail, flush, hidden_fault, leave, spare_collection
+from flows.crash import INTERRUPTED, fail, flush, hidden_fault, is_interrupt, leave, spare_collection
 from flows.printing import complain, print_anything
 from pipeline.errors import UsageError
 from pipeline.functions import permitting_only
@@ -71,6 +71,8 @@ def run() -> None:
     except KeyboardInterrupt:
         leave(INTERRUPTED)
     except BaseException as error:
+        if is_interrupt(error):
+            leave(INTERRUPTED)
         fail(error)
 
 

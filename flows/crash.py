@@ -82,6 +82,18 @@ def fail(error: BaseException) -> NoReturn:
     raise AssertionError("unreachable")
 
 
+def is_interrupt(error: BaseException | None) -> bool:
+    """Return whether an error is an interrupt, or was raised while one was handled.
+
+    Prefect cannot end a task that is just being started: it raises a ValueError in the place of the signal.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "TerminationSignal":  # Prefect's
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def hidden_fault(end: SystemExit) -> BaseException | None:
     """Return what really ended the program, when click has made exit code 1 of it; None for an answer."""
     if end.code != 1:

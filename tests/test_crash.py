@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from flows.crash import describe, hidden_fault
+from flows.crash import describe, hidden_fault, is_interrupt
 from pipeline.errors import UsageError
 from tests.small_run import make_small_run
 
@@ -142,6 +142,20 @@ def test_a_program_that_cannot_be_loaded_is_one_message(tmp_path: Path, error: s
     (tmp_path / "typer.py").write_text(f"raise {error}('broken')")
     done = grpo(tmp_path.parent, "schema", variables={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     expect_one_line(done, f"{error}: broken", "install it anew")
+
+
+class TerminationSignal(BaseException):
+    """Like the one of Prefect."""
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"), [(KeyboardInterrupt(), True), (TerminationSignal(), True), (OSError(), False)]
+)
+def test_an_error_that_takes_the_place_of_an_interrupt_is_one(first: BaseException, expected: bool) -> None:
+    error = ValueError("Task run is not set")
+    error.__context__ = first  # as Python has it, of an error that is raised while another one is handled
+    assert is_interrupt(error) is expected
+    assert is_interrupt(first) is expected
 
 
 def test_an_interrupt_while_the_program_is_loaded_leaves_no_traceback(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(
         children = descendants(process.pid)
         assert children
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=PATIENCE)
-        assert process.returncode == 130
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 130, errors
         assert survivors(*children) == []
     shutil.rmtree(run / "iterations" / "000000" / "optimizer", ignore_errors=True)
     finish(start(folder, server, name))
