@@ -124,3 +124,8 @@ def seal(writer: ArtifactWriter, recipe: str = "recipe") -> Artifact:
     return writer.seal(
         stage="test", stage_version=1, config={"recipe": recipe}, chosen={"recipe": recipe}, inputs={}, environment={}
     )
+
+
+def by_group(frame: pl.DataFrame, column: str = "advantage") -> dict[str, list[Any]]:
+    """Return the column's values of each group, in row order."""
+    return {key[0]: part[column].to_list() for key, part in frame.partition_by("group_id", as_dict=True).items()}

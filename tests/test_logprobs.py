@@ -1,7 +1,5 @@
 """Tests of grpo.logprobs: the chunked head against plain log-softmax and against the models' own forward."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +8,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo.logprobs import ChunkedHead, check_supported, token_logprobs
+from tests.vectors import VECTORS
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
 
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "grpo_vectors.json").read_text())["logprobs"]
+GOLDEN: dict[str, Any] = VECTORS["logprobs"]
 VOCABULARY = 40
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -323,22 +323,19 @@ def test_the_proximal_policy_of_an_offline_phase_is_needed(config: RunConfig, ru
     assert [offline.needed_policies(n) for n in (1, 2, 3)] == [{0, 1}, {0, 2}, {3}]
 
 
-@pytest.mark.parametrize(("every", "expected"), [(None, {0}), (10, {20}), (7, {21}), (27, {27})])
+@pytest.mark.parametrize(
+    ("done", "every", "expected"),
+    [
+        *[(27, every, number) for every, number in ((None, 0), (10, 20), (7, 21), (27, 27))],
+        *[(30, every, number) for every, number in ((None, 0), (10, 30), (7, 28), (27, 27))],  # it may be continued
+    ],
+)
 def test_the_reference_policy_of_coming_iterations_is_needed(
-    config: RunConfig, every: int | None, expected: set[int]
+    config: RunConfig, done: int, every: int | None, expected: int
 ) -> None:
-    kl = KlConfig(refresh_every=every)
-    held = config.model_copy(update={"update": config.update.model_copy(update={"kl": kl}), "iterations": 30})
-    assert held.needed_policies(27) == {27} | expected
-
-
-@pytest.mark.parametrize(("every", "expected"), [(None, {0}), (10, {30}), (7, {28}), (27, {27})])
-def test_a_finished_run_keeps_the_reference_with_which_it_can_be_continued(
-    config: RunConfig, every: int | None, expected: set[int]
-) -> None:
-    kl = KlConfig(refresh_every=every)
-    held = config.model_copy(update={"update": config.update.model_copy(update={"kl": kl}), "iterations": 30})
-    assert held.needed_policies(30) == {30} | expected
+    update = config.update.model_copy(update={"kl": KlConfig(refresh_every=every)})
+    held = config.model_copy(update={"update": update, "iterations": 30})
+    assert held.needed_policies(done) == {done, expected}
 
 
 def test_a_policy_that_is_to_be_evaluated_and_was_dropped_is_told_at_the_start(config: RunConfig, run: RunDir) -> None:
